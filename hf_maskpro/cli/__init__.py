@@ -1,0 +1,47 @@
+"""The `hf-maskpro` command: argument parsing, progress, tables and plots; no algorithm."""
+
+import os
+import sys
+import warnings
+
+import click
+import typer
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from . import adapters, train
+
+
+app = typer.Typer(
+    name="hf-maskpro",
+    help="Learned N:M sparsity masks for language models, as PEFT adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+#Q
+app.command()(adapters.init)
+app.command()(train.train)
+app.command("eval")(adapters.evaluate)
+app.command()(adapters.merge)
+app.command()(adapters.inspect)
+
+
+def main() -> None:
+    """Run the command; failures are one line on stderr and a non-zero exit code."""
+    if "PYTHONWARNINGS" not in os.environ:
+        warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        app(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        typer.echo(f"error: {lines[0]}", err=True)
+        sys.exit(1)

@@ -1,0 +1,109 @@
+"""What several verbs need: models, texts, output."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..evaluation import windows
+
+
+console = Console()
+
+Model = Annotated[str, typer.Option(help="Base model: a local folder or a Hub id.")]
+GgufFile = Annotated[str | None, typer.Option(help="GGUF file in that folder, dequantized to bfloat16.")]
+Text = Annotated[Path | None, typer.Option(help="Text file to learn from.")]
+Dataset = Annotated[
+    str | None, typer.Option(help="Dataset to learn from, streamed: a folder or Hub id, NAME or NAME:CONFIG.")
+]
+Output = Annotated[Path, typer.Option(help="Folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is in use.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def load_model(model: str, gguf_file: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base model in its own dtype, on the GPU if there is one, and its tokenizer."""
+    path = Path(model)
+    if path.is_dir():
+        if gguf_file and not (path / gguf_file).is_file():
+            raise ValueError(f"{path / gguf_file} does not exist; name a GGUF file in the model's folder.")
+        if not gguf_file and not (path / "config.json").is_file():
+            raise ValueError(f"{model} has no config.json; pass a model's folder or a Hub id.")
+        model = str(path.resolve())
+    elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ValueError(f"{model} is not a model folder; pass a model's folder or a Hub id.")
+    options: dict[str, Any] = {"dtype": "auto"}
+    if gguf_file:
+        options = {
+            "dtype": torch.bfloat16,
+            "gguf_file": gguf_file,
+            "quantization_config": GgufConfig(dequantize=True),
+        }
+    loaded = AutoModelForCausalLM.from_pretrained(model, **options)
+    tokenizer = AutoTokenizer.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def load_adapter(base: PreTrainedModel, adapter: str, is_trainable: bool = False) -> PeftModel:
+    """A mask adapter over a base model."""
+    path = Path(adapter)
+    if path.is_dir() and not (path / "adapter_config.json").is_file():
+        raise ValueError(f"{adapter} has no adapter_config.json; pass a mask adapter's folder or a Hub id.")
+    return PeftModel.from_pretrained(base, adapter, is_trainable=is_trainable)
+
+
+def read_text(path: Path) -> str:
+    """The whole of a text file."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; pass a text file.")
+    text = path.read_text(encoding="utf-8")
+    if not text.strip():
+        raise ValueError(f"{path} is empty; pass a file with text.")
+    return text
+
+
+def learning_windows(
+    tokenizer: PreTrainedTokenizerBase, text: Path | None, dataset: str | None, seq_len: int, tokens: int | None
+) -> torch.Tensor:
+    """Windows of the text or dataset that the user named, int64 `[windows, seq_len]`; at most `tokens` tokens."""
+    if (text is None) == (dataset is None):
+        raise ValueError("pass either --text FILE or --dataset NAME.")
+    if text is not None:
+        return windows(tokenizer, read_text(text), seq_len, tokens)
+    assert dataset is not None
+    return windows(tokenizer, "\n\n".join(_documents(dataset, 10 * (tokens or 1_000_000))), seq_len, tokens)
+
+
+def _documents(dataset: str, characters: int) -> Iterator[str]:
+    """Documents of a dataset's train split until there are so many characters."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError("--dataset needs the datasets package: pip install 'hf-maskpro[datasets]'.") from error
+    name, _, config = dataset.partition(":")
+    rows = load_dataset(name, config or None, split="train", streaming=True)
+    for row in rows:
+        if "text" not in row:
+            raise ValueError(f"dataset {dataset} has no column 'text', only {', '.join(row)}.")
+        yield row["text"]
+        characters -= len(row["text"])
+        if characters <= 0:
+            return
+
+
+def show(figures: dict[str, Any], as_json: bool) -> None:
+    """Print figures as a table of two columns, or as one JSON object."""
+    if as_json:
+        typer.echo(json.dumps(figures))
+        return
+    table = Table(show_header=False)
+    for name, value in figures.items():
+        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value))
+    console.print(table)

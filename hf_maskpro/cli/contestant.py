@@ -1,0 +1,148 @@
+"""One row of the quickstart's table, in a process of its own: `python -m hf_maskpro.cli.contestant`."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from peft import PeftModel, get_peft_model
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from ..evaluation import perplexity, windows
+from ..initialization import initialize_masks
+from ..trainer import MaskProTrainer, MaskProTrainingArguments
+from ..tuner import MaskProConfig, masked_layers
+from .common import load_adapter, load_model, read_text
+from .train import save
+
+
+EVALUATIONS = 4
+PROBE_STEPS = 3
+CALIBRATION_WINDOWS, CALIBRATION_SEQ_LEN = 128, 256
+BATCH, SEQ_LEN = 8, 128
+
+
+class Clock(TrainerCallback):
+    """Stops training when its seconds are up, and measures perplexity on the way, off the clock."""
+
+    def __init__(self, seconds: float, steps: int, evaluate: Any):
+        self.seconds, self.evaluate = seconds, evaluate
+        self.every = max(1, steps // EVALUATIONS)
+        self.curve: list[dict[str, float]] = []
+        self.finished: list[float] = []
+        self.paused = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.start = time.perf_counter()
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.start - self.paused
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        elapsed = self.elapsed()
+        self.finished.append(elapsed)
+        control.should_training_stop |= elapsed >= self.seconds
+        last = control.should_training_stop or state.global_step == state.max_steps
+        if self.evaluate is not None and (last or state.global_step % self.every == 0):
+            self.curve.append({"step": state.global_step, "seconds": elapsed, "perplexity": self.evaluate()})
+            self.paused += time.perf_counter() - self.start - self.paused - elapsed
+
+
+def learn(masked: PeftModel, estimator: str, inputs: torch.Tensor, seconds: float, evaluate: Any) -> dict[str, Any]:
+    """Train for so many seconds, with the schedule of as many steps as a short trial says they hold."""
+
+    def run(steps: int, seconds: float, evaluate: Any) -> tuple[MaskProTrainer, Clock]:
+        args = MaskProTrainingArguments(
+            output_dir="unused",
+            estimator=estimator,
+            max_steps=steps,
+            warmup_steps=min(10, steps // 5) if estimator == "simple" else 0,
+            per_device_train_batch_size=BATCH,
+            logging_steps=max(1, steps // 20),
+            save_strategy="no",
+            dataloader_pin_memory=torch.cuda.is_available(),
+            report_to=[],
+        )
+        clock = Clock(seconds, steps, evaluate)
+        dataset = [{"input_ids": row, "labels": row} for row in inputs]
+        trainer = MaskProTrainer(masked, args, train_dataset=dataset, callbacks=[clock])
+        trainer.train()
+        return trainer, clock
+
+    _, trial = run(PROBE_STEPS, float("inf"), None)
+    step_seconds = trial.finished[-1] - trial.finished[-2]
+    for layer in masked_layers(masked).values():
+        layer.maskpro_theta["default"].data.zero_()
+    trainer, clock = run(max(1, int(seconds / step_seconds)), seconds, evaluate)
+    log = [
+        {"seconds": clock.finished[entry["step"] - 1], **{k: v for k, v in entry.items() if k != "epoch"}}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    return {
+        "perplexity": clock.curve[-1]["perplexity"],
+        "steps": trainer.state.global_step,
+        "seconds": clock.finished[-1],
+        "changed_groups": trainer.changed_groups(),
+        "curve": clock.curve,
+        "log": log,
+    }
+
+
+def contestant(
+    method: Annotated[Literal["dense", "magnitude", "wanda", "residual", "simple"], typer.Option()],
+    base: Annotated[Path, typer.Option()],
+    calibration: Annotated[Path, typer.Option()],
+    held_out: Annotated[Path, typer.Option()],
+    result: Annotated[Path, typer.Option()],
+    seq_len: Annotated[int, typer.Option()] = 512,
+    max_tokens: Annotated[int, typer.Option()] = 8192,
+    seconds: Annotated[float, typer.Option()] = 0.0,
+    start: Annotated[Path | None, typer.Option()] = None,
+    output: Annotated[Path | None, typer.Option()] = None,
+) -> None:
+    """Run one method, and write its row and the adapter."""
+    begun = time.perf_counter()
+    model, tokenizer = load_model(str(base))
+    text = read_text(held_out)
+    torch.manual_seed(0)
+    if method == "dense":
+        masked: Any = model
+    elif method in ("magnitude", "wanda"):
+        masked = get_peft_model(model, MaskProConfig(init_mask=method))
+        inputs = windows(tokenizer, read_text(calibration), CALIBRATION_SEQ_LEN)
+        inputs = inputs[torch.randperm(len(inputs))[:CALIBRATION_WINDOWS]]
+        initialize_masks(masked, [{"input_ids": batch} for batch in inputs.split(8)])
+    else:
+        assert start is not None
+        masked = load_adapter(model, str(start), is_trainable=True)
+    loaded = time.perf_counter()
+
+    def evaluate() -> float:
+        return perplexity(masked, tokenizer, text, seq_len, max_tokens)
+
+    if start is None:
+        value = evaluate()
+        row = {"perplexity": value, "steps": 0, "seconds": loaded - begun if method != "dense" else 0.0}
+        row |= {"changed_groups": 0.0, "curve": [], "log": []}
+    else:
+        inputs = windows(tokenizer, read_text(calibration), SEQ_LEN)
+        row = learn(masked, method, inputs, seconds, evaluate)
+    if output is not None:
+        output.mkdir(parents=True)
+        save(masked, output)
+    # Kilobytes on Linux, bytes on macOS.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    row |= {"method": method, "peak_bytes": peak, "process_seconds": time.perf_counter() - begun}
+    result.write_text(json.dumps(row))
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    typer.run(contestant)

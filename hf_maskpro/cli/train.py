@@ -1,0 +1,130 @@
+"""The verb that learns a mask."""
+
+import tempfile
+from pathlib import Path
+from shutil import rmtree
+from typing import Annotated, Literal
+
+import torch
+import typer
+from peft import get_peft_model
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..deploy import check_free
+from ..initialization import initialize_masks
+from ..trainer import MaskProTrainer, MaskProTrainingArguments
+from ..tuner import MaskProConfig
+from .common import (
+    Dataset,
+    GgufFile,
+    Json,
+    Model,
+    Output,
+    Overwrite,
+    Text,
+    learning_windows,
+    load_adapter,
+    load_model,
+    read_text,
+    show,
+)
+
+
+Estimator = Annotated[Literal["residual", "simple"], typer.Option(help="Who moves the logits.")]
+
+
+def train(
+    model: Model,
+    output: Output,
+    adapter: Annotated[str | None, typer.Option(help="Mask adapter to start from: a folder or a Hub id.")] = None,
+    estimator: Estimator = "simple",
+    text: Text = None,
+    dataset: Dataset = None,
+    n: Annotated[int, typer.Option(help="Weights kept in every group, without --adapter.")] = 2,
+    m: Annotated[int, typer.Option(help="Size of a group, without --adapter.")] = 4,
+    init_mask: Annotated[
+        Literal["magnitude", "random", "wanda"], typer.Option(help="Starting mask, without --adapter.")
+    ] = "wanda",
+    seq_len: Annotated[int, typer.Option(help="Length of a training window, in tokens.")] = 128,
+    max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text than this, in tokens.")] = None,
+    max_steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
+    per_device_train_batch_size: Annotated[int, typer.Option(help="Windows per micro-batch.")] = 8,
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Micro-batches per step.")] = 1,
+    learning_rate: Annotated[float | None, typer.Option(help="50 for residual, 0.3 for simple unless given.")] = None,
+    logit_scale: Annotated[float | None, typer.Option(help="10 for residual, 5 for simple unless given.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of masks and data order.")] = 42,
+    logging_steps: Annotated[int, typer.Option(help="Steps between log lines.")] = 10,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Trade time for memory, with simple.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the output.")] = False,
+    gguf_file: GgufFile = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Learn a mask."""
+    checkpoint = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
+    if resume and checkpoint is None:
+        raise ValueError(f"{output} has no checkpoint to resume from; drop --resume.")
+    if not resume:
+        check_free(output, overwrite)
+    config = MaskProConfig(n=n, m=m, init_mask=init_mask, logit_scale=logit_scale)
+    args = MaskProTrainingArguments(
+        output_dir=str(output),
+        estimator=estimator,
+        max_steps=max_steps,
+        per_device_train_batch_size=per_device_train_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        gradient_checkpointing=gradient_checkpointing,
+        learning_rate=learning_rate,
+        seed=seed,
+        logging_steps=logging_steps,
+        save_steps=save_steps,
+        save_total_limit=2,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+    )
+    if text is not None:
+        read_text(text)
+    base, tokenizer = load_model(model, gguf_file)
+    inputs = learning_windows(tokenizer, text, dataset, seq_len, max_tokens)
+    if adapter is None:
+        torch.manual_seed(seed)
+        masked = get_peft_model(base, config)
+        # A resumed run takes its starting mask from the checkpoint, together with the logits.
+        if checkpoint is None:
+            initialize_masks(masked, [{"input_ids": batch} for batch in inputs[: 32768 // seq_len].split(8)])
+    else:
+        masked = load_adapter(base, adapter, is_trainable=True)
+    trainer = MaskProTrainer(masked, args, train_dataset=[{"input_ids": row, "labels": row} for row in inputs])
+    previous = _set_aside(output) if not resume else None
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    save(masked, output)
+    if previous is not None:
+        rmtree(previous)
+    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1:]
+    figures = {name: value for entry in last for name, value in entry.items() if name not in ("epoch", "step")}
+    show(
+        {"output": str(output), "steps": result.global_step, "seconds": result.metrics["train_runtime"], **figures},
+        as_json,
+    )
+
+
+def save(masked: torch.nn.Module, output: Path) -> None:
+    """Write the adapter into the output folder, every file complete or not at all."""
+    with tempfile.TemporaryDirectory(dir=output, prefix=".") as folder:
+        masked.save_pretrained(folder)
+        for file in Path(folder).iterdir():
+            file.replace(output / file.name)
+
+
+def _set_aside(output: Path) -> Path | None:
+    """Move what is to be overwritten out of the way; it is deleted only when its successor is complete."""
+    if not output.is_dir():
+        output.mkdir(parents=True)
+        return None
+    previous = output.with_name(f"{output.name}.old")
+    if previous.exists():
+        raise ValueError(f"{previous}, set aside by an earlier run, is still there; remove or rename it.")
+    output.rename(previous)
+    output.mkdir()
+    return previous

@@ -1,0 +1,72 @@
+"""Counter-based random bits: a pure function of (seed, layer, position), the same on every device and rank."""
+
+import torch
+
+_WORD = 0xFFFFFFFF
+
+
+def _signed(word: int) -> int:
+    """The two's complement value of a 32-bit word, as torch wants an int32 constant."""
+    return word - (1 << 32) if word & 0x80000000 else word
+
+
+def _mix(word: int) -> int:
+    """`lowbias32` of Chris Wellons' hash-prospector, on a Python integer."""
+    word &= _WORD
+    word = ((word ^ (word >> 16)) * 0x7FEB352D) & _WORD
+    word = ((word ^ (word >> 15)) * 0x846CA68B) & _WORD
+    return word ^ (word >> 16)
+
+
+def _mix_tensor(words: torch.Tensor) -> torch.Tensor:
+    """`lowbias32` on an int32 tensor; the masks turn torch's arithmetic shifts into logical ones."""
+    words = (words ^ ((words >> 16) & 0xFFFF)) * _signed(0x7FEB352D)
+    words = (words ^ ((words >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
+    return words ^ ((words >> 16) & 0xFFFF)
+
+
+def keys(seed: int, layer: int) -> tuple[int, int]:
+    """
+    Two 32-bit words that stand for (seed, layer), each input mixed in a round of its own.
+
+    Args:
+        seed (`int`): Between 0 and 2**64 - 1.
+        layer (`int`): Index of the layer, between 0 and 2**32 - 1.
+
+    Returns:
+        `tuple[int, int]`: Two signed 32-bit words.
+    """
+    key = _mix(_mix(_mix(seed & _WORD) ^ (seed >> 32)) + layer)
+    return _signed(key), _signed(_mix(key ^ 0x9E3779B9))
+
+
+def hash_positions(shape: tuple[int, ...], first: int | torch.Tensor, second: int | torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+    """The words of [`uniform_bits`] from its two [`keys`]."""
+    position = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=device).view(shape)
+    return _mix_tensor(_mix_tensor(position + first) ^ second)
+
+
+def to_uniform(words: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers in [0, 1) from the upper 24 bits, exact in float32."""
+    return ((words >> 8) & 0xFFFFFF).float() * 2.0**-24
+
+
+def uniform_bits(
+    shape: tuple[int, ...], seed: int, layer: int = 0, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """
+    Uniform random 32-bit words, one for every position of `shape`.
+
+    Position, layer and seed each pass through a round of the integer hash `lowbias32`
+    (https://github.com/skeeto/hash-prospector), so that two layers or seeds share no numbers in another order.
+
+    Args:
+        shape (`tuple[int, ...]`): Shape of the result; positions are counted in row-major order, up to 2**31.
+        seed (`int`): Between 0 and 2**64 - 1.
+        layer (`int`): Index of the layer.
+        device (`torch.device`): Where to put the result.
+
+    Returns:
+        `torch.Tensor`: int32, of the given shape, all 32 bits uniform.
+    """
+    return hash_positions(shape, *keys(seed, layer), device)

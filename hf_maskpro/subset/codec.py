@@ -1,0 +1,164 @@
+"""
+The mask codec: each group's mask as its rank among C(m, n) combinations, ranks as digits of little-endian words.
+"""
+
+from functools import lru_cache
+from itertools import combinations
+from math import comb
+
+import torch
+
+
+@lru_cache
+def word_layout(n: int, m: int) -> tuple[int, int]:
+    """
+    How many groups share a word, and how many bytes a word has.
+
+    Of the words of 1 to 7 bytes it is the one with the fewest bits per group, and of equals the smallest.
+
+    Args:
+        n (`int`): Members kept per group.
+        m (`int`): Members of a group.
+
+    Returns:
+        `tuple[int, int]`: Digits per word, bytes per word. (3, 1) for 2:4.
+    """
+    base = comb(m, n)
+    best = (0, 1)
+    for size in range(1, 8):
+        digits = 0
+        while base ** (digits + 1) <= 256**size:
+            digits += 1
+        if digits * best[1] > best[0] * size:
+            best = (digits, size)
+    return best
+
+
+def packed_width(n: int, m: int, in_features: int) -> int:
+    """Bytes per row of a packed mask; rows are padded to whole words so that a file can be sliced by rows."""
+    digits, size = word_layout(n, m)
+    groups = in_features // m
+    return -(-groups // digits) * size
+
+
+@lru_cache
+def _codes_by_rank(n: int, m: int) -> torch.Tensor:
+    """Code of every combination in lexicographic order, int32 `[C(m, n)]`."""
+    return torch.tensor([sum(1 << i for i in kept) for kept in combinations(range(m), n)], dtype=torch.int32)
+
+
+@lru_cache
+def _ranks(n: int, m: int) -> torch.Tensor:
+    """Rank of every code, int64 `[2**m]`, -1 where it has not n members."""
+    table = torch.full((1 << m,), -1, dtype=torch.int64)
+    table[_codes_by_rank(n, m)] = torch.arange(comb(m, n))
+    return table
+
+
+@lru_cache
+def _codes_by_byte(n: int, m: int) -> torch.Tensor:
+    """Codes of the groups in every value of a one-byte word, int32 `[256, digits]`."""
+    base, (digits, _) = comb(m, n), word_layout(n, m)
+    byte = torch.arange(256)
+    return torch.stack([_codes_by_rank(n, m)[byte // base**i % base] for i in range(digits)], dim=1)
+
+
+def codes_of(mask: torch.Tensor) -> torch.Tensor:
+    """
+    A mask as codes, one number per group whose bit i stands for member i.
+
+    Args:
+        mask (`torch.Tensor`): bool `[out_features, m, groups]`.
+
+    Returns:
+        `torch.Tensor`: int32 `[out_features, groups]`.
+    """
+    return join(list(mask.unbind(1)))
+
+
+def join(kept: list[torch.Tensor]) -> torch.Tensor:
+    """[`codes_of`] on a list of planes."""
+    codes = kept[0].int()
+    for i, plane in enumerate(kept[1:], start=1):
+        codes = codes | (plane.int() << i)
+    return codes
+
+
+def mask_of(codes: torch.Tensor, m: int) -> torch.Tensor:
+    """The inverse of [`codes_of`]: bool `[out_features, m, groups]`."""
+    return torch.stack([(codes >> i) & 1 == 1 for i in range(m)], dim=1)
+
+
+def pack(mask: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """
+    Pack a mask into bytes.
+
+    Args:
+        mask (`torch.Tensor`): bool `[out_features, m, in_features // m]`, exactly `n` True per group.
+        n (`int`): Members kept per group.
+        m (`int`): Members of a group.
+
+    Returns:
+        `torch.Tensor`: uint8 `[out_features, packed_width(n, m, in_features)]`.
+
+    Raises:
+        `ValueError`: if a group has not exactly `n` members.
+    """
+    return pack_codes(codes_of(mask), n, m)
+
+
+def pack_codes(codes: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """[`pack`] from codes."""
+    out_features, groups = codes.shape
+    rank = _ranks(n, m).to(codes.device)[codes]
+    if rank.numel() and int(rank.min()) < 0:
+        raise ValueError(f"a {n}:{m} mask keeps exactly {n} members in every group; this one does not.")
+    digits, size = word_layout(n, m)
+    words = packed_width(n, m, groups * m) // size
+    rank = torch.nn.functional.pad(rank, (0, words * digits - groups)).view(out_features, words, digits)
+    place = torch.tensor([comb(m, n) ** i for i in range(digits)], device=codes.device)
+    word = (rank * place).sum(-1, keepdim=True)
+    shifts = torch.arange(0, 8 * size, 8, device=codes.device)
+    return ((word >> shifts) & 0xFF).to(torch.uint8).view(out_features, words * size)
+
+
+def unpack(packed: torch.Tensor, n: int, m: int, in_features: int) -> torch.Tensor:
+    """
+    Unpack a mask; the inverse of [`pack`].
+
+    Args:
+        packed (`torch.Tensor`): uint8 `[out_features, packed_width(n, m, in_features)]`.
+        n (`int`): Members kept per group.
+        m (`int`): Members of a group.
+        in_features (`int`): Columns of the weight, a multiple of `m`.
+
+    Returns:
+        `torch.Tensor`: bool `[out_features, m, in_features // m]`.
+
+    Raises:
+        `ValueError`: if the shape or dtype is not that of such a mask, or a word is out of range.
+    """
+    return mask_of(unpack_codes(packed, n, m, in_features), m)
+
+
+def unpack_codes(packed: torch.Tensor, n: int, m: int, in_features: int) -> torch.Tensor:
+    """[`unpack`] to codes."""
+    width = packed_width(n, m, in_features)
+    if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != width:
+        raise ValueError(
+            f"a packed {n}:{m} mask over {in_features} inputs is uint8 with {width} bytes a row, "
+            f"not {packed.dtype} of shape {tuple(packed.shape)}."
+        )
+    digits, size = word_layout(n, m)
+    base, groups = comb(m, n), in_features // m
+    out_features = packed.shape[0]
+    shifts = torch.arange(0, 8 * size, 8, device=packed.device)
+    word = packed.int() if size == 1 else (packed.view(out_features, -1, size).long() << shifts).sum(-1)
+    if word.numel() and int(word.max()) >= base**digits:
+        raise ValueError(f"a word of the packed {n}:{m} mask is out of range: the mask is missing or corrupt.")
+    if size == 1:
+        codes = _codes_by_byte(n, m).to(packed.device)[word]
+    else:
+        rank = torch.stack([word // base**i % base for i in range(digits)], dim=-1)
+        codes = _codes_by_rank(n, m).to(packed.device)[rank]
+    return codes.view(out_features, -1)[:, :groups].contiguous()

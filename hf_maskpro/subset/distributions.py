@@ -1,0 +1,366 @@
+"""
+Two distributions over the n-of-m subsets of a group: Plackett-Luce and conditional Poisson.
+
+Logits have the shape `[..., m, groups]`: the m members of a group are m planes with a contiguous innermost axis, so
+that every operation is element-wise over planes. A mask is a bool tensor of the same shape with n True per group.
+"""
+
+from typing import Literal
+
+import torch
+
+from .bits import to_uniform, uniform_bits
+
+Distribution = Literal["plackett_luce", "conditional_poisson"]
+
+# A member this far below (above) the n-th largest logit of its group is never (always) drawn; without the clamp a
+# lead of about 103 underflows float32 and gives NaN.
+_LOWEST, _HIGHEST = -60.0, 40.0
+
+
+def _planes(tensor: torch.Tensor) -> list[torch.Tensor]:
+    return list(tensor.unbind(-2))
+
+
+def work_dtype(n: int) -> torch.dtype:
+    """Products of more than two weights of up to exp(40) leave the range of float32."""
+    return torch.float32 if n <= 2 else torch.float64
+
+
+def _nth_largest(planes: list[torch.Tensor], n: int) -> torch.Tensor:
+    """The n-th largest of the planes, element-wise, by n passes of bubble sort."""
+    planes = list(planes)
+    for k in range(n):
+        for i in range(len(planes) - 1, k, -1):
+            low, high = torch.minimum(planes[i - 1], planes[i]), torch.maximum(planes[i - 1], planes[i])
+            planes[i - 1], planes[i] = high, low
+    return planes[n - 1]
+
+
+def weights_of(planes: list[torch.Tensor], n: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """exp(logits), shifted by the n-th largest of the group, in `dtype`."""
+    planes = [plane.to(dtype) for plane in planes]
+    shift = _nth_largest(planes, n)
+    return [(plane - shift).clamp(_LOWEST, _HIGHEST).exp() for plane in planes]
+
+
+def mode(logits: torch.Tensor, n: int) -> torch.Tensor:
+    """
+    The most likely mask of either distribution: the n largest logits, ties to the lower index.
+
+    Args:
+        logits (`torch.Tensor`): `[..., m, groups]`, any floating dtype.
+        n (`int`): Members kept per group.
+
+    Returns:
+        `torch.Tensor`: bool `[..., m, groups]`.
+    """
+    return torch.stack(mode_of(_planes(logits), n), dim=-2)
+
+
+def mode_of(planes: list[torch.Tensor], n: int) -> list[torch.Tensor]:
+    """Keep a member that fewer than n others beat."""
+    beaten_by = [torch.zeros_like(plane, dtype=torch.int32) for plane in planes]
+    for i in range(len(planes)):
+        for j in range(i + 1, len(planes)):
+            wins = (planes[j] > planes[i]).int()
+            beaten_by[i] = beaten_by[i] + wins
+            beaten_by[j] = beaten_by[j] + (1 - wins)
+    return [count < n for count in beaten_by]
+
+
+def sample(
+    logits: torch.Tensor, n: int, seed: int, layer: int = 0, distribution: Distribution = "plackett_luce"
+) -> torch.Tensor:
+    """
+    Draw one mask per group, a pure function of (logits, seed, layer).
+
+    Args:
+        logits (`torch.Tensor`): `[..., m, groups]`, any floating dtype.
+        n (`int`): Members kept per group.
+        seed (`int`): Between 0 and 2**64 - 1.
+        layer (`int`): Index of the layer, so that layers share no random numbers.
+        distribution (`str`): `"plackett_luce"` (n draws without replacement from the softmax, arXiv 2506.12876) or
+            `"conditional_poisson"` (independent members, given that n of them are kept).
+
+    Returns:
+        `torch.Tensor`: bool `[..., m, groups]`.
+    """
+    weights = weights_of(_planes(logits), n, sampling_dtype(n, distribution))
+    shape = (draws(n, distribution), *weights[0].shape)
+    words = uniform_bits(shape, seed, layer, logits.device)
+    return torch.stack(draw(weights, n, to_uniform(words), distribution), dim=-2)
+
+
+def draws(n: int, distribution: Distribution) -> int:
+    """Uniform numbers that a group needs."""
+    return n if distribution == "plackett_luce" else 1
+
+
+def sampling_dtype(n: int, distribution: Distribution) -> torch.dtype:
+    """Plackett-Luce needs sums of weights alone, conditional Poisson products of n."""
+    return torch.float32 if distribution == "plackett_luce" else work_dtype(n)
+
+
+def draw(
+    weights: list[torch.Tensor], n: int, uniform: torch.Tensor, distribution: Distribution
+) -> list[torch.Tensor]:
+    """One mask per group from uniform numbers `[draws, ...]`."""
+    if distribution == "plackett_luce":
+        return _draw_plackett_luce(weights, n, uniform)
+    return _draw_conditional_poisson(weights, n, uniform[0])
+
+
+def _draw_plackett_luce(weights: list[torch.Tensor], n: int, uniform: torch.Tensor) -> list[torch.Tensor]:
+    weights = list(weights)
+    kept = [torch.zeros_like(weight, dtype=torch.bool) for weight in weights]
+    for turn in range(n):
+        total = sum(weights)
+        # One unit in the last place less than the total, which rounding must not reach: the last member that is
+        # left would then be passed over.
+        threshold = uniform[turn] * (total * (1 - 2.0**-23))
+        below = torch.zeros_like(threshold)
+        drawn = torch.zeros_like(kept[0])
+        for i, weight in enumerate(weights):
+            below = below + weight
+            hit = (threshold < below) & ~drawn
+            drawn = drawn | hit
+            kept[i] = kept[i] | hit
+            weights[i] = torch.where(hit, 0.0, weight)
+    return kept
+
+
+def _draw_conditional_poisson(weights: list[torch.Tensor], n: int, uniform: torch.Tensor) -> list[torch.Tensor]:
+    """One uniform number per group walks the sets in lexicographic order, member by member."""
+    m = len(weights)
+    suffix = _suffix_polynomials(weights, n)
+    threshold = uniform.to(weights[0].dtype) * suffix[0][n]
+    left = torch.full_like(weights[0], n, dtype=torch.int32)
+    kept = []
+    for i, weight in enumerate(weights):
+        # Between the members that must still come and those that were kept so far, few counts are possible here.
+        mass = torch.zeros_like(weight)
+        for k in range(max(1, n - i), min(n, m - i - 1) + 1):
+            mass = torch.where(left == k, weight * suffix[i + 1][k - 1], mass)
+        hit = ((threshold < mass) & (left > 0)) | (left == m - i)
+        threshold = torch.where(hit, threshold / weight, threshold - mass)
+        left = left - hit.int()
+        kept.append(hit)
+    return kept
+
+
+def _extend(polynomials: list[torch.Tensor], weight: torch.Tensor) -> list[torch.Tensor]:
+    """Elementary symmetric polynomials e_0..e_n after one more weight."""
+    return [polynomials[0]] + [polynomials[k] + weight * polynomials[k - 1] for k in range(1, len(polynomials))]
+
+
+def _suffix_polynomials(weights: list[torch.Tensor], n: int) -> list[list[torch.Tensor]]:
+    """e_0..e_n of the weights from i onwards, for i = 0..m."""
+    one, zero = torch.ones_like(weights[0]), torch.zeros_like(weights[0])
+    suffix = [[one] + [zero] * n]
+    for weight in reversed(weights):
+        suffix.append(_extend(suffix[-1], weight))
+    return suffix[::-1]
+
+
+def marginals(logits: torch.Tensor, n: int) -> torch.Tensor:
+    """
+    Probability that each member is kept, under the conditional Poisson distribution.
+
+    `mu_i = w_i e_{n-1}(w without i) / e_n(w)` with `w = exp(logits)`: sums of positive terms alone.
+
+    Args:
+        logits (`torch.Tensor`): `[..., m, groups]`.
+        n (`int`): Members kept per group.
+
+    Returns:
+        `torch.Tensor`: float32 `[..., m, groups]`; sums to n over the members.
+    """
+    weights = weights_of(_planes(logits), n, work_dtype(n))
+    suffix = _suffix_polynomials(weights, n)
+    total = suffix[0][n]
+    prefix = [suffix[-1][0]] + [suffix[-1][1]] * n
+    result = []
+    for i, weight in enumerate(weights):
+        without = sum(prefix[k] * suffix[i + 1][n - 1 - k] for k in range(n))
+        result.append((weight * without / total).float())
+        prefix = _extend(prefix, weight)
+    return torch.stack(result, dim=-2)
+
+
+def marginals_backward(logits: torch.Tensor, n: int, grad: torch.Tensor) -> torch.Tensor:
+    """
+    Send a gradient with respect to the mask through the exact marginals to the logits: SIMPLE (Ahmed et al., ICLR
+    2023).
+
+    `dL/dl_i = sum_j Cov(m_i, m_j) d_j = mu_i (1 - mu_i) (E[f | i kept] - E[f | i dropped])` where `f` is the sum of
+    `d` over the kept members. `1 - mu_i` is formed as the probability of the sets without i, never by subtraction.
+
+    Args:
+        logits (`torch.Tensor`): `[..., m, groups]`.
+        n (`int`): Members kept per group.
+        grad (`torch.Tensor`): `d`, the gradient with respect to the mask, `[..., m, groups]`.
+
+    Returns:
+        `torch.Tensor`: float32 `[..., m, groups]`.
+    """
+    dtype = work_dtype(n)
+    values = [plane.to(dtype) for plane in _planes(grad)]
+    return torch.stack(marginal_gradient(weights_of(_planes(logits), n, dtype), values, n), dim=-2)
+
+
+def marginal_gradient(weights: list[torch.Tensor], values: list[torch.Tensor], n: int) -> list[torch.Tensor]:
+    """[`marginals_backward`] on planes."""
+    suffix = _suffix_polynomials(weights, n)
+    # Beside each e_k, the same sum over sets with f(set) as a further factor.
+    zero = torch.zeros_like(weights[0])
+    suffix_f = [[zero] * (n + 1)]
+    for i in range(len(weights) - 1, -1, -1):
+        suffix_f.append(_extend_f(suffix[i + 1], suffix_f[-1], weights[i], values[i]))
+    suffix_f = suffix_f[::-1]
+    total = suffix[0][n]
+    prefix, prefix_f = suffix[-1], suffix_f[-1]
+    result = []
+    for i, (weight, value) in enumerate(zip(weights, values, strict=True)):
+        kept, kept_f = _combine(prefix, prefix_f, suffix[i + 1], suffix_f[i + 1], n - 1)
+        dropped, dropped_f = _combine(prefix, prefix_f, suffix[i + 1], suffix_f[i + 1], n)
+        difference = value + kept_f / kept - dropped_f / dropped
+        result.append((weight * kept / total * (dropped / total) * difference).float())
+        prefix, prefix_f = _extend(prefix, weight), _extend_f(prefix, prefix_f, weight, value)
+    return result
+
+
+def _extend_f(
+    polynomials: list[torch.Tensor], with_f: list[torch.Tensor], weight: torch.Tensor, value: torch.Tensor
+) -> list[torch.Tensor]:
+    """The sums with the factor f, after one more weight whose value is `value`."""
+    return [with_f[0]] + [
+        with_f[k] + weight * (with_f[k - 1] + value * polynomials[k - 1]) for k in range(1, len(with_f))
+    ]
+
+
+def _combine(
+    left: list[torch.Tensor], left_f: list[torch.Tensor], right: list[torch.Tensor], right_f: list[torch.Tensor], n: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """e_n of two disjoint parts together, and the same sum with the factor f."""
+    plain, with_f = left[0] * right[n], left_f[0] * right[n] + left[0] * right_f[n]
+    for k in range(1, n + 1):
+        plain = plain + left[k] * right[n - k]
+        with_f = with_f + left_f[k] * right[n - k] + left[k] * right_f[n - k]
+    return plain, with_f
+
+
+def log_prob(logits: torch.Tensor, mask: torch.Tensor, distribution: Distribution = "plackett_luce") -> torch.Tensor:
+    """
+    Log-probability of a mask, that is of the unordered set of kept members.
+
+    Args:
+        logits (`torch.Tensor`): `[..., m, groups]`.
+        mask (`torch.Tensor`): bool `[..., m, groups]`, the same number of True in every group.
+        distribution (`str`): `"plackett_luce"` or `"conditional_poisson"`.
+
+    Returns:
+        `torch.Tensor`: float64 `[..., groups]`.
+    """
+    n = _subset_size(mask)
+    if distribution == "plackett_luce":
+        return _PlackettLuceSubsets(logits, mask, n).forward[-1]
+    weights = weights_of(_planes(logits), n, torch.float64)
+    chosen = sum(torch.where(kept, weight.log(), 0.0) for kept, weight in zip(_planes(mask), weights, strict=True))
+    return chosen - _suffix_polynomials(weights, n)[0][n].log()
+
+
+def score(logits: torch.Tensor, mask: torch.Tensor, distribution: Distribution = "plackett_luce") -> torch.Tensor:
+    """
+    Gradient of [`log_prob`] with respect to the logits, in closed form.
+
+    Args:
+        logits (`torch.Tensor`): `[..., m, groups]`.
+        mask (`torch.Tensor`): bool `[..., m, groups]`, the same number of True in every group.
+        distribution (`str`): `"plackett_luce"` or `"conditional_poisson"`.
+
+    Returns:
+        `torch.Tensor`: float32 `[..., m, groups]`; sums to 0 over the members.
+    """
+    n = _subset_size(mask)
+    if distribution == "conditional_poisson":
+        return mask.float() - marginals(logits, n)
+    if n == 2:
+        return torch.stack(score_of_two(weights_of(_planes(logits), 2, torch.float32), _planes(mask)), dim=-2)
+    return _score_plackett_luce(logits, mask, n)
+
+
+def _subset_size(mask: torch.Tensor) -> int:
+    return int(mask[..., 0].reshape(-1, mask.shape[-2])[0].sum())
+
+
+def score_of_two(weights: list[torch.Tensor], kept: list[torch.Tensor]) -> list[torch.Tensor]:
+    """
+    The Plackett-Luce score for n = 2 in float32, on planes: what a member shares with the others is always summed,
+    never taken as 1 - p.
+    """
+    total = sum(weights)
+    others = [sum(weights[j] for j in range(len(weights)) if j != i) for i in range(len(weights))]
+    first = [torch.where(k, total / other, 0.0) for k, other in zip(kept, others, strict=True)]
+    norm = sum(first)
+    h = [f / norm * (total / other) for f, other in zip(first, others, strict=True)]
+    result = []
+    for i, (k, weight) in enumerate(zip(kept, weights, strict=True)):
+        later = sum(h[j] for j in range(len(h)) if j != i)
+        result.append(k.float() - weight / total * (1 + later))
+    return result
+
+
+class _PlackettLuceSubsets:
+    """
+    The sums over the subsets of the kept members, in log space and float64.
+
+    `forward[A]` is log F(A), the probability that the members A are drawn first, in whatever order; `outside[A]` is
+    the log of the total weight outside A. Subsets are bit masks over the n kept members.
+    """
+
+    def __init__(self, logits: torch.Tensor, mask: torch.Tensor, n: int):
+        log_weights = torch.stack(weights_of(_planes(logits), n, torch.float64), dim=-1).log()
+        by_group = mask.transpose(-1, -2)
+        self.log_weights = log_weights
+        kept = log_weights[by_group].view(*by_group.shape[:-1], n)
+        self.kept = list(kept.unbind(-1))
+        dropped = log_weights.masked_fill(by_group, -torch.inf).logsumexp(-1)
+        self.outside = [
+            torch.stack([dropped] + [self.kept[a] for a in range(n) if not subset >> a & 1]).logsumexp(0)
+            for subset in range(1 << n)
+        ]
+        self.forward = [torch.zeros_like(dropped)]
+        for subset in range(1, 1 << n):
+            last = [a for a in range(n) if subset >> a & 1]
+            self.forward.append(
+                torch.stack(
+                    [self.forward[subset ^ 1 << a] + self.kept[a] - self.outside[subset ^ 1 << a] for a in last]
+                ).logsumexp(0)
+            )
+
+
+def _score_plackett_luce(logits: torch.Tensor, mask: torch.Tensor, n: int) -> torch.Tensor:
+    """`score_i = m_i - w_i sum_A gamma(A) / w(outside A)` over the proper subsets A of the mask without i."""
+    subsets = _PlackettLuceSubsets(logits, mask, n)
+    full = (1 << n) - 1
+    backward: list[torch.Tensor] = [torch.zeros_like(subsets.forward[0])] * (full + 1)
+    for subset in range(full - 1, -1, -1):
+        following = [
+            subsets.kept[a] - subsets.outside[subset] + backward[subset | 1 << a]
+            for a in range(n)
+            if not subset >> a & 1
+        ]
+        backward[subset] = torch.stack(following).logsumexp(0)
+    visits = [
+        subsets.forward[subset] + backward[subset] - subsets.forward[full] - subsets.outside[subset]
+        for subset in range(full)
+    ]
+    for_dropped = torch.stack(visits).logsumexp(0)
+    for_kept = [
+        torch.stack([visits[subset] for subset in range(full) if not subset >> a & 1]).logsumexp(0) for a in range(n)
+    ]
+    by_group = mask.transpose(-1, -2)
+    log_visits = for_dropped.unsqueeze(-1).expand(by_group.shape).clone()
+    log_visits[by_group] = torch.stack(for_kept, dim=-1).flatten()
+    return (by_group.double() - (subsets.log_weights + log_visits).exp()).float().transpose(-1, -2).contiguous()

@@ -1,0 +1,11 @@
+"""The PEFT method: configuration, layer, model and registration. The only room that touches PEFT's internals."""
+
+from .config import MaskProConfig
+from .layer import SIMPLE_LOGIT_SCALE, MaskProLayer, logit_scale
+from .model import MaskProModel, masked_layers
+from .registration import register
+
+
+register(MaskProConfig, MaskProModel)
+
+__all__ = ["SIMPLE_LOGIT_SCALE", "MaskProConfig", "MaskProLayer", "MaskProModel", "logit_scale", "masked_layers"]

@@ -1,0 +1,140 @@
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig
+
+from ..subset import Distribution
+from .registration import add_peft_type
+
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class MaskProConfig(PeftConfig):
+    """
+    Configuration of a mask adapter: which `n` of every `m` consecutive input weights of a linear layer are kept.
+
+    Args:
+        n (`int`, defaults to 2):
+            Weights kept in every group; at least 1.
+        m (`int`, defaults to 4):
+            Size of a group, along the input dimension of the layer: more than `n`, at most 16, and a divisor of
+            every target's `in_features`. 2:4 is the pattern that sparse tensor cores accelerate.
+        target_modules (`list[str]` or `str`, *optional*):
+            Layers to mask: name endings, a regular expression, or `"all-linear"`. `None` means the latter: every
+            `nn.Linear` and `Conv1D` except the output head.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Layers to leave dense, given in the same way.
+        init_mask (`str`, defaults to `"magnitude"`):
+            The starting mask. `"magnitude"` (largest absolute weights) and `"random"` need no data and are there at
+            once; `"wanda"` waits for [`initialize_masks`].
+        logit_scale (`float`, *optional*):
+            `C`: a kept member of the starting mask has the logit `C` more than a dropped one. The larger, the fewer
+            groups change in a sample, about `(m - n) * exp(-C)` times 1 to `n`. `None` is the estimator's own default,
+            filled in when training starts: 10 for `residual`, 5 for `simple` and for a plain `Trainer`.
+        distribution (`str`, defaults to `"plackett_luce"`):
+            What the `residual` estimator samples from: `"plackett_luce"` (as in arXiv 2506.12876) or
+            `"conditional_poisson"`. `simple` is unbiased for conditional Poisson alone and always uses that.
+        logits_dtype (`str`, defaults to `"float32"`):
+            Data type of the trained offset `theta` of the logits: `"float32"` or `"bfloat16"`.
+        save_logits (`bool`, defaults to `False`):
+            Save `theta` beside the starting mask, exactly, instead of the learned mask alone. Needed to continue
+            training as if it had never stopped. The file grows from 0.67 to 33 bits per weight.
+        modules_to_save (`list[str]`, *optional*):
+            Other modules to train and save. Needs a backward pass, so the `residual` estimator refuses it.
+        lineage (`list[dict]`, *optional*):
+            Written when saving: for every stage of training the starting mask and the share of groups that the
+            learned mask changed, per layer.
+        target_weights (`int`, *optional*):
+            Written when saving: how many weights are masked or kept, over all layers.
+        format_version (`int`, *optional*):
+            Written when saving. A configuration that has it expects its mask from a file.
+
+    Raises:
+        `ValueError`: if a value is out of range.
+    """
+
+    n: int = field(default=2, metadata={"help": "Weights kept in every group."})
+    m: int = field(default=4, metadata={"help": "Size of a group of consecutive input weights."})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to mask."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to leave dense."})
+    init_mask: Literal["magnitude", "random", "wanda"] = field(
+        default="magnitude", metadata={"help": "The starting mask."}
+    )
+    logit_scale: float | None = field(default=None, metadata={"help": "Logit of the starting mask's members."})
+    distribution: Distribution = field(default="plackett_luce", metadata={"help": "What `residual` samples from."})
+    logits_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Data type of theta."})
+    save_logits: bool = field(default=False, metadata={"help": "Save theta exactly, not the learned mask alone."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
+    lineage: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Written when saving."})
+    target_weights: int | None = field(default=None, metadata={"help": "Written when saving."})
+    format_version: int | None = field(default=None, metadata={"help": "Written when saving."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = add_peft_type()
+        for name in ("n", "m"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}, which is not a whole number; for 2:4 use n=2, m=4.")
+        if not 2 <= self.m <= 16:
+            raise ValueError(f"m is {self.m}, outside 2 to 16; choose a group size in that range.")
+        if not 1 <= self.n < self.m:
+            raise ValueError(f"n is {self.n}, outside 1 to m - 1 = {self.m - 1}; keep fewer weights than a group has.")
+        for name, allowed in {
+            "init_mask": ("magnitude", "random", "wanda"),
+            "distribution": ("plackett_luce", "conditional_poisson"),
+            "logits_dtype": ("float32", "bfloat16"),
+            "format_version": (None, FORMAT_VERSION),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, allowed))}.")
+        if self.logit_scale is not None and not 0 < self.logit_scale <= 40:
+            raise ValueError(f"logit_scale is {self.logit_scale}, outside 0 to 40; 5 to 10 is usual.")
+        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
+        self.exclude_modules = (
+            set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
+        )
+
+        # A file with theta continues its last stage; one without it starts a stage from the mask that it holds.
+        self._earlier = list(self.lineage or [])
+        self._groups_changed: dict[str, float] | None = None
+        self.start: dict[str, Any] = {"init_mask": "adapter" if self.awaits_file else self.init_mask}
+        if self.awaits_file and self.save_logits and self._earlier:
+            self.start = {key: value for key, value in self._earlier.pop().items() if key != "groups_changed"}
+
+    @property
+    def pattern(self) -> str:
+        """The pattern as it is usually written, `"2:4"`."""
+        return f"{self.n}:{self.m}"
+
+    @property
+    def awaits_file(self) -> bool:
+        """Whether the mask of an adapter with this configuration comes from a file."""
+        return self.format_version is not None
+
+    def record_stage(self, groups_changed: dict[str, float], target_weights: int) -> None:
+        """
+        Note how far the mask is from where this stage of its training started, for [`save_pretrained`].
+
+        Args:
+            groups_changed (`dict[str, float]`): Share of the groups whose mask changed, by layer.
+            target_weights (`int`): Weights of those layers together.
+        """
+        self._groups_changed = groups_changed
+        self.target_weights = target_weights
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        version, lineage = self.format_version, self.lineage
+        if self._groups_changed is not None:
+            self.format_version = FORMAT_VERSION
+            moved = self.start["init_mask"] != "adapter" or any(self._groups_changed.values())
+            self.lineage = self._earlier + [{**self.start, "groups_changed": self._groups_changed}] * moved
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.format_version, self.lineage = version, lineage

@@ -1,0 +1,356 @@
+"""The layer that applies a mask to a linear layer's weight, and lets gradients reach the mask's logits."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..subset import (
+    Distribution,
+    apply_codes,
+    codes_of,
+    keep_of,
+    mode,
+    mode_codes,
+    pack_codes,
+    packed_width,
+    sample_codes,
+    theta_gradient,
+    unpack_codes,
+)
+from .config import MaskProConfig
+
+
+SIMPLE_LOGIT_SCALE = 5.0
+
+_UNFILLED = 255
+
+
+def to_planes(rows: torch.Tensor, m: int) -> torch.Tensor:
+    """`[out_features, in_features]` to `[out_features, m, in_features // m]`, a view."""
+    return rows.unflatten(1, (-1, m)).transpose(1, 2)
+
+
+class _ApplyMask(torch.autograd.Function):
+    """
+    The weight with its dropped entries selected to +0; backward is SIMPLE.
+
+    What keeping a weight is worth, gradient times weight, goes to the logits through the exact marginals of the
+    conditional Poisson distribution. The logits are rebuilt from the starting mask rather than kept.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, theta, codes, layer, adapter_name):
+        config = layer.maskpro_config[adapter_name]
+        ctx.layer, ctx.adapter_name = layer, adapter_name
+        ctx.save_for_backward(weight, theta, codes if ctx.needs_input_grad[0] else None)
+        return layer.out_in(apply_codes(layer.out_in(weight), codes, config.m))
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, theta, codes = ctx.saved_tensors
+        layer, name = ctx.layer, ctx.adapter_name
+        config = layer.maskpro_config[name]
+        grad_weight = grad_theta = None
+        grad = layer.out_in(grad)
+        if ctx.needs_input_grad[0]:
+            grad_weight = layer.out_in(torch.where(keep_of(codes, config.m), grad, 0))
+        if ctx.needs_input_grad[1]:
+            grad_theta = theta_gradient(
+                theta, layer.initial_codes(name), logit_scale(config), config.n, grad, layer.out_in(weight)
+            )
+        return grad_weight, grad_theta, None, None, None
+
+
+def logit_scale(config: MaskProConfig) -> float:
+    """`C`, which matters only once theta has moved."""
+    return SIMPLE_LOGIT_SCALE if config.logit_scale is None else config.logit_scale
+
+
+def _theta_may_be_missing(module: nn.Module, incompatible_keys: Any) -> None:
+    """A file without theta holds a finished mask, which theta = 0 means."""
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if ".maskpro_theta." not in key]
+
+
+class MaskProLayer(BaseTunerLayer):
+    """
+    What every masked layer has, per adapter: `maskpro_theta`, the trained offset of the logits, and `maskpro_mask`,
+    the packed starting mask.
+    """
+
+    adapter_layer_names = ("maskpro_theta",)
+    other_param_names = ("maskpro_mask", "maskpro_config")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+        self.maskpro_theta = nn.ParameterDict()
+        self.maskpro_mask = BufferDict(persistent=True)
+        self.maskpro_config: dict[str, MaskProConfig] = {}
+        self.merged_adapters: list[str] = []
+        # While set, gives the codes of the mask in train mode for an adapter's name; otherwise they are sampled.
+        self.choose_codes: Callable[[str], torch.Tensor] | None = None
+        self._dropped: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._unfilled: dict[str, tuple[torch.Tensor, int]] = {}
+        self._masked_weight: tuple[Any, torch.Tensor] | None = None
+        assert isinstance(self, nn.Module)
+        self.register_load_state_dict_post_hook(_theta_may_be_missing)
+
+    def out_in(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as `[out_features, in_features]`, or back; a view."""
+        raise NotImplementedError
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The base layer's computation with another weight."""
+        raise NotImplementedError
+
+    def update_layer(self, adapter_name: str, config: MaskProConfig) -> None:
+        """Add an adapter, with its starting mask if that needs neither data nor a file."""
+        weight = self.out_in(self.get_base_layer().weight.detach())
+        out_features, in_features = weight.shape
+        shape = (out_features, config.m, in_features // config.m)
+        data_free = not config.awaits_file and config.init_mask in ("magnitude", "random") and not weight.is_meta
+        if data_free:
+            scores = to_planes(weight.abs(), config.m) if config.init_mask == "magnitude" else torch.rand(shape)
+            packed = pack_codes(codes_of(mode(scores.to(weight.device), config.n)), config.n, config.m)
+        else:
+            width = packed_width(config.n, config.m, in_features)
+            packed = torch.full((out_features, width), _UNFILLED, dtype=torch.uint8, device=weight.device)
+        # An adapter for inference has no logits to move: one zero, expanded, stands for all of them.
+        dtype = getattr(torch, config.logits_dtype)
+        theta = torch.zeros((), dtype=dtype, device=weight.device).expand(shape)
+        self.maskpro_theta[adapter_name] = nn.Parameter(theta, requires_grad=False)
+        self.maskpro_mask[adapter_name] = packed
+        self.maskpro_config[adapter_name] = config
+        if not data_free:
+            self._unfilled[adapter_name] = (packed, packed._version)
+        if config.save_logits or not config.inference_mode:
+            self.materialize(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def materialize(self, adapter_name: str) -> None:
+        """Give `theta` memory of its own, which an adapter for inference does without."""
+        theta = self.maskpro_theta[adapter_name]
+        if not theta.is_contiguous() and not theta.is_meta:
+            self.maskpro_theta[adapter_name] = nn.Parameter(theta.detach().contiguous(), requires_grad=False)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            if name in self.maskpro_theta and not inference_mode:
+                self.materialize(name)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            if name in self.maskpro_theta and requires_grad:
+                self.materialize(name)
+        super().set_requires_grad(adapter_names, requires_grad)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name not in self.maskpro_theta:
+            return
+        device = device or self.get_base_layer().weight.device
+        theta = self.maskpro_theta[adapter_name]
+        if theta.device not in (device, torch.device("meta")):
+            self.maskpro_theta[adapter_name] = nn.Parameter(theta.detach().to(device), theta.requires_grad)
+        self.maskpro_mask[adapter_name] = self.maskpro_mask[adapter_name].to(device)
+
+    def packed_initial_mask(self, adapter_name: str) -> torch.Tensor:
+        """
+        The packed starting mask, uint8.
+
+        Raises:
+            `ValueError`: if it was never filled.
+        """
+        packed = self.maskpro_mask[adapter_name]
+        placeholder, version = self._unfilled.get(adapter_name, (None, 0))
+        if packed is placeholder and packed._version == version:
+            config = self.maskpro_config[adapter_name]
+            if config.awaits_file:
+                raise ValueError(f"adapter {adapter_name!r} has no mask for a layer: its file is missing a tensor.")
+            raise ValueError(
+                f"init_mask={config.init_mask!r} needs calibration data: "
+                "call initialize_masks(model, dataloader) before using the model."
+            )
+        return packed
+
+    def initial_codes(self, adapter_name: str) -> torch.Tensor:
+        """The starting mask as codes, int32 `[out_features, in_features // m]`."""
+        config = self.maskpro_config[adapter_name]
+        in_features = self.out_in(self.get_base_layer().weight).shape[1]
+        return unpack_codes(self.packed_initial_mask(adapter_name), config.n, config.m, in_features)
+
+    def set_initial_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
+        """Fill the starting mask, bool `[out_features, m, in_features // m]`."""
+        config = self.maskpro_config[adapter_name]
+        self.maskpro_mask[adapter_name].copy_(pack_codes(codes_of(mask), config.n, config.m))
+        self._unfilled.pop(adapter_name, None)
+
+    def mode_codes(self, adapter_name: str) -> torch.Tensor:
+        """The learned mask, the n largest logits, as codes."""
+        config, theta = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
+        initial = self.initial_codes(adapter_name)
+        # A theta that was never given memory is zero: the mode is the starting mask.
+        return mode_codes(theta, initial, logit_scale(config), config.n) if theta.is_contiguous() else initial
+
+    def sampled_codes(
+        self, adapter_name: str, seed: int, layer: int = 0, distribution: Distribution = "conditional_poisson"
+    ) -> torch.Tensor:
+        """A mask drawn from the logits, as codes: a pure function of logits, seed and layer."""
+        config, theta = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
+        initial = self.initial_codes(adapter_name)
+        return sample_codes(theta, initial, logit_scale(config), config.n, seed, layer, distribution)
+
+    def _training_codes(self, adapter_name: str) -> torch.Tensor:
+        if self.choose_codes is not None:
+            return self.choose_codes(adapter_name)
+        config = self.maskpro_config[adapter_name]
+        if config.logit_scale is None:
+            config.logit_scale = SIMPLE_LOGIT_SCALE
+        # torch's own generator, so that manual_seed and the replay of gradient checkpointing hold.
+        return self.sampled_codes(adapter_name, int(torch.randint(2**63 - 1, ())))
+
+    def _masking_adapters(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.maskpro_theta]
+
+    def masked_weight(self) -> torch.Tensor:
+        """
+        The base weight with the dropped entries of every active adapter at zero, in the base layer's own layout.
+
+        Sampled where the layer is in train mode and the adapter's `theta` requires grad, else the mode.
+        """
+        weight = self.get_base_layer().weight
+        names = self._masking_adapters()
+        trained = [name for name in names if self.maskpro_theta[name].requires_grad]
+        if (self.training and trained) or (torch.is_grad_enabled() and (trained or weight.requires_grad)):
+            for name in names:
+                sampled = self.training and name in trained
+                codes = self._training_codes(name) if sampled else self.mode_codes(name)
+                weight = _ApplyMask.apply(weight, self.maskpro_theta[name], codes, self, name)
+            return weight
+        return self._cached_masked_weight(weight, names)
+
+    def _cached_masked_weight(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
+        """
+        The masked weight, computed again only when something it depends on has changed: `generate` asks for it at
+        every token.
+        """
+        tensors = [weight, *(t for name in names for t in (self.maskpro_theta[name], self.maskpro_mask[name]))]
+        state = (tuple(names), [(id(t), t.data_ptr(), t._version) for t in tensors])
+        if self._masked_weight is None or self._masked_weight[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                masked = weight
+                for name in names:
+                    masked = self._select(masked, self.mode_codes(name), name)
+            self._masked_weight = (state, masked)
+        return self._masked_weight[1]
+
+    def _select(self, weight: torch.Tensor, codes: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        return self.out_in(apply_codes(self.out_in(weight), codes, self.maskpro_config[adapter_name].m))
+
+    def train(self, mode: bool = True):
+        if mode:
+            self._masked_weight = None
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged or not self._masking_adapters():
+            return self.base_layer(x, *args, **kwargs)
+        return self.linear(x, self.masked_weight())
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep: bool = True) -> None:
+        """
+        Set the dropped weights of the base layer to zero.
+
+        Args:
+            safe_merge (`bool`): Raise if a kept weight is not finite, before anything is changed.
+            adapter_names (`list[str]`, *optional*): Adapters to merge; `None` for the active ones.
+            keep (`bool`): Keep the dropped weights for [`unmerge`], bit for bit.
+
+        Raises:
+            `ValueError`: with `safe_merge`, if a logit or a kept weight is not finite.
+        """
+        self._masked_weight = None
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.maskpro_theta:
+                continue
+            codes = self.mode_codes(name)
+            weight = self.get_base_layer().weight
+            masked = self._select(weight.detach(), codes, name)
+            if safe_merge and not (masked.isfinite().all() and self.maskpro_theta[name].isfinite().all()):
+                raise ValueError(f"NaNs or infinities detected in the merged weights of adapter {name!r}.")
+            if keep:
+                self._dropped.append((codes, weight.detach()[self._dropped_by(codes, name)]))
+            weight.data = masked
+            self.merged_adapters.append(name)
+
+    def _dropped_by(self, codes: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        return self.out_in(~keep_of(codes, self.maskpro_config[adapter_name].m))
+
+    def unmerge(self) -> None:
+        """Put the dropped weights back."""
+        if not self.merged:
+            warnings.warn("Already unmerged, nothing to do.")
+            return
+        weight = self.get_base_layer().weight
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            codes, dropped = self._dropped.pop()
+            weight.data[self._dropped_by(codes, name).to(weight.device)] = dropped.to(weight.device, weight.dtype)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, merged if asked for; nothing is kept for an [`unmerge`] that can no longer come."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names, keep=False)
+        return self.get_base_layer()
+
+
+class MaskProLinear(MaskProLayer, nn.Module):
+    """A masked `nn.Linear`."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskProConfig) -> None:
+        nn.Module.__init__(self)
+        MaskProLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def out_in(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight, self.get_base_layer().bias)
+
+    def __repr__(self) -> str:
+        return "maskpro." + super().__repr__()
+
+
+class MaskProConv1D(MaskProLinear):
+    """A masked `transformers.pytorch_utils.Conv1D`, GPT-2's linear layer with a transposed weight."""
+
+    def out_in(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.T
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        bias = self.get_base_layer().bias
+        return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.shape[1])
+
+
+def layer_class(module: nn.Module) -> type[MaskProLinear] | None:
+    """The class that masks a module, or `None` if there is none."""
+    if isinstance(module, nn.Linear) and module.weight.is_floating_point():
+        return MaskProLinear
+    if isinstance(module, Conv1D):
+        return MaskProConv1D
+    return None

@@ -1,0 +1,223 @@
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..subset import mode_codes, pack_codes, unpack_codes
+from .config import MaskProConfig
+from .layer import MaskProLayer, layer_class, logit_scale
+
+
+class MaskProModel(BaseTuner):
+    """
+    Learnable N:M masks over the linear layers of a pretrained model, whose weights never change.
+
+    MaskPro: https://huggingface.co/papers/2506.12876. Made by `get_peft_model(model, MaskProConfig(...))`.
+
+    Args:
+        model (`torch.nn.Module`): The model whose layers are masked.
+        config ([`MaskProConfig`]): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter, `"default"` unless given.
+        low_cpu_mem_usage (`bool`): Leave parameters on the meta device until their file is loaded.
+    """
+
+    prefix = "maskpro_"
+    tuner_layer_cls = MaskProLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: MaskProConfig, model_config: dict) -> MaskProConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
+        return peft_config
+
+    def _prepare_model(self, peft_config: MaskProConfig, model: nn.Module) -> None:
+        if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            _refuse_fused_experts(model)
+        _maybe_include_all_linear_layers(peft_config, model)
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        problems: dict[str, list[str]] = {}
+        for name, module in model.named_modules():
+            if name and not name.startswith(inside) and check_target_module_exists(peft_config, name):
+                problem = _why_not(module, peft_config, embeddings)
+                if problem:
+                    problems.setdefault(problem, []).append(name)
+        for problem, names in problems.items():
+            raise ValueError(f"cannot mask {_listed(names)}: {problem}.")
+
+    def _create_and_replace(
+        self,
+        peft_config: MaskProConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, MaskProLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        cls = layer_class(target)
+        if cls is None:
+            raise ValueError(f"cannot mask {current_key}: {_unsupported(target)}.")
+        new_module = cls(target, adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """`MaskProConfig.logits_dtype` alone decides, and the layers already follow it."""
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "masks cannot be averaged; activate several with set_adapter([...]) to keep what all of them keep."
+        )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        """The packed mode of every layer, or with `save_logits` the starting mask and theta."""
+        assert isinstance(config, MaskProConfig)
+        result = {}
+        changed = {}
+        for name, layer in _layers(model, adapter_name):
+            mask_key = f"{name}.maskpro_mask.{adapter_name}"
+            theta_key = f"{name}.maskpro_theta.{adapter_name}"
+            layer.packed_initial_mask(adapter_name)
+            packed, theta = state_dict[mask_key], state_dict[theta_key]
+            initial = unpack_codes(packed, config.n, config.m, theta.shape[1] * theta.shape[2])
+            learned = mode_codes(theta, initial, logit_scale(config), config.n)
+            changed[_bare(name)] = round((learned != initial).float().mean().item(), 6)
+            if config.save_logits:
+                result |= {mask_key: packed, theta_key: theta.contiguous()}
+            else:
+                result[mask_key] = pack_codes(learned, config.n, config.m)
+        config.record_stage(changed, sum(layer.weight.numel() for _, layer in _layers(model, adapter_name)))
+        return result
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Besides renaming, refuse a file that does not fit, and start from theta = 0 where it has none."""
+        assert isinstance(config, MaskProConfig)
+        result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        layers = dict(_layers(model, adapter_name))
+        known = {f"{name}.maskpro_{part}.{adapter_name}" for name in layers for part in ("mask", "theta")}
+        surplus = [key for key in result if ".maskpro_" in key and key not in known]
+        if surplus:
+            raise ValueError(f"the adapter file has masks for layers that the model has not: {_listed(surplus)}.")
+        for name, layer in layers.items():
+            mask_key, theta_key = f"{name}.maskpro_mask.{adapter_name}", f"{name}.maskpro_theta.{adapter_name}"
+            if mask_key not in result:
+                raise ValueError(f"the adapter file has no mask for {_bare(name)}.")
+            theta = layer.maskpro_theta[adapter_name]
+            try:
+                codes = unpack_codes(result[mask_key], config.n, config.m, theta.shape[1] * theta.shape[2])
+            except ValueError as error:
+                raise ValueError(f"{_bare(name)}: {error}") from error
+            if len(codes) != len(theta) or (theta_key in result and result[theta_key].shape != theta.shape):
+                raise ValueError(
+                    f"{_bare(name)}: the adapter file has {len(codes)} rows, the model {len(theta)}."
+                )
+            if theta_key in result:
+                layer.materialize(adapter_name)
+            elif theta.is_meta:
+                zeros = torch.zeros((), dtype=theta.dtype, device=layer.get_base_layer().weight.device)
+                zeros = zeros.expand(theta.shape)
+                result[theta_key] = zeros if config.inference_mode else zeros.contiguous()
+            elif theta.is_contiguous():
+                theta.data.zero_()
+        return result
+
+
+def _layers(model: nn.Module, adapter_name: str) -> list[tuple[str, MaskProLayer]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, MaskProLayer) and adapter_name in module.maskpro_theta
+    ]
+
+
+def masked_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, MaskProLayer]:
+    """
+    The masked layers of a model, by the names that they have in the base model.
+
+    Args:
+        model (`torch.nn.Module`): A model with a mask adapter, wrapped in a `PeftModel` or not.
+        adapter_name (`str`): The adapter.
+
+    Raises:
+        `ValueError`: if the model has no such adapter.
+    """
+    layers = {_bare(name): layer for name, layer in _layers(model, adapter_name)}
+    if not layers:
+        raise ValueError(f"the model has no mask adapter named {adapter_name!r}; add one with get_peft_model.")
+    return layers
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _unsupported(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear):
+        return f"its weight is {module.weight.dtype}, and quantized layers are not supported"
+    return f"{type(module).__name__} is not nn.Linear or Conv1D; change target_modules"
+
+
+def _why_not(module: nn.Module, config: MaskProConfig, embeddings: set[int]) -> str | None:
+    """Why a module cannot be masked, or `None` if it can."""
+    if isinstance(module, MaskProLayer):
+        module = module.get_base_layer()
+    if isinstance(module, nn.Embedding):
+        return "embeddings are not masked; take them out of target_modules"
+    cls = layer_class(module)
+    if cls is None:
+        return _unsupported(module)
+    assert isinstance(module.weight, torch.Tensor)
+    if id(module.weight) in embeddings:
+        return "its weight is that of an embedding, which merging would destroy; take it out of target_modules"
+    in_features = module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
+    if in_features % config.m:
+        return f"in_features {in_features} is not a multiple of m = {config.m}; exclude it with exclude_modules"
+    return None
+
+
+def _refuse_fused_experts(model: nn.Module) -> None:
+    """Mixture-of-experts weights fused into 3-D parameters would stay dense, and they are most of such a model."""
+    fused = [
+        f"{name}.{parameter_name}"
+        for name, module in model.named_modules()
+        if not isinstance(module, _ConvNd)
+        for parameter_name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and parameter.shape[0] > 1
+    ]
+    if fused:
+        raise ValueError(
+            f"cannot mask {_listed(fused)}: fused expert parameters would stay dense; "
+            "name target_modules to mask the linear layers alone."
+        )
