@@ -222,7 +222,13 @@ class MaskProTrainer(Trainer):
     def _cache_baselines(self) -> None:
         """Summed loss of every example under the initial mask, in one pass."""
         assert isinstance(self.train_dataset, _Indexed)
-        loader = DataLoader(self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator)
+        # With a generator of its own: a draw from torch's would change the run.
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            generator=torch.Generator(),
+        )
         self._baselines = torch.zeros(len(self.train_dataset), dtype=torch.float64)
         self.model.eval()
         for inputs in tqdm(loader, desc="baseline loss", disable=self.args.disable_tqdm):

@@ -9,7 +9,7 @@ import typer
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from . import adapters, train
+from . import adapters, quickstart, train
 
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-#Q
+app.command()(quickstart.quickstart)
 app.command()(adapters.init)
 app.command()(train.train)
 app.command("eval")(adapters.evaluate)

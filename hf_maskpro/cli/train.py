@@ -96,7 +96,7 @@ def train(
     else:
         masked = load_adapter(base, adapter, is_trainable=True)
     trainer = MaskProTrainer(masked, args, train_dataset=[{"input_ids": row, "labels": row} for row in inputs])
-    previous = _set_aside(output) if not resume else None
+    previous = set_aside(output) if not resume else None
     result = trainer.train(resume_from_checkpoint=checkpoint)
     save(masked, output)
     if previous is not None:
@@ -117,7 +117,7 @@ def save(masked: torch.nn.Module, output: Path) -> None:
             file.replace(output / file.name)
 
 
-def _set_aside(output: Path) -> Path | None:
+def set_aside(output: Path) -> Path | None:
     """Move what is to be overwritten out of the way; it is deleted only when its successor is complete."""
     if not output.is_dir():
         output.mkdir(parents=True)

@@ -40,11 +40,11 @@ class MaskProModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: MaskProConfig, model: nn.Module) -> None:
+        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            _refuse_fused_experts(model)
+            _refuse_fused_experts(model, inside)
         _maybe_include_all_linear_layers(peft_config, model)
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         problems: dict[str, list[str]] = {}
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and check_target_module_exists(peft_config, name):
@@ -207,12 +207,12 @@ def _why_not(module: nn.Module, config: MaskProConfig, embeddings: set[int]) -> 
     return None
 
 
-def _refuse_fused_experts(model: nn.Module) -> None:
+def _refuse_fused_experts(model: nn.Module, inside: tuple[str, ...]) -> None:
     """Mixture-of-experts weights fused into 3-D parameters would stay dense, and they are most of such a model."""
     fused = [
         f"{name}.{parameter_name}"
         for name, module in model.named_modules()
-        if not isinstance(module, _ConvNd)
+        if not isinstance(module, _ConvNd) and not name.startswith(inside)
         for parameter_name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and parameter.shape[0] > 1
     ]

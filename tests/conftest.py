@@ -1,0 +1,68 @@
+"""Tiny random models, for unit tests only."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+
+VOCABULARY = [f"w{i}" for i in range(32)]
+
+
+def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=34,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        **options,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=34, n_embd=16, n_layer=2, n_head=2, n_positions=64)).eval()
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny_llama()
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(2, 34, (4, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A folder with a tiny model and a tokenizer of 32 words."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
+    words = {"<unk>": 0, "<pad>": 1} | {word: i + 2 for i, word in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """A text with structure that a model can learn: words follow each other in a fixed order."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(VOCABULARY[(3 * i + i // 7) % 32] for i in range(2000)))
+    return path

@@ -1,0 +1,312 @@
+"""Training by its effect on a loss."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+import hf_maskpro.trainer as trainer_module
+from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
+from hf_maskpro.tuner import masked_layers
+
+from .conftest import tiny_llama
+
+
+def arguments(folder, estimator, **options):
+    return MaskProTrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "estimator": estimator,
+            "report_to": [],
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "use_cpu": True,
+        }
+        | options
+    )
+
+
+def rows(count=32, length=12, ragged=False, seed=0):
+    """Examples in which every token follows from the one before; ragged ones hide some labels."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, 32, (count, 1), generator=generator)
+    ids = (starts + 5 * torch.arange(length)) % 32 + 2
+    labels = ids.clone()
+    if ragged:
+        hidden = torch.randint(0, length - 2, (count, 1), generator=generator)
+        labels[torch.arange(length) < hidden] = -100
+    return [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)]
+
+
+def thetas(model):
+    return [layer.maskpro_theta["default"].detach().clone() for layer in masked_layers(model).values()]
+
+
+def batch_loss(model, examples):
+    model.eval()
+    batch = {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
+    with torch.no_grad():
+        return model(**batch)["loss"].item()
+
+
+class Puzzle(nn.Module):
+    """
+    A layer whose best mask is known, behind losses that differ by a hundred times more from example to example than
+    from mask to mask: without the baseline nothing can be learned.
+    """
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layer = nn.Linear(8, 8, bias=False)
+        self.layer.weight.data = torch.randn(8, 8, generator=generator).sign()
+        kept = torch.rand(8, 2, 4, generator=generator).topk(2, dim=-1).indices
+        best = torch.zeros(8, 2, 4, dtype=torch.bool).scatter_(2, kept, True)
+        self.target = torch.where(best.view(8, 8), self.layer.weight.detach(), 0)
+
+    def forward(self, x, offset, labels=None):
+        error = (self.layer(x) - x @ self.target.T).square().mean()
+        return {"loss": error + offset.mean()}
+
+
+def puzzle_rows(count=64):
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(count, 8, generator=generator)
+    offsets = 100 * torch.randn(count, generator=generator)
+    return [{"x": x, "offset": offset, "labels": torch.zeros(1)} for x, offset in zip(inputs, offsets, strict=True)]
+
+
+def play(tmp_path, distribution="plackett_luce"):
+    """Loss above that of the best mask, before and after 800 steps of `residual`."""
+    torch.manual_seed(0)
+    puzzle = Puzzle()
+    config = MaskProConfig(target_modules=["layer"], init_mask="random", logit_scale=2.0, distribution=distribution)
+    model = get_peft_model(puzzle, config)
+    args = arguments(
+        tmp_path, "residual", max_steps=800, learning_rate=0.1, per_device_train_batch_size=16, logging_steps=800
+    )
+    offset = torch.stack([row["offset"] for row in puzzle_rows()]).mean().item()
+    before = batch_loss(model, puzzle_rows()) - offset
+    MaskProTrainer(model, args, train_dataset=puzzle_rows()).train()
+    assert all(p.grad is None for p in model.parameters())
+    return before, batch_loss(model, puzzle_rows()) - offset
+
+
+@pytest.mark.parametrize("distribution", ["plackett_luce", "conditional_poisson"])
+def test_residual_lowers_the_loss_where_it_can_be_seen(tmp_path, distribution):
+    before, after = play(tmp_path, distribution)
+    assert after < 0.2 * before
+
+
+@pytest.mark.parametrize("fault", ["sign", "baseline", "score"])
+def test_that_test_would_notice_a_fault(tmp_path, monkeypatch, fault):
+    original = {"move": trainer_module.move_logits, "loss": MaskProTrainer._micro_batch_loss}
+
+    def wrong_sign(theta, initial, codes, scale, n, step, distribution):
+        original["move"](theta, initial, codes, scale, n, -step, distribution)
+
+    def wrong_score(theta, initial, codes, scale, n, step, distribution):
+        original["move"](theta, initial, codes.roll(1, 1), scale, n, step, distribution)
+
+    def no_baseline(self, model, inputs, num_items_in_batch):
+        sampled = next(iter(self.layers)).choose_codes.args[0] == self._sampled
+        return original["loss"](self, model, inputs, num_items_in_batch) * sampled
+
+    if fault == "baseline":
+        monkeypatch.setattr(MaskProTrainer, "_micro_batch_loss", no_baseline)
+    else:
+        monkeypatch.setattr(trainer_module, "move_logits", {"sign": wrong_sign, "score": wrong_score}[fault])
+    before, after = play(tmp_path)
+    assert after > 0.4 * before
+
+
+def test_residual_never_builds_a_graph_and_turns_dropout_off(tmp_path, llama):
+    model = get_peft_model(llama, MaskProConfig(logit_scale=2.0))
+    seen = []
+    llama.model.layers[0].mlp.act_fn.register_forward_hook(
+        lambda module, args, output: seen.append((torch.is_grad_enabled(), output.requires_grad, module.training))
+    )
+    trainer = MaskProTrainer(model, arguments(tmp_path, "residual", max_steps=2), train_dataset=rows())
+    trainer.train()
+    assert len(seen) == 4
+    assert set(seen) == {(False, False, False)}
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_accumulated_residual_steps_equal_undivided_ones(tmp_path, llama, ragged):
+    examples = rows(16, ragged=ragged)
+    results = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        model = get_peft_model(copy.deepcopy(llama), MaskProConfig(logit_scale=2.0))
+        args = arguments(
+            tmp_path,
+            "residual",
+            max_steps=4,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=5.0,
+            baseline="step",
+        )
+        MaskProTrainer(model, args, train_dataset=examples).train()
+        results.append(thetas(model))
+    assert all(theta.abs().max() > 0 for theta in results[0])
+    for whole, divided in zip(*results, strict=True):
+        torch.testing.assert_close(whole, divided, atol=1e-5, rtol=1e-4)
+
+
+def test_cached_and_repeated_baselines_agree(tmp_path, llama):
+    results = []
+    for baseline in ("step", "cache"):
+        model = get_peft_model(copy.deepcopy(llama), MaskProConfig(logit_scale=2.0))
+        args = arguments(tmp_path, "residual", max_steps=6, learning_rate=5.0, baseline=baseline)
+        trainer = MaskProTrainer(model, args, train_dataset=rows(16, ragged=True))
+        trainer.train()
+        assert (trainer._baselines is None) == (baseline == "step")
+        results.append(thetas(model))
+    for step, cache in zip(*results, strict=True):
+        torch.testing.assert_close(step, cache, atol=1e-5, rtol=1e-4)
+
+
+def test_the_cheaper_sound_baseline_is_the_default(tmp_path, llama):
+    model = get_peft_model(llama, MaskProConfig())
+
+    def cached(steps, **options):
+        args = arguments(tmp_path, "residual", max_steps=steps)
+        return MaskProTrainer(model, args, train_dataset=rows(32), **options)._uses_cache()
+
+    assert cached(5)
+    assert not cached(3)
+    assert not cached(5, data_collator=lambda items: {})
+    assert not cached(5, compute_loss_func=lambda *args, **kwargs: None)
+    with pytest.raises(ValueError, match="baseline='cache' needs"):
+        MaskProTrainer(
+            model,
+            arguments(tmp_path, "residual", baseline="cache"),
+            train_dataset=rows(),
+            data_collator=lambda items: {},
+        )
+
+
+@pytest.mark.parametrize("estimator", ["residual", "simple"])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, llama, estimator):
+    def run(folder, resume):
+        torch.manual_seed(7)
+        model = get_peft_model(copy.deepcopy(llama), MaskProConfig(logit_scale=2.0, init_mask="random"))
+        args = arguments(
+            folder, estimator, max_steps=6, save_strategy="steps", save_steps=3, gradient_accumulation_steps=2
+        )
+        trainer = MaskProTrainer(model, args, train_dataset=rows())
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, model
+
+    whole, expected = run(tmp_path / "run", None)
+    saved = json.loads((tmp_path / "run" / "checkpoint-3" / "adapter_config.json").read_text())
+    assert saved["save_logits"] is True
+    resumed, model = run(tmp_path / "again", str(tmp_path / "run" / "checkpoint-3"))
+    for mine, theirs in zip(thetas(expected), thetas(model), strict=True):
+        assert torch.equal(mine, theirs)
+    assert whole.tracker == resumed.tracker
+    assert model.peft_config["default"].save_logits is False
+    loaded = PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path / "run" / "checkpoint-6").eval()
+    assert batch_loss(loaded, rows(8)) == batch_loss(expected, rows(8))
+
+
+def fitted_llama():
+    """A model that knows the rows, so that a bad mask costs something."""
+    model = tiny_llama()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    batch = {key: torch.stack([row[key] for row in rows(64)]) for key in ("input_ids", "labels")}
+    for _ in range(25):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("trainer_class", [MaskProTrainer, Trainer])
+def test_simple_recovers_what_a_random_mask_lost(tmp_path, trainer_class):
+    torch.manual_seed(0)
+    base = fitted_llama()
+    dense = batch_loss(base, rows(64))
+    model = get_peft_model(base, MaskProConfig(init_mask="random"))
+    before = batch_loss(model, rows(64))
+    args = arguments(tmp_path, "simple", max_steps=60, per_device_train_batch_size=32)
+    if trainer_class is Trainer:
+        args = TrainingArguments(
+            str(tmp_path), max_steps=60, per_device_train_batch_size=32, learning_rate=0.3, use_cpu=True,
+            report_to=[], save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+    trainer_class(model, args, train_dataset=rows(64)).train()
+    assert batch_loss(model, rows(64)) - dense < 0.5 * (before - dense)
+    assert model.peft_config["default"].logit_scale == 5.0
+
+
+def test_modules_to_save_have_a_parameter_group_of_their_own(tmp_path, llama):
+    model = get_peft_model(llama, MaskProConfig(modules_to_save=["lm_head"]))
+    args = arguments(tmp_path, "simple", max_steps=2, warmup_steps=0)
+    trainer = MaskProTrainer(model, args, train_dataset=rows())
+    head = model.base_model.model.lm_head.modules_to_save["default"].weight
+    before = head.detach().clone()
+    trainer.train()
+    rates = [group["initial_lr"] for group in trainer.optimizer.param_groups]
+    assert rates == [0.3, 5e-5]
+    assert trainer.optimizer.param_groups[1]["params"][0] is head
+    assert 0 < (head - before).abs().max() < 1e-3
+    with pytest.raises(ValueError, match="drop modules_to_save"):
+        MaskProTrainer(model, arguments(tmp_path, "residual"), train_dataset=rows())
+
+
+def test_what_is_logged(tmp_path, llama):
+    model = get_peft_model(llama, MaskProConfig(logit_scale=1.0))
+    args = arguments(tmp_path, "residual", max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=4)
+    trainer = MaskProTrainer(model, args, train_dataset=rows(), eval_dataset=rows(8))
+    trainer.train()
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert {"loss", "residual", "tracker", "flipped", "changed"} <= set(first)
+    assert 0 < first["flipped"] < 1
+    evaluated = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert evaluated["eval_loss"] == pytest.approx(batch_loss(model, rows(8)), rel=1e-5)
+
+    model = get_peft_model(tiny_llama(), MaskProConfig())
+    trainer = MaskProTrainer(model, arguments(tmp_path, "simple", max_steps=2, logging_steps=1), train_dataset=rows())
+    trainer.train()
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert {"flipped", "changed"} <= set(first)
+    assert "residual" not in first
+
+
+def test_logging_does_not_change_a_run(tmp_path, llama):
+    results = []
+    for logging_steps in (1, 100):
+        model = get_peft_model(copy.deepcopy(llama), MaskProConfig())
+        args = arguments(tmp_path, "simple", max_steps=4, logging_steps=logging_steps)
+        MaskProTrainer(model, args, train_dataset=rows()).train()
+        results.append(thetas(model))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True))
+
+
+def test_defaults_by_estimator(tmp_path):
+    residual, simple = arguments(tmp_path, "residual"), arguments(tmp_path, "simple")
+    assert (residual.learning_rate, residual.lr_scheduler_type, residual.max_grad_norm) == (50.0, "constant", 0.0)
+    assert (simple.learning_rate, simple.adam_beta2, simple.warmup_steps) == (0.3, 0.98, 10)
+    assert arguments(tmp_path, "simple", learning_rate=0.1).lr_scheduler_kwargs["lr_end"] == pytest.approx(0.01)
+
+
+def test_refusals(tmp_path, llama):
+    with pytest.raises(ValueError, match="estimator is 'reinforce'"):
+        arguments(tmp_path, "reinforce")
+    with pytest.raises(ValueError, match="tracker_decay is 1"):
+        arguments(tmp_path, "residual", tracker_decay=1.0)
+    with pytest.raises(ValueError, match="fp16=True"):
+        arguments(tmp_path, "simple", fp16=True)
+    with pytest.raises(ValueError, match="0 active mask adapters"):
+        MaskProTrainer(llama, arguments(tmp_path, "simple"), train_dataset=rows())
+    get_peft_model(copy.deepcopy(llama), MaskProConfig()).save_pretrained(tmp_path / "a")
+    frozen = PeftModel.from_pretrained(llama, tmp_path / "a")
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        MaskProTrainer(frozen, arguments(tmp_path, "simple"), train_dataset=rows())

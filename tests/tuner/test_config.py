@@ -1,0 +1,45 @@
+import pytest
+from peft import PeftConfig, PeftType
+
+from hf_maskpro import MaskProConfig
+
+
+def test_defaults():
+    config = MaskProConfig()
+    assert (config.n, config.m, config.init_mask, config.peft_type) == (2, 4, "magnitude", PeftType.MASKPRO)
+    assert config.distribution == "plackett_luce"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 4, "m": 4}, "n is 4, outside 1 to m - 1 = 3"),
+        ({"n": 0}, "n is 0"),
+        ({"n": 2, "m": 17}, "m is 17, outside 2 to 16"),
+        ({"n": 2.5}, "n is 2.5"),
+        ({"init_mask": "best"}, "init_mask is 'best'; use one of"),
+        ({"distribution": "gumbel"}, "distribution"),
+        ({"logits_dtype": "float16"}, "logits_dtype"),
+        ({"logit_scale": -1.0}, "logit_scale is -1.0"),
+        ({"format_version": 2}, "format_version is 2"),
+    ],
+)
+def test_bad_values_are_named_in_one_line(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        MaskProConfig(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_round_trip_through_a_folder(tmp_path):
+    config = MaskProConfig(n=4, m=8, target_modules=["q_proj", "v_proj"], logit_scale=3.0)
+    config.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(str(tmp_path))
+    assert isinstance(loaded, MaskProConfig)
+    assert loaded.to_dict() == config.to_dict()
+    assert not loaded.awaits_file
+
+
+def test_unknown_keys_are_ignored_with_a_warning():
+    with pytest.warns(UserWarning, match="colour"):
+        config = PeftConfig.from_peft_type(peft_type="MASKPRO", task_type=None, n=1, colour="blue")
+    assert config.n == 1

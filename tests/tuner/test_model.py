@@ -1,0 +1,443 @@
+"""The adapter under everything that PEFT and transformers users do with it."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from hf_maskpro import MaskProConfig, check_sparsity
+from hf_maskpro.tuner import MaskProLayer, masked_layers
+from hf_maskpro.tuner.layer import to_planes
+
+from ..conftest import tiny_gpt2, tiny_llama
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def perturb(model, adapter_name="default", seed=0):
+    """Move the learned mask away from the starting mask."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in masked_layers(model, adapter_name).values():
+        theta = layer.maskpro_theta[adapter_name]
+        theta.data = (4 * torch.randn(theta.shape, generator=generator)).to(theta.dtype)
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    folder = tmp_path / "base"
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def saved(base_folder, tmp_path, ids):
+    """A saved adapter with a moved mask, and the outputs of the model it came from."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), MaskProConfig()).eval()
+    perturb(model)
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
+    return folder, logits(model, ids)
+
+
+def test_targets_every_linear_layer_but_the_head(llama):
+    model = get_peft_model(llama, MaskProConfig())
+    names = masked_layers(model)
+    assert len(names) == 14
+    assert not any("lm_head" in name for name in names)
+    assert all(isinstance(layer, MaskProLayer) for layer in names.values())
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        f"base_model.model.{name}.maskpro_theta.default" for name in names
+    }
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (8, 16), (1, 2), (3, 4)])
+@pytest.mark.parametrize("init_mask", ["magnitude", "random"])
+def test_starting_masks_keep_the_pattern(llama, ids, n, m, init_mask):
+    dense = {name: p.detach().clone() for name, p in llama.named_parameters()}
+    model = get_peft_model(llama, MaskProConfig(n=n, m=m, init_mask=init_mask)).eval()
+    logits(model, ids)
+    merged = model.merge_and_unload(safe_merge=True)
+    report = check_sparsity(merged, n, m)
+    assert all(zeros == pytest.approx(1 - n / m) for zeros in report.values())
+    if init_mask == "magnitude":
+        name = "model.layers.0.mlp.up_proj.weight"
+        planes = to_planes(dense[name].abs(), m)
+        kept = to_planes(merged.get_parameter(name).detach() != 0, m)
+        assert torch.equal(kept, planes >= planes.topk(n, dim=1).values[:, -1:])
+
+
+def test_groups_of_a_conv1d_run_along_its_inputs(ids):
+    base = tiny_gpt2()
+    weight = base.transformer.h[0].mlp.c_fc.weight.detach().clone()
+    model = get_peft_model(base, MaskProConfig()).eval()
+    before = logits(model, ids)
+    merged = model.merge_and_unload()
+    layer = merged.transformer.h[0].mlp.c_fc
+    assert isinstance(layer, Conv1D)
+    kept = layer.weight != 0
+    assert (kept.view(4, 4, 64).sum(1) == 2).all()
+    assert torch.equal(layer.weight[kept], weight[kept])
+    assert torch.equal(logits(merged, ids), before)
+    check_sparsity(merged, 2, 4)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_peft_loads_the_learned_mask(saved, base_folder, ids, low_cpu_mem_usage, is_trainable, recwarn):
+    folder, expected = saved
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    model = PeftModel.from_pretrained(
+        base, folder, low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=is_trainable
+    ).eval()
+    assert torch.equal(logits(model, ids), expected)
+    assert not any("missing adapter keys" in str(warning.message) for warning in recwarn)
+    assert all(p.requires_grad == is_trainable for n, p in model.named_parameters() if "maskpro" in n)
+    assert not any(p.is_meta for p in model.parameters())
+    model.train()(input_ids=ids, labels=ids).loss.backward() if is_trainable else None
+
+
+def test_every_other_way_in(saved, base_folder, ids):
+    folder, expected = saved
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(folder).eval(), ids), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder).eval(), ids), expected)
+    for is_trainable in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(base_folder)
+        model.load_adapter(str(folder), is_trainable=is_trainable)
+        assert torch.equal(logits(model.eval(), ids), expected)
+
+
+def test_bfloat16_bases_load_bit_for_bit(base_folder, tmp_path, ids):
+    def base():
+        return AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
+
+    model = get_peft_model(base(), MaskProConfig()).eval()
+    perturb(model)
+    model.save_pretrained(tmp_path / "a")
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "a").eval()
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    assert torch.equal(logits(loaded.merge_and_unload(), ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("loader", ["peft", "peft_low_cpu", "transformers", "transformers_trainable"])
+def test_save_logits_keeps_theta_exactly_and_the_learned_mask(base_folder, tmp_path, ids, loader):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), MaskProConfig(save_logits=True)).eval()
+    model.peft_config["default"].logit_scale = 4.0
+    perturb(model)
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["save_logits"] is True
+    assert config["logit_scale"] == 4.0
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    if loader.startswith("peft"):
+        base = PeftModel.from_pretrained(base, tmp_path / "a", low_cpu_mem_usage=loader == "peft_low_cpu")
+    else:
+        base.load_adapter(str(tmp_path / "a"), is_trainable=loader == "transformers_trainable")
+    assert torch.equal(logits(base.eval(), ids), expected)
+    for mine, theirs in zip(masked_layers(model).values(), masked_layers(base).values(), strict=True):
+        assert torch.equal(mine.maskpro_theta["default"], theirs.maskpro_theta["default"])
+        assert torch.equal(mine.initial_codes("default"), theirs.initial_codes("default"))
+
+
+def test_transformers_add_adapter_and_save(base_folder, tmp_path, ids):
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    model.add_adapter(MaskProConfig(init_mask="random"))
+    model.eval()
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path / "a")
+    loaded = AutoModelForCausalLM.from_pretrained(base_folder)
+    loaded.load_adapter(str(tmp_path / "a"))
+    assert torch.equal(logits(loaded.eval(), ids), expected)
+    loaded.disable_adapters()
+    assert torch.equal(logits(loaded, ids), logits(AutoModelForCausalLM.from_pretrained(base_folder), ids))
+    loaded.enable_adapters()
+    loaded.delete_adapter("default")
+
+
+def test_file_is_small_and_config_tells_the_rest(saved):
+    folder, _ = saved
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert all(name.endswith(".maskpro_mask") and t.dtype == torch.uint8 for name, t in tensors.items())
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["format_version"] == 1
+    (stage,) = config["lineage"]
+    assert stage["init_mask"] == "magnitude"
+    assert len(stage["groups_changed"]) == 14
+    assert all(share > 0 for share in stage["groups_changed"].values())
+
+
+def test_lineage_follows_an_adapter_through_its_stages(saved, base_folder, tmp_path):
+    folder, _ = saved
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder, is_trainable=True)
+    model.save_pretrained(tmp_path / "same")
+    assert len(json.loads((tmp_path / "same" / "adapter_config.json").read_text())["lineage"]) == 1
+    model.peft_config["default"].save_logits = True
+    perturb(model, seed=1)
+    model.save_pretrained(tmp_path / "second")
+    lineage = json.loads((tmp_path / "second" / "adapter_config.json").read_text())["lineage"]
+    assert [stage["init_mask"] for stage in lineage] == ["magnitude", "adapter"]
+    resumed = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "second")
+    resumed.save_pretrained(tmp_path / "third")
+    assert json.loads((tmp_path / "third" / "adapter_config.json").read_text())["lineage"] == lineage
+
+
+def test_several_adapters(llama, ids):
+    dense = logits(llama, ids)
+    model = get_peft_model(llama, MaskProConfig()).eval()
+    model.add_adapter("other", MaskProConfig(init_mask="random", n=1, m=4))
+    first = logits(model, ids)
+    model.set_adapter("other")
+    second = logits(model, ids)
+    assert not torch.equal(first, second)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), dense)
+    model.base_model.set_adapter(["default", "other"])
+    layer = next(iter(masked_layers(model).values()))
+    both = layer.masked_weight() != 0
+    model.set_adapter("default")
+    assert torch.equal(logits(model, ids), first)
+    alone = layer.masked_weight() != 0
+    model.set_adapter("other")
+    assert torch.equal(both, alone & (layer.masked_weight() != 0))
+    model.delete_adapter("other")
+    assert "other" not in layer.maskpro_mask
+    model.set_adapter("default")
+    assert torch.equal(logits(model, ids), first)
+    with pytest.raises(NotImplementedError, match="cannot be averaged"):
+        model.add_weighted_adapter(["default"], [1.0], "mix")
+
+
+def test_merge_and_unmerge_return_the_weights_bit_for_bit(llama, ids):
+    llama.model.layers[0].mlp.up_proj.weight.data[0, 0] = -0.0
+    dense = copy.deepcopy(llama.state_dict())
+    model = get_peft_model(llama, MaskProConfig()).eval()
+    model.add_adapter("other", MaskProConfig(init_mask="random"))
+    expected = logits(model, ids)
+    model.merge_adapter()
+    assert torch.equal(logits(model, ids), expected)
+    model.merge_adapter(["other"])
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, ids), expected)
+    unloaded = model.unload()
+    for name, value in unloaded.state_dict().items():
+        assert torch.equal(value.view(torch.int32), dense[name].view(torch.int32)), name
+
+
+def test_dropped_weights_become_positive_zero_even_where_not_finite():
+    layer = nn.Sequential(nn.Linear(4, 1, bias=False))
+    layer[0].weight.data = torch.tensor([[-1.0, -5.0, -6.0, -2.0]])
+    model = get_peft_model(layer, MaskProConfig(target_modules=["0"]))
+    layer[0].get_base_layer().weight.data[0, 0] = -torch.inf
+    merged = model.merge_and_unload(safe_merge=True)
+    assert merged[0].weight.view(torch.int32).tolist() == torch.tensor([[0.0, -5.0, -6.0, 0.0]]).view(torch.int32).tolist()
+
+
+def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing(llama):
+    model = get_peft_model(llama, MaskProConfig())
+    layer = next(iter(masked_layers(model).values()))
+    weight = layer.get_base_layer().weight
+    weight.data.view(-1)[weight.abs().argmax()] = torch.nan
+    before = weight.detach().clone()
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(weight.isnan(), before.isnan())
+
+
+def test_eval_applies_the_mode_and_train_samples(llama, ids):
+    model = get_peft_model(llama, MaskProConfig(logit_scale=1.0)).eval()
+    assert torch.equal(logits(model, ids), logits(model, ids))
+    model.train()
+    torch.manual_seed(3)
+    first = logits(model, ids)
+    assert not torch.equal(first, logits(model, ids))
+    torch.manual_seed(3)
+    assert torch.equal(first, logits(model, ids))
+    model.base_model.set_adapter("default", inference_mode=True)
+    assert torch.equal(logits(model, ids), logits(model, ids))
+
+
+def test_a_plain_loop_trains_and_gradient_checkpointing_gives_the_same_gradient(llama, ids):
+    def gradients(checkpointing):
+        model = get_peft_model(copy.deepcopy(llama), MaskProConfig(logit_scale=2.0)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(5)
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [layer.maskpro_theta["default"].grad for layer in masked_layers(model).values()]
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert all(grad.abs().sum() > 0 for grad in plain)
+    for mine, theirs in zip(plain, checkpointed, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_wanda_needs_data_first(llama, ids):
+    model = get_peft_model(llama, MaskProConfig(init_mask="wanda"))
+    with pytest.raises(ValueError, match="call initialize_masks"):
+        model(input_ids=ids)
+    with pytest.raises(ValueError, match="call initialize_masks"):
+        model.save_pretrained("never-written")
+
+
+def test_modules_to_save_and_inject(llama, ids, tmp_path):
+    model = get_peft_model(copy.deepcopy(llama), MaskProConfig(modules_to_save=["lm_head"])).train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    head = model.base_model.model.lm_head.modules_to_save["default"]
+    assert head.weight.grad is not None
+    head.weight.data += 1
+    model.eval().save_pretrained(tmp_path / "a")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path / "a").eval()
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+    injected = inject_adapter_in_model(MaskProConfig(init_mask="random"), copy.deepcopy(llama)).eval()
+    state = get_peft_model_state_dict(injected)
+    other = inject_adapter_in_model(MaskProConfig(), copy.deepcopy(llama)).eval()
+    set_peft_model_state_dict(other, state)
+    assert torch.equal(logits(other, ids), logits(injected, ids))
+
+
+@pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
+def test_logits_dtype_is_the_configs_whatever_the_path(base_folder, tmp_path, logits_dtype):
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
+    model = get_peft_model(base, MaskProConfig(logits_dtype=logits_dtype))
+    model.add_adapter("other", MaskProConfig(logits_dtype=logits_dtype))
+    model.save_pretrained(tmp_path / "a")
+    for low in (False, True):
+        base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
+        loaded = PeftModel.from_pretrained(base, tmp_path / "a", is_trainable=True, low_cpu_mem_usage=low)
+        for each in (model, loaded):
+            dtypes = {p.dtype for n, p in each.named_parameters() if "maskpro_theta" in n}
+            assert dtypes == {getattr(torch, logits_dtype)}
+
+
+def test_an_adapter_for_inference_takes_no_memory_for_theta(saved, base_folder):
+    folder, _ = saved
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder)
+    thetas = [p for n, p in model.named_parameters() if "maskpro_theta" in n]
+    assert sum(theta.untyped_storage().nbytes() for theta in thetas) == 4 * len(thetas)
+    model.set_adapter("default")
+    assert all(theta.is_contiguous() for n, theta in model.named_parameters() if "maskpro_theta" in n)
+
+
+class TestRefusals:
+    def refused(self, model, message, **options):
+        before = [name for name, _ in model.named_modules()]
+        with pytest.raises(ValueError, match=message) as error:
+            get_peft_model(model, MaskProConfig(**options))
+        assert "\n" not in str(error.value)
+        assert [name for name, _ in model.named_modules()] == before
+
+    def test_embeddings(self, llama):
+        self.refused(llama, "model.embed_tokens: embeddings are not masked", target_modules=["embed_tokens"])
+
+    def test_a_head_that_is_the_embedding(self):
+        self.refused(tiny_llama(tie_word_embeddings=True), "lm_head: its weight is that", target_modules=["lm_head"])
+
+    def test_other_modules(self, llama):
+        self.refused(llama, "LlamaRMSNorm is not nn.Linear", target_modules=["norm"])
+
+    def test_sizes_that_do_not_divide(self, llama):
+        model = nn.ModuleDict({"narrow": nn.Linear(6, 8), "wide": nn.Linear(8, 8)})
+        self.refused(model, "cannot mask narrow: in_features 6", target_modules=["narrow", "wide"])
+
+    def test_no_layer_matched(self, llama):
+        self.refused(llama, "not found in the base model", target_modules=["nothing"])
+
+    def test_fused_experts(self):
+        config = MixtralConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=4,
+        )
+        self.refused(MixtralForCausalLM(config), r"experts\.gate_up_proj")
+
+    def test_quantized_weights(self, llama):
+        layer = llama.model.layers[0].mlp.up_proj
+        layer.weight = nn.Parameter(torch.zeros(32, 16, dtype=torch.uint8), requires_grad=False)
+        self.refused(llama, "its weight is torch.uint8")
+
+
+class TestAlteredFiles:
+    """Whatever the loading path, no wrong mask is ever used."""
+
+    def load(self, loader, base_folder, folder, ids):
+        base = AutoModelForCausalLM.from_pretrained(base_folder)
+        if loader == "peft":
+            base = PeftModel.from_pretrained(base, folder)
+        else:
+            base.load_adapter(str(folder))
+        return logits(base.eval(), ids)
+
+    def alter(self, folder, change):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    @pytest.mark.parametrize("loader", ["peft", "transformers"])
+    @pytest.mark.parametrize("n", [1, 2])
+    def test_a_missing_tensor(self, base_folder, tmp_path, ids, loader, n):
+        """n = 1 as well: with 4 combinations every byte is a valid word."""
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), MaskProConfig(n=n, m=4))
+        model.save_pretrained(tmp_path / "a")
+        self.alter(tmp_path / "a", lambda tensors: tensors.pop(next(iter(tensors))))
+        with pytest.raises(ValueError, match="has no mask for"):
+            self.load(loader, base_folder, tmp_path / "a", ids)
+
+    @pytest.mark.parametrize("loader", ["peft", "transformers"])
+    def test_digits_out_of_range(self, saved, base_folder, ids, loader):
+        self.alter(saved[0], lambda tensors: next(iter(tensors.values())).fill_(230))
+        with pytest.raises(ValueError, match="out of range"):
+            self.load(loader, base_folder, saved[0], ids)
+
+    @pytest.mark.parametrize("loader", ["peft", "transformers"])
+    def test_another_shape(self, saved, base_folder, ids, loader):
+        def shorten(tensors):
+            name = next(iter(tensors))
+            tensors[name] = tensors[name][:-1].contiguous()
+
+        self.alter(saved[0], shorten)
+        with pytest.raises((ValueError, RuntimeError)):
+            self.load(loader, base_folder, saved[0], ids)
+
+    @pytest.mark.parametrize("loader", ["peft", "transformers"])
+    def test_another_pattern(self, saved, base_folder, ids, loader):
+        path = saved[0] / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"n": 4, "m": 8}))
+        with pytest.raises((ValueError, RuntimeError)):
+            self.load(loader, base_folder, saved[0], ids)
+
+    @pytest.mark.parametrize("loader", ["peft", "transformers"])
+    def test_a_truncated_file(self, saved, base_folder, ids, loader):
+        path = saved[0] / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-10])
+        with pytest.raises(Exception, match=r".+"):
+            self.load(loader, base_folder, saved[0], ids)
+
+    def test_masks_for_layers_that_the_model_has_not(self, saved, base_folder, ids):
+        def add(tensors):
+            name, tensor = next(iter(tensors.items()))
+            tensors[name.replace("layers.0", "layers.9").replace("layers.1", "layers.9")] = tensor.clone()
+
+        self.alter(saved[0], add)
+        with pytest.raises(ValueError, match="the model has not"):
+            self.load("peft", base_folder, saved[0], ids)
