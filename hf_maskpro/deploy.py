@@ -61,8 +61,7 @@ def _linear_weights(model: nn.Module | Mapping[str, torch.Tensor] | str | Path) 
     """The weights of linear layers as `[out_features, in_features]`, one at a time."""
     if isinstance(model, nn.Module):
         for name in _linear_names(model):
-            weight = model.get_parameter(name)
-            yield name, _rows(model, name)(weight.detach())
+            yield name, _rows(model, name)(model.get_parameter(name).detach())
     elif isinstance(model, Mapping):
         for name, weight in model.items():
             if name.endswith(".weight") and weight.ndim == 2 and not any(part in name for part in _NOT_MASKED):
@@ -131,7 +130,9 @@ def check_free(output: str | Path, overwrite: bool) -> None:
         raise ValueError(f"{output} is not empty; choose another output folder or pass --overwrite.")
 
 
-def merge(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, output: str | Path, overwrite: bool = False) -> dict[str, float]:
+def merge(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, output: str | Path, overwrite: bool = False
+) -> dict[str, float]:
     """
     Write the ordinary sparse checkpoint of a model with an active mask adapter: zeros in a plain dense file.
 

@@ -133,6 +133,8 @@ class MaskProTrainer(Trainer):
     """
 
     args: MaskProTrainingArguments
+    train_dataset: Any
+    data_collator: Any
 
     def __init__(self, model: nn.Module, args: MaskProTrainingArguments, **kwargs: Any):
         self.adapter_name, self.config, self.layers = _trained_adapter(model)
@@ -151,7 +153,7 @@ class MaskProTrainer(Trainer):
                 "use baseline='step'."
             )
         self.tracker = 0.0
-        self._seed: int | None = None
+        self._seed = -1
         self._residual = torch.zeros(())
         self._history: dict[str, list[float]] = {"residual": [], "tracker": [], "flipped": []}
         self._baselines: torch.Tensor | None = None
@@ -165,6 +167,7 @@ class MaskProTrainer(Trainer):
             self.config.logit_scale = SIMPLE_LOGIT_SCALE if simple else RESIDUAL_LOGIT_SCALE
         if self.args.estimator == "residual":
             # Nothing has a gradient, so this steps nothing: it holds the learning rate for the schedule.
+            assert self.args.learning_rate is not None
             self.optimizer = torch.optim.SGD(self._thetas(), lr=self.args.learning_rate)
             return self.optimizer
         optimizer = super().create_optimizer(model)
@@ -217,7 +220,9 @@ class MaskProTrainer(Trainer):
             and type(self).compute_loss is Trainer.compute_loss
         )
         map_style = self.train_dataset is not None and not isinstance(self.train_dataset, IterableDataset)
-        return deterministic and own_loss and map_style and self.args.train_sampling_strategy in ("random", "sequential")
+        return (
+            deterministic and own_loss and map_style and self.args.train_sampling_strategy in ("random", "sequential")
+        )
 
     def _cache_baselines(self) -> None:
         """Summed loss of every example under the initial mask, in one pass."""
@@ -267,7 +272,7 @@ class MaskProTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         # Dropout would put other noise into the two losses than the mask.
         model.eval()
-        if self._seed is None:
+        if self._seed < 0:
             # torch's own generator, whose state a checkpoint keeps.
             self._seed = int(torch.randint(2**63 - 1, ()))
             self._residual = torch.zeros((), device=self.args.device)
@@ -280,12 +285,13 @@ class MaskProTrainer(Trainer):
                 with self._masks(self._initial):
                     baseline = self._micro_batch_loss(model, inputs, num_items_in_batch)
             else:
-                assert self._baselines is not None and num_items_in_batch is not None
+                assert self._baselines is not None
+                assert num_items_in_batch is not None
                 baseline = (self._baselines[index].sum() / float(num_items_in_batch)).to(loss)
         self._residual += loss - baseline
         if self.accelerator.sync_gradients:
             self._move_logits(self._residual.item())
-            self._seed = None
+            self._seed = -1
         return loss
 
     def _micro_batch_loss(
@@ -293,7 +299,9 @@ class MaskProTrainer(Trainer):
     ) -> torch.Tensor:
         """The micro-batch's share of the loss of the whole batch: shares add up to it."""
         loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
-        scaled = self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
+        scaled = self.compute_loss_func is not None or (
+            self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        )
         return loss.detach() if scaled else loss.detach() / self.current_gradient_accumulation_steps
 
     @torch.no_grad()
@@ -340,12 +348,13 @@ class MaskProTrainer(Trainer):
         if self.args.estimator == "residual":
             scale = RESIDUAL_LOGIT_SCALE if self.config.logit_scale is None else self.config.logit_scale
             n, m = self.config.n, self.config.m
-            share = (m - n) * sum(1 / k for k in range(1, n + 1)) * exp(-scale)
+            factor = sum(1 / k for k in range(1, n + 1)) if self.config.distribution == "plackett_luce" else n
+            share = min(1, (m - n) * factor * exp(-scale))
             groups = sum(theta.shape[0] * theta.shape[2] for theta in self._thetas())
             logger.warning(
-                f"residual: a sample changes about {share * groups:,.0f} of {groups:,} groups, so the average group is "
+                f"residual: a sample changes about {share * groups:,.0f} of {groups:,} groups, so the average one is "
                 f"tried once in {1 / share:,.0f} steps; plan for that many forward passes or more (the paper runs "
-                "10,000). Where a backward pass fits, estimator='simple' needs a few hundred."
+                "10,000 steps). Where a backward pass fits, estimator='simple' needs a few hundred."
             )
         return super().train(*args, **kwargs)
 

@@ -121,11 +121,18 @@ def inspect(
     if (folder / "adapter_config.json").is_file():
         show(_inspect_adapter(folder), as_json)
     elif (folder / "config.json").is_file():
-        report = deploy.check_sparsity(folder, n, m)
-        zeros = sum(report.values()) / len(report)
-        show({"kind": "checkpoint", "pattern": f"{n}:{m}", "layers": len(report), "zeros": zeros}, as_json)
+        show(_inspect_checkpoint(folder, n, m), as_json)
     else:
         raise ValueError(f"{folder} holds neither adapter_config.json nor config.json.")
+
+
+def _inspect_checkpoint(folder: Path, n: int, m: int) -> dict[str, Any]:
+    try:
+        report = deploy.check_sparsity(folder, n, m)
+    except ValueError as error:
+        return {"kind": "checkpoint", "pattern": None, "why": str(error)}
+    zeros = sum(report.values()) / len(report)
+    return {"kind": "checkpoint", "pattern": f"{n}:{m}", "layers": len(report), "zeros": zeros}
 
 
 def _inspect_adapter(folder: Path) -> dict[str, Any]:

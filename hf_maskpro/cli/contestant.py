@@ -4,6 +4,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,9 +32,9 @@ BATCH, SEQ_LEN = 8, 128
 class Clock(TrainerCallback):
     """Stops training when its seconds are up, and measures perplexity on the way, off the clock."""
 
-    def __init__(self, seconds: float, steps: int, evaluate: Any):
+    def __init__(self, seconds: float, evaluate: Callable[[], float] | None):
         self.seconds, self.evaluate = seconds, evaluate
-        self.every = max(1, steps // EVALUATIONS)
+        self.due = seconds / EVALUATIONS
         self.curve: list[dict[str, float]] = []
         self.finished: list[float] = []
         self.paused = 0.0
@@ -42,32 +43,41 @@ class Clock(TrainerCallback):
     def elapsed(self) -> float:
         return time.perf_counter() - self.start - self.paused
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         elapsed = self.elapsed()
         self.finished.append(elapsed)
         control.should_training_stop |= elapsed >= self.seconds
         last = control.should_training_stop or state.global_step == state.max_steps
-        if self.evaluate is not None and (last or state.global_step % self.every == 0):
+        if self.evaluate is not None and (last or elapsed >= self.due):
             self.curve.append({"step": state.global_step, "seconds": elapsed, "perplexity": self.evaluate()})
+            self.due += self.seconds / EVALUATIONS
             self.paused += time.perf_counter() - self.start - self.paused - elapsed
 
 
-def learn(masked: PeftModel, estimator: str, inputs: torch.Tensor, seconds: float, evaluate: Any) -> dict[str, Any]:
+def learn(
+    masked: PeftModel,
+    estimator: Literal["residual", "simple"],
+    inputs: torch.Tensor,
+    seconds: float,
+    evaluate: Callable[[], float],
+) -> dict[str, Any]:
     """Train for so many seconds, with the schedule of as many steps as a short trial says they hold."""
 
-    def run(steps: int, seconds: float, evaluate: Any) -> tuple[MaskProTrainer, Clock]:
+    def run(steps: int, seconds: float, evaluate: Callable[[], float] | None) -> tuple[MaskProTrainer, Clock]:
         args = MaskProTrainingArguments(
             output_dir="unused",
             estimator=estimator,
             max_steps=steps,
             warmup_steps=min(10, steps // 5) if estimator == "simple" else 0,
             per_device_train_batch_size=BATCH,
-            logging_steps=max(1, steps // 20),
+            logging_steps=max(1, steps // 20) if estimator == "simple" else 5,
             save_strategy="no",
             dataloader_pin_memory=torch.cuda.is_available(),
             report_to=[],
         )
-        clock = Clock(seconds, steps, evaluate)
+        clock = Clock(seconds, evaluate)
         dataset = [{"input_ids": row, "labels": row} for row in inputs]
         trainer = MaskProTrainer(masked, args, train_dataset=dataset, callbacks=[clock])
         trainer.train()
@@ -78,7 +88,9 @@ def learn(masked: PeftModel, estimator: str, inputs: torch.Tensor, seconds: floa
     step_seconds = min(after - before for before, after in pairwise(trial.finished))
     for layer in masked_layers(masked).values():
         layer.maskpro_theta["default"].data.zero_()
-    trainer, clock = run(max(1, int(seconds / step_seconds)), seconds, evaluate)
+    # The schedule of simple should end with the seconds; that of residual is constant, and the clock ends it.
+    steps = int(seconds / step_seconds) * (1 if estimator == "simple" else 10)
+    trainer, clock = run(max(1, steps), seconds, evaluate)
     log = [
         {"seconds": clock.finished[entry["step"] - 1], **{k: v for k, v in entry.items() if k != "epoch"}}
         for entry in trainer.state.log_history
@@ -129,12 +141,12 @@ def contestant(
     if start is None:
         value = evaluate()
         evaluation_seconds = time.perf_counter() - initialized
-        row = {"perplexity": value, "steps": 0, "seconds": initialized - begun, "changed_groups": 0.0}
+        row: dict[str, Any] = {"perplexity": value, "steps": 0, "seconds": initialized - begun, "changed_groups": 0.0}
         row |= {"curve": [], "log": []}
     else:
         inputs = windows(tokenizer, read_text(calibration), SEQ_LEN)
-        evaluation_seconds = None
-        row = learn(masked, method, inputs, seconds, evaluate)
+        evaluation_seconds = 0.0
+        row = learn(masked, "residual" if method == "residual" else "simple", inputs, seconds, evaluate)
     if output is not None:
         output.mkdir(parents=True)
         save(masked, output)

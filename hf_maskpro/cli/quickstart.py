@@ -54,8 +54,8 @@ def quickstart(
     seconds = _learning_seconds(60 * minutes - (time.perf_counter() - begun), rows, len(learners))
     rows += [_run(output, base, method, seconds) for method in learners]
     subprocess.run(
-        [sys.executable, "-m", "hf_maskpro.cli", "merge", "--model", base, "--adapter", str(output / learners[-1])]
-        + ["--output", str(output / "merged"), "--json"],
+        [sys.executable, "-m", "hf_maskpro.cli", "merge", "--model", base]
+        + ["--adapter", str(output / learners[-1]), "--output", str(output / "merged"), "--json"],
         check=True,
         stdout=subprocess.DEVNULL,
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import torch
 import typer
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..deploy import check_free
@@ -109,7 +109,7 @@ def train(
     )
 
 
-def save(masked: torch.nn.Module, output: Path) -> None:
+def save(masked: PeftModel, output: Path) -> None:
     """Write the adapter into the output folder, every file complete or not at all."""
     with tempfile.TemporaryDirectory(dir=output, prefix=".") as folder:
         masked.save_pretrained(folder)

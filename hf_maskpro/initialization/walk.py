@@ -1,6 +1,7 @@
 """The calibration walk: decoder layer by decoder layer, each seeing what the masked layers before it produce."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -105,10 +106,8 @@ def _first_inputs(
     try:
         for batch in dataloader:
             batch = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-            try:
+            with suppress(_StopForward):
                 model(**batch, use_cache=False)
-            except _StopForward:
-                pass
     finally:
         handle.remove()
     if not captured:

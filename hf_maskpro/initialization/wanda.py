@@ -15,7 +15,8 @@ class InputNorms:
     """Sums the squares of every input feature over all tokens that a layer sees, in float32."""
 
     def __init__(self, layer: MaskProLayer):
-        self.squares = torch.zeros(layer.out_in(layer.get_base_layer().weight).shape[1], device=layer.weight.device)
+        weight = layer.out_in(layer.get_base_layer().weight)
+        self.squares = torch.zeros(weight.shape[1], device=weight.device)
 
     def update(self, inputs: torch.Tensor) -> None:
         self.squares += inputs.flatten(0, -2).float().square().sum(0)

@@ -2,6 +2,7 @@
 
 import torch
 
+
 _WORD = 0xFFFFFFFF
 
 
@@ -40,7 +41,9 @@ def keys(seed: int, layer: int) -> tuple[int, int]:
     return _signed(key), _signed(_mix(key ^ 0x9E3779B9))
 
 
-def hash_positions(shape: tuple[int, ...], first: int | torch.Tensor, second: int | torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+def hash_positions(
+    shape: tuple[int, ...], first: int | torch.Tensor, second: int | torch.Tensor, device: torch.device | str | None
+) -> torch.Tensor:
     """The words of [`uniform_bits`] from its two [`keys`]."""
     position = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=device).view(shape)
     return _mix_tensor(_mix_tensor(position + first) ^ second)

@@ -11,6 +11,7 @@ import torch
 
 from .bits import to_uniform, uniform_bits
 
+
 Distribution = Literal["plackett_luce", "conditional_poisson"]
 
 # A member this far below (above) the n-th largest logit of its group is never (always) drawn; without the clamp a
@@ -102,9 +103,7 @@ def sampling_dtype(n: int, distribution: Distribution) -> torch.dtype:
     return torch.float32 if distribution == "plackett_luce" else work_dtype(n)
 
 
-def draw(
-    weights: list[torch.Tensor], n: int, uniform: torch.Tensor, distribution: Distribution
-) -> list[torch.Tensor]:
+def draw(weights: list[torch.Tensor], n: int, uniform: torch.Tensor, distribution: Distribution) -> list[torch.Tensor]:
     """One mask per group from uniform numbers `[draws, ...]`."""
     if distribution == "plackett_luce":
         return _draw_plackett_luce(weights, n, uniform)
@@ -240,7 +239,11 @@ def _extend_f(
 
 
 def _combine(
-    left: list[torch.Tensor], left_f: list[torch.Tensor], right: list[torch.Tensor], right_f: list[torch.Tensor], n: int
+    left: list[torch.Tensor],
+    left_f: list[torch.Tensor],
+    right: list[torch.Tensor],
+    right_f: list[torch.Tensor],
+    n: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """e_n of two disjoint parts together, and the same sum with the factor f."""
     plain, with_f = left[0] * right[n], left_f[0] * right[n] + left[0] * right_f[n]

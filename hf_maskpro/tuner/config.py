@@ -57,8 +57,10 @@ class MaskProConfig(PeftConfig):
 
     n: int = field(default=2, metadata={"help": "Weights kept in every group."})
     m: int = field(default=4, metadata={"help": "Size of a group of consecutive input weights."})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to mask."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to leave dense."})
+    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Layers to mask."})
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Layers to leave dense."}
+    )
     init_mask: Literal["magnitude", "random", "wanda"] = field(
         default="magnitude", metadata={"help": "The starting mask."}
     )
@@ -92,7 +94,9 @@ class MaskProConfig(PeftConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, allowed))}.")
         if self.logit_scale is not None and not 0 < self.logit_scale <= 40:
             raise ValueError(f"logit_scale is {self.logit_scale}, outside 0 to 40; 5 to 10 is usual.")
-        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
+        self.target_modules = (
+            set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
+        )
         self.exclude_modules = (
             set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
         )

@@ -79,7 +79,7 @@ def _theta_may_be_missing(module: nn.Module, incompatible_keys: Any) -> None:
     missing[:] = [key for key in missing if ".maskpro_theta." not in key]
 
 
-class MaskProLayer(BaseTunerLayer):
+class MaskProLayer(nn.Module, BaseTunerLayer):
     """
     What every masked layer has, per adapter: `maskpro_theta`, the trained offset of the logits, and `maskpro_mask`,
     the packed starting mask.
@@ -88,19 +88,28 @@ class MaskProLayer(BaseTunerLayer):
     adapter_layer_names = ("maskpro_theta",)
     other_param_names = ("maskpro_mask", "maskpro_config")
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    # What BaseTunerLayer brings; the type checker does not look into PEFT.
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    get_base_layer: Callable[[], Any]
+    _active_adapter: str | list[str]
+    _disable_adapters: bool
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskProConfig) -> None:
+        super().__init__()
         self.base_layer = base_layer
         self.maskpro_theta = nn.ParameterDict()
         self.maskpro_mask = BufferDict(persistent=True)
         self.maskpro_config: dict[str, MaskProConfig] = {}
-        self.merged_adapters: list[str] = []
+        self.merged_adapters = []
         # While set, gives the codes of the mask in train mode for an adapter's name; otherwise they are sampled.
         self.choose_codes: Callable[[str], torch.Tensor] | None = None
         self._dropped: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._unfilled: dict[str, tuple[torch.Tensor, int]] = {}
         self._masked_weight: tuple[Any, torch.Tensor] | None = None
-        assert isinstance(self, nn.Module)
         self.register_load_state_dict_post_hook(_theta_may_be_missing)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
 
     def out_in(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as `[out_features, in_features]`, or back; a view."""
@@ -171,8 +180,8 @@ class MaskProLayer(BaseTunerLayer):
             `ValueError`: if it was never filled.
         """
         packed = self.maskpro_mask[adapter_name]
-        placeholder, version = self._unfilled.get(adapter_name, (None, 0))
-        if packed is placeholder and packed._version == version:
+        placeholder = self._unfilled.get(adapter_name)
+        if placeholder is not None and packed is placeholder[0] and packed._version == placeholder[1]:
             config = self.maskpro_config[adapter_name]
             if config.awaits_file:
                 raise ValueError(f"adapter {adapter_name!r} has no mask for a layer: its file is missing a tensor.")
@@ -300,7 +309,7 @@ class MaskProLayer(BaseTunerLayer):
     def unmerge(self) -> None:
         """Put the dropped weights back."""
         if not self.merged:
-            warnings.warn("Already unmerged, nothing to do.")
+            warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
             return
         weight = self.get_base_layer().weight
         while self.merged_adapters:
@@ -317,14 +326,8 @@ class MaskProLayer(BaseTunerLayer):
         return self.get_base_layer()
 
 
-class MaskProLinear(MaskProLayer, nn.Module):
+class MaskProLinear(MaskProLayer):
     """A masked `nn.Linear`."""
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskProConfig) -> None:
-        nn.Module.__init__(self)
-        MaskProLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
 
     def out_in(self, weight: torch.Tensor) -> torch.Tensor:
         return weight

@@ -97,7 +97,7 @@ class MaskProModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """The packed mode of every layer, or with `save_logits` the starting mask and theta."""
         assert isinstance(config, MaskProConfig)
-        result = {}
+        result: dict[str, torch.Tensor] = {}
         changed = {}
         for name, layer in _layers(model, adapter_name):
             mask_key = f"{name}.maskpro_mask.{adapter_name}"
@@ -111,7 +111,9 @@ class MaskProModel(BaseTuner):
                 result |= {mask_key: packed, theta_key: theta.contiguous()}
             else:
                 result[mask_key] = pack_codes(learned, config.n, config.m)
-        config.record_stage(changed, sum(layer.weight.numel() for _, layer in _layers(model, adapter_name)))
+        config.record_stage(
+            changed, sum(layer.get_base_layer().weight.numel() for _, layer in _layers(model, adapter_name))
+        )
         return result
 
     @classmethod
@@ -136,9 +138,7 @@ class MaskProModel(BaseTuner):
             except ValueError as error:
                 raise ValueError(f"{_bare(name)}: {error}") from error
             if len(codes) != len(theta) or (theta_key in result and result[theta_key].shape != theta.shape):
-                raise ValueError(
-                    f"{_bare(name)}: the adapter file has {len(codes)} rows, the model {len(theta)}."
-                )
+                raise ValueError(f"{_bare(name)}: the adapter file has {len(codes)} rows, the model {len(theta)}.")
             if theta_key in result:
                 layer.materialize(adapter_name)
             elif theta.is_meta:

@@ -44,7 +44,7 @@ def test_bytes_follow_the_written_format():
     for group, members in enumerate([(0, 1), (2, 3), (0, 2), (1, 3)]):
         mask[0, list(members), group] = True
     assert pack(mask, 2, 4).tolist() == [[0 + 5 * 6 + 1 * 36, 4]]
-    assert [c for c in combinations(range(4), 2)][4] == (1, 3)
+    assert list(combinations(range(4), 2))[4] == (1, 3)
 
 
 def test_words_are_little_endian():

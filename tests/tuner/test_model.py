@@ -245,7 +245,10 @@ def test_dropped_weights_become_positive_zero_even_where_not_finite():
     model = get_peft_model(layer, MaskProConfig(target_modules=["0"]))
     layer[0].get_base_layer().weight.data[0, 0] = -torch.inf
     merged = model.merge_and_unload(safe_merge=True)
-    assert merged[0].weight.view(torch.int32).tolist() == torch.tensor([[0.0, -5.0, -6.0, 0.0]]).view(torch.int32).tolist()
+    assert (
+        merged[0].weight.view(torch.int32).tolist()
+        == torch.tensor([[0.0, -5.0, -6.0, 0.0]]).view(torch.int32).tolist()
+    )
 
 
 def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing(llama):

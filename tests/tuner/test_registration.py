@@ -50,6 +50,8 @@ peft.utils.PeftType = Shipped
 from hf_maskpro.tuner.registration import add_peft_type
 assert add_peft_type() is Shipped.MASKPRO and len(Shipped) == len(names)
 """
-    program = program.replace("from hf_maskpro.tuner.registration", "import sys; sys.path.insert(0, 'PATH')\nfrom registration")
+    program = program.replace(
+        "from hf_maskpro.tuner.registration", "import sys; sys.path.insert(0, 'PATH')\nfrom registration"
+    )
     folder = str(importlib.import_module("hf_maskpro.tuner").__path__[0])
     subprocess.run([sys.executable, "-c", program.replace("PATH", folder)], check=True)

@@ -1,0 +1,208 @@
+"""The command as a user types it."""
+
+import io
+import json
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from shutil import rmtree
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hf_maskpro import check_sparsity
+from hf_maskpro.cli import main
+
+
+@pytest.fixture(autouse=True, scope="session")
+def offline():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        yield
+
+
+def run(*arguments, code=0):
+    """Run the command in this process, which spares the seconds of its imports."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["hf-maskpro", *map(str, arguments)])
+        patch.setattr("hf_maskpro.cli.common.console.file", out)
+        try:
+            main()
+            status = 0
+        except SystemExit as exit:
+            status = exit.code
+    assert status == code, err.getvalue()
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def fails(*arguments):
+    """The one line on stderr of a command that fails."""
+    last = run(*arguments, code=1).stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+@pytest.fixture(scope="session")
+def adapter(checkpoint, text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("init") / "adapter"
+    run("init", "--model", checkpoint, "--method", "wanda", "--text", text, "--seq-len", 16, "--output", folder)
+    return folder
+
+
+def test_init_eval_train_merge_inspect(checkpoint, text, adapter, tmp_path):
+    measure = ["eval", "--model", checkpoint, "--text", text, "--seq-len", 32, "--json"]
+    dense = json.loads(run(*measure).stdout)
+    wanda = json.loads(run(*measure, "--adapter", adapter).stdout)
+    assert dense["perplexity"] != wanda["perplexity"]
+    assert "windows of 32 tokens" in wanda["protocol"]
+    assert json.loads((adapter / "adapter_config.json").read_text())["lineage"][0]["calibration_seq_len"] == 16
+
+    learned = tmp_path / "learned"
+    train = ["train", "--model", checkpoint, "--adapter", adapter, "--text", text, "--seq-len", 32, "--max-steps", 20]
+    train += ["--save-steps", 10, "--output", learned]
+    figures = json.loads(run(*train, "--json").stdout.splitlines()[-1])
+    assert figures["steps"] == 20
+    simple = json.loads(run(*measure, "--adapter", learned).stdout)
+    assert simple["perplexity"] < wanda["perplexity"]
+    assert (learned / "checkpoint-20").is_dir()
+
+    report = json.loads(run("inspect", learned, "--json").stdout)
+    assert report["pattern"] == "2:4"
+    assert report["layers"] == 14
+    assert report["started_from"] == ["wanda", "adapter"]
+    assert report["groups_changed"][1] > 0
+
+    merged = tmp_path / "merged"
+    run("merge", "--model", checkpoint, "--adapter", learned, "--output", merged)
+    assert json.loads(run("inspect", merged, "--json").stdout)["zeros"] == pytest.approx(0.5)
+    assert json.loads(run("inspect", checkpoint, "--json").stdout)["pattern"] is None
+    again = json.loads(run("eval", "--model", merged, "--text", text, "--seq-len", 32, "--json").stdout)
+    assert again["perplexity"] == simple["perplexity"]
+    assert AutoModelForCausalLM.from_pretrained(merged).config.tie_word_embeddings
+    check_sparsity(merged, 2, 4)
+
+
+@pytest.mark.parametrize("estimator", ["residual", "simple"])
+def test_train_resumes_where_it_stopped(checkpoint, text, tmp_path, estimator):
+    def train(output, *more):
+        run(
+            "train", "--model", checkpoint, "--text", text, "--seq-len", 32, "--estimator", estimator,
+            "--max-steps", 6, "--save-steps", 3, "--logit-scale", 2, "--output", output, *more,
+        )  # fmt: skip
+
+    train(tmp_path / "whole")
+    train(tmp_path / "resumed")
+    rmtree(tmp_path / "resumed" / "checkpoint-6")
+    (tmp_path / "resumed" / "adapter_model.safetensors").unlink()
+    train(tmp_path / "resumed", "--resume")
+    whole = load_file(tmp_path / "whole" / "checkpoint-6" / "adapter_model.safetensors")
+    resumed = load_file(tmp_path / "resumed" / "checkpoint-6" / "adapter_model.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert any(tensor.abs().max() > 0 for name, tensor in whole.items() if "theta" in name)
+    final = load_file(tmp_path / "resumed" / "adapter_model.safetensors")
+    assert all(name.endswith("maskpro_mask") for name in final)
+
+
+def test_a_local_dataset(checkpoint, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text("\n".join(json.dumps({"text": "w1 w2 w3 w4 " * 10}) for _ in range(20)))
+    run("init", "--model", checkpoint, "--dataset", data, "--seq-len", 16, "--output", tmp_path / "a")
+    assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
+
+
+def test_in_a_process_of_its_own(checkpoint):
+    command = [sys.executable, "-m", "hf_maskpro.cli"]
+    done = subprocess.run([*command, "inspect", str(checkpoint / "no")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert subprocess.run([*command, "train", "--nonsense"], capture_output=True).returncode == 2
+
+
+def test_help_for_every_verb():
+    for verb in ("quickstart", "init", "train", "eval", "merge", "inspect"):
+        assert "--help" in run(verb, "--help").stdout
+
+
+class TestBadInput:
+    """One line each, and nothing is written."""
+
+    def test_patterns(self, checkpoint, tmp_path):
+        init = ["init", "--model", checkpoint, "--method", "magnitude", "--output", tmp_path / "a"]
+        assert "n is 4, outside 1 to m - 1 = 3" in fails(*init, "--n", 4, "--m", 4)
+        assert "n is 0" in fails(*init, "--n", 0)
+        assert "m is 32, outside 2 to 16" in fails(*init, "--m", 32)
+        assert "in_features 16 is not a multiple of m = 6" in fails(*init, "--m", 6)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_missing_things(self, checkpoint, text, tmp_path):
+        output = tmp_path / "a"
+        missing = tmp_path / "no-such"
+        assert f"{missing} does not exist" in fails(
+            "init", "--model", checkpoint, "--text", missing, "--output", output
+        )
+        assert "is not a model folder" in fails("init", "--model", missing, "--text", text, "--output", output)
+        assert "error" in fails("init", "--model", "no/model", "--text", text, "--output", output)
+        assert "either --text FILE or --dataset NAME" in fails("init", "--model", checkpoint, "--output", output)
+        assert "no checkpoint to resume from" in fails(
+            "train", "--model", checkpoint, "--text", text, "--output", output, "--resume"
+        )
+        (tmp_path / "empty.txt").write_text("  \n")
+        assert "is empty" in fails("eval", "--model", checkpoint, "--text", tmp_path / "empty.txt")
+        assert "nothing to measure" in fails("eval", "--model", checkpoint)
+        assert not output.exists()
+
+    def test_a_short_text(self, checkpoint, tmp_path):
+        (tmp_path / "short.txt").write_text("w1 w2")
+        text = ["--text", tmp_path / "short.txt"]
+        assert "2 tokens, fewer than one window" in fails("eval", "--model", checkpoint, *text)
+        assert "fewer than one window" in fails("train", "--model", checkpoint, *text, "--output", tmp_path / "a")
+        assert not (tmp_path / "a").exists()
+
+    def test_folders_in_use(self, checkpoint, text, adapter, tmp_path):
+        output = tmp_path / "a"
+        output.mkdir()
+        (output / "precious").write_text("x")
+        for verb in (
+            ["init", "--method", "magnitude"],
+            ["train", "--text", text],
+            ["merge", "--adapter", adapter],
+        ):
+            assert "is not empty" in fails(*verb, "--model", checkpoint, "--output", output)
+        assert [path.name for path in output.iterdir()] == ["precious"]
+        run("init", "--method", "magnitude", "--model", checkpoint, "--output", output, "--overwrite")
+        assert not (output / "precious").exists()
+
+    def test_altered_adapters(self, checkpoint, text, adapter, tmp_path):
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        config = (adapter / "adapter_config.json").read_text()
+
+        def altered(name, tensors, config=config, cut=0):
+            folder = tmp_path / name
+            folder.mkdir()
+            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            data = (folder / "adapter_model.safetensors").read_bytes()
+            (folder / "adapter_model.safetensors").write_bytes(data[: len(data) - cut])
+            (folder / "adapter_config.json").write_text(config)
+            return folder
+
+        first = next(iter(tensors))
+        folders = {
+            "out of range": altered("range", tensors | {first: torch.full_like(tensors[first], 240)}),
+            "has no mask": altered("missing", {k: v for k, v in tensors.items() if k != first}),
+            "rows": altered("rows", tensors | {first: tensors[first][:-1].clone()}),
+            "bytes a row": altered("pattern", tensors, config.replace('"m": 4', '"m": 8')),
+            "error": altered("truncated", tensors, cut=5),
+        }
+        for message, folder in folders.items():
+            for verb in (["eval", "--text", text, "--seq-len", 16], ["merge", "--output", tmp_path / "out"]):
+                assert message in fails(*verb, "--model", checkpoint, "--adapter", folder)
+        assert "out of range" in fails("inspect", folders["out of range"])
+        assert "error" in fails("inspect", folders["error"])
+        assert not (tmp_path / "out").exists()
