@@ -97,7 +97,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskProConfig) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer: Any = base_layer
         self.maskpro_theta = nn.ParameterDict()
         self.maskpro_mask = BufferDict(persistent=True)
         self.maskpro_config: dict[str, MaskProConfig] = {}
@@ -106,7 +106,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self.choose_codes: Callable[[str], torch.Tensor] | None = None
         self._dropped: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._unfilled: dict[str, tuple[torch.Tensor, int]] = {}
-        self._masked_weight: tuple[Any, torch.Tensor] | None = None
+        self._masked_weight: tuple[list[tuple[int, int]], torch.Tensor, list[torch.Tensor]] | None = None
         self.register_load_state_dict_post_hook(_theta_may_be_missing)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -228,7 +228,8 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         return self.sampled_codes(adapter_name, int(torch.randint(2**63 - 1, ())))
 
     def _masking_adapters(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.maskpro_theta]
+        thetas = self.maskpro_theta
+        return [name for name in self.active_adapters if name in thetas]
 
     def masked_weight(self) -> torch.Tensor:
         """
@@ -236,15 +237,18 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
 
         Sampled where the layer is in train mode and the adapter's `theta` requires grad, else the mode.
         """
-        weight = self.get_base_layer().weight
-        names = self._masking_adapters()
-        trained = [name for name in names if self.maskpro_theta[name].requires_grad]
-        if (self.training and trained) or (torch.is_grad_enabled() and (trained or weight.requires_grad)):
-            for name in names:
-                sampled = self.training and name in trained
-                codes = self._training_codes(name) if sampled else self.mode_codes(name)
-                weight = _ApplyMask.apply(weight, self.maskpro_theta[name], codes, self, name)
-            return weight
+        return self._mask_weight(self._masking_adapters())
+
+    def _mask_weight(self, names: list[str]) -> torch.Tensor:
+        weight = self.base_layer.weight
+        if self.training or torch.is_grad_enabled():
+            trained = [name for name in names if self.maskpro_theta[name].requires_grad]
+            if (self.training and trained) or (torch.is_grad_enabled() and (trained or weight.requires_grad)):
+                for name in names:
+                    sampled = self.training and name in trained
+                    codes = self._training_codes(name) if sampled else self.mode_codes(name)
+                    weight = _ApplyMask.apply(weight, self.maskpro_theta[name], codes, self, name)
+                return weight
         return self._cached_masked_weight(weight, names)
 
     def _cached_masked_weight(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
@@ -252,14 +256,17 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         The masked weight, computed again only when something it depends on has changed: `generate` asks for it at
         every token.
         """
-        tensors = [weight, *(t for name in names for t in (self.maskpro_theta[name], self.maskpro_mask[name]))]
-        state = (tuple(names), [(id(t), t.data_ptr(), t._version) for t in tensors])
+        tensors, thetas, masks = [weight], self.maskpro_theta, self.maskpro_mask
+        for name in names:
+            tensors += (thetas[name], masks[name])
+        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         if self._masked_weight is None or self._masked_weight[0] != state:
             with torch.inference_mode(False), torch.no_grad():
                 masked = weight
                 for name in names:
                     masked = self._select(masked, self.mode_codes(name), name)
-            self._masked_weight = (state, masked)
+            # The tensors are held so that no other can come to lie at their address.
+            self._masked_weight = (state, masked, tensors)
         return self._masked_weight[1]
 
     def _select(self, weight: torch.Tensor, codes: torch.Tensor, adapter_name: str) -> torch.Tensor:
@@ -271,11 +278,12 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         return super().train(mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        if self.disable_adapters or self.merged or not self._masking_adapters():
+        names = self._masking_adapters()
+        if self._disable_adapters or self.merged_adapters or not names:
             return self.base_layer(x, *args, **kwargs)
-        return self.linear(x, self.masked_weight())
+        return self.linear(x, self._mask_weight(names))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep: bool = True) -> None:
         """
@@ -333,7 +341,7 @@ class MaskProLinear(MaskProLayer):
         return weight
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, weight, self.get_base_layer().bias)
+        return F.linear(x, weight, self.base_layer.bias)
 
     def __repr__(self) -> str:
         return "maskpro." + super().__repr__()
