@@ -4,7 +4,6 @@ import os
 import sys
 import warnings
 
-import click
 import typer
 from safetensors import SafetensorError
 from transformers.utils import logging
@@ -34,13 +33,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        app(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
+        app()
     except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         typer.echo(f"error: {lines[0]}", err=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -98,6 +98,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskProConfig) -> None:
         super().__init__()
         self.base_layer: Any = base_layer
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.maskpro_theta = nn.ParameterDict()
         self.maskpro_mask = BufferDict(persistent=True)
         self.maskpro_config: dict[str, MaskProConfig] = {}
@@ -105,6 +106,8 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         # While set, gives the codes of the mask in train mode for an adapter's name; otherwise they are sampled.
         self.choose_codes: Callable[[str], torch.Tensor] | None = None
         self._dropped: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # The masks that wait for data or a file, as they were made: any other tensor or version has been filled. The
+        # digits alone cannot tell, since of 1:4 every byte is a valid word.
         self._unfilled: dict[str, tuple[torch.Tensor, int]] = {}
         self._masked_weight: tuple[list[tuple[int, int]], torch.Tensor, list[torch.Tensor]] | None = None
         self.register_load_state_dict_post_hook(_theta_may_be_missing)
@@ -147,7 +150,8 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         """Give `theta` memory of its own, which an adapter for inference does without."""
         theta = self.maskpro_theta[adapter_name]
         if not theta.is_contiguous() and not theta.is_meta:
-            self.maskpro_theta[adapter_name] = nn.Parameter(theta.detach().contiguous(), requires_grad=False)
+            # The same Parameter, since PEFT restores `requires_grad` on those that it has seen.
+            theta.data = theta.data.contiguous()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -170,7 +174,27 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         theta = self.maskpro_theta[adapter_name]
         if theta.device not in (device, torch.device("meta")):
             self.maskpro_theta[adapter_name] = nn.Parameter(theta.detach().to(device), theta.requires_grad)
-        self.maskpro_mask[adapter_name] = self.maskpro_mask[adapter_name].to(device)
+        mask = self.maskpro_mask[adapter_name]
+        if mask.device != device:
+            unfilled = self._is_unfilled(adapter_name)
+            self.maskpro_mask[adapter_name] = mask = mask.to(device)
+            if unfilled:
+                self._unfilled[adapter_name] = (mask, mask._version)
+
+    def _is_unfilled(self, adapter_name: str) -> bool:
+        packed, version = self._unfilled.get(adapter_name, (None, 0))
+        return packed is not None and packed is self.maskpro_mask[adapter_name] and packed._version == version
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
+        unfilled = [name for name in self._unfilled if self._is_unfilled(name)]
+        super()._apply(fn, recurse)
+        self._unfilled = {name: (self.maskpro_mask[name], self.maskpro_mask[name]._version) for name in unfilled}
+        return self
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._unfilled.pop(adapter_name, None)
+        self._masked_weight = None
 
     def packed_initial_mask(self, adapter_name: str) -> torch.Tensor:
         """
@@ -180,8 +204,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             `ValueError`: if it was never filled.
         """
         packed = self.maskpro_mask[adapter_name]
-        placeholder = self._unfilled.get(adapter_name)
-        if placeholder is not None and packed is placeholder[0] and packed._version == placeholder[1]:
+        if self._is_unfilled(adapter_name):
             config = self.maskpro_config[adapter_name]
             if config.awaits_file:
                 raise ValueError(f"adapter {adapter_name!r} has no mask for a layer: its file is missing a tensor.")
@@ -305,7 +328,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             weight = self.get_base_layer().weight
             masked = self._select(weight.detach(), codes, name)
             if safe_merge and not (masked.isfinite().all() and self.maskpro_theta[name].isfinite().all()):
-                raise ValueError(f"NaNs or infinities detected in the merged weights of adapter {name!r}.")
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             if keep:
                 self._dropped.append((codes, weight.detach()[self._dropped_by(codes, name)]))
             weight.data = masked
@@ -347,8 +370,12 @@ class MaskProLinear(MaskProLayer):
         return "maskpro." + super().__repr__()
 
 
-class MaskProConv1D(MaskProLinear):
-    """A masked `transformers.pytorch_utils.Conv1D`, GPT-2's linear layer with a transposed weight."""
+class MaskProConv1DLinear(MaskProLinear):
+    """
+    A masked `transformers.pytorch_utils.Conv1D`, GPT-2's linear layer with a transposed weight.
+
+    PEFT knows a masked linear layer by the word in its class's name.
+    """
 
     def out_in(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.T
@@ -363,5 +390,5 @@ def layer_class(module: nn.Module) -> type[MaskProLinear] | None:
     if isinstance(module, nn.Linear) and module.weight.is_floating_point():
         return MaskProLinear
     if isinstance(module, Conv1D):
-        return MaskProConv1D
+        return MaskProConv1DLinear
     return None

@@ -1,3 +1,6 @@
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,6 +76,7 @@ class MaskProModel(BaseTuner):
         new_module = cls(target, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
+        new_module.train(target.training)
         self._replace_module(parent, target_name, new_module, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -85,6 +89,12 @@ class MaskProModel(BaseTuner):
         raise NotImplementedError(
             "masks cannot be averaged; activate several with set_adapter([...]) to keep what all of them keep."
         )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("mask adapters cannot be mixed within a batch; drop adapter_names and call set_adapter.")
+        yield
 
     @classmethod
     def _get_adapter_state_dict(
@@ -99,21 +109,21 @@ class MaskProModel(BaseTuner):
         assert isinstance(config, MaskProConfig)
         result: dict[str, torch.Tensor] = {}
         changed = {}
+        weights = 0
         for name, layer in _layers(model, adapter_name):
             mask_key = f"{name}.maskpro_mask.{adapter_name}"
             theta_key = f"{name}.maskpro_theta.{adapter_name}"
             layer.packed_initial_mask(adapter_name)
             packed, theta = state_dict[mask_key], state_dict[theta_key]
             initial = unpack_codes(packed, config.n, config.m, theta.shape[1] * theta.shape[2])
-            learned = mode_codes(theta, initial, logit_scale(config), config.n)
+            learned = initial if theta.is_meta else mode_codes(theta, initial, logit_scale(config), config.n)
+            weights += theta.numel()
             changed[_bare(name)] = round((learned != initial).float().mean().item(), 6)
             if config.save_logits:
                 result |= {mask_key: packed, theta_key: theta.contiguous()}
             else:
                 result[mask_key] = pack_codes(learned, config.n, config.m)
-        config.record_stage(
-            changed, sum(layer.get_base_layer().weight.numel() for _, layer in _layers(model, adapter_name))
-        )
+        config.record_stage(changed, weights)
         return result
 
     @classmethod
@@ -125,7 +135,7 @@ class MaskProModel(BaseTuner):
         result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layers = dict(_layers(model, adapter_name))
         known = {f"{name}.maskpro_{part}.{adapter_name}" for name in layers for part in ("mask", "theta")}
-        surplus = [key for key in result if ".maskpro_" in key and key not in known]
+        surplus = [key for key in result if re.search(r"\.maskpro_(mask|theta)(\.|$)", key) and key not in known]
         if surplus:
             raise ValueError(f"the adapter file has masks for layers that the model has not: {_listed(surplus)}.")
         for name, layer in layers.items():
@@ -152,7 +162,8 @@ class MaskProModel(BaseTuner):
 
 def _layers(model: nn.Module, adapter_name: str) -> list[tuple[str, MaskProLayer]]:
     return [
-        (name, module)
+        # A state dict of a wrapped model has no trace of the wrappers.
+        (name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", ""), module)
         for name, module in model.named_modules()
         if isinstance(module, MaskProLayer) and adapter_name in module.maskpro_theta
     ]

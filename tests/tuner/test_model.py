@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from hf_maskpro import MaskProConfig, check_sparsity
+from hf_maskpro.subset import keep_of
 from hf_maskpro.tuner import MaskProLayer, masked_layers
 from hf_maskpro.tuner.layer import to_planes
 
@@ -336,6 +337,57 @@ def test_an_adapter_for_inference_takes_no_memory_for_theta(saved, base_folder):
     assert sum(theta.untyped_storage().nbytes() for theta in thetas) == 4 * len(thetas)
     model.set_adapter("default")
     assert all(theta.is_contiguous() for n, theta in model.named_parameters() if "maskpro_theta" in n)
+
+
+def test_new_layers_follow_the_mode_of_the_base_model(llama, ids):
+    model = get_peft_model(llama, MaskProConfig(logit_scale=1.0))
+    assert torch.equal(logits(model, ids), logits(model, ids))
+    model.add_adapter("other", MaskProConfig(logit_scale=1.0, init_mask="random"))
+    model.set_adapter("other")
+    assert torch.equal(logits(model, ids), logits(model, ids))
+
+
+def test_a_second_adapter_leaves_the_first_frozen(saved, base_folder):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), saved[0])
+    model.add_adapter("other", MaskProConfig())
+    assert not any(p.requires_grad for n, p in model.named_parameters() if n.endswith("theta.default"))
+
+
+def test_a_second_adapter_on_conv1d():
+    model = get_peft_model(tiny_gpt2(), MaskProConfig())
+    model.add_adapter("other", MaskProConfig(init_mask="random"))
+    assert masked_layers(model).keys() == masked_layers(model, "other").keys()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_empty_mask_stays_recognisable(llama, ids, n):
+    model = get_peft_model(llama, MaskProConfig(n=n, m=4, init_mask="wanda"))
+    for layer in masked_layers(model).values():
+        layer._apply(lambda tensor: tensor.clone())
+    with pytest.raises(ValueError, match="call initialize_masks"):
+        logits(model, ids)
+
+
+def test_no_stale_mask_after_deleting_an_adapter(llama, ids):
+    model = get_peft_model(llama, MaskProConfig()).eval()
+    logits(model, ids)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model.add_adapter("other", MaskProConfig(init_mask="random"))
+        model.set_adapter("other")
+        layer = next(iter(masked_layers(model, "other").values()))
+        expected = layer.out_in(keep_of(layer.initial_codes("other"), 4))
+        logits(model, ids)
+        with torch.no_grad():
+            assert torch.equal(layer.masked_weight() != 0, expected)
+        model.delete_adapter("other")
+        model.set_adapter("default")
+
+
+def test_adapters_are_not_mixed_within_a_batch(llama, ids):
+    model = get_peft_model(llama, MaskProConfig())
+    with pytest.raises(ValueError, match="cannot be mixed within a batch"):
+        model(input_ids=ids, adapter_names=["default"] * len(ids))
 
 
 class TestRefusals:
