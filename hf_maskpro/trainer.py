@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
@@ -62,7 +63,7 @@ class MaskProTrainingArguments(TrainingArguments):
         warmup_steps (`float`, *optional*):
             Default 0 for `residual`, 10 for `simple`.
         adam_beta2 (`float`, *optional*):
-            Default 0.98 for `simple`: gradients of logits change quickly.
+            Default 0.98: gradients of logits change quickly. `residual` has no optimizer state.
         max_grad_norm (`float`, defaults to 0):
             No clipping: Adam scales every logit's step by itself, `residual` has no gradient.
     """
@@ -94,7 +95,7 @@ class MaskProTrainingArguments(TrainingArguments):
             self.adam_beta2 = 0.98
         if self.lr_scheduler_type is None:
             self.lr_scheduler_type = "polynomial" if simple else "constant"
-            if simple:
+            if simple and not self.lr_scheduler_kwargs:
                 self.lr_scheduler_kwargs = {"power": 1.0, "lr_end": self.learning_rate / 10}
         super().__post_init__()
         if self.fp16:
@@ -205,7 +206,9 @@ class MaskProTrainer(Trainer):
 
     def _cache_is_sound(self) -> bool:
         """Whether an example's loss under the initial mask is the same in whatever batch, at whatever step."""
-        collator, base = self.data_collator, self.accelerator.unwrap_model(self.model).get_base_model()
+        collator, base = self.data_collator, self.accelerator.unwrap_model(self.model)
+        if isinstance(base, PeftModel):
+            base = base.get_base_model()
         deterministic = (
             collator is default_data_collator
             or isinstance(collator, (DataCollatorWithPadding, DataCollatorForSeq2Seq, DefaultDataCollator))
@@ -213,6 +216,7 @@ class MaskProTrainer(Trainer):
         )
         own_loss = (
             isinstance(base, PreTrainedModel)
+            and self.model_accepts_loss_kwargs
             and base.loss_function is ForCausalLMLoss
             and not base.config.to_dict().get("output_router_logits")
             and self.compute_loss_func is None
@@ -249,14 +253,14 @@ class MaskProTrainer(Trainer):
     def _masks(self, choose: Callable[[int, MaskProLayer], torch.Tensor]) -> Iterator[None]:
         """Apply the masks whose codes `choose` gives for the layers, by index; the rest stays in eval mode."""
         for index, layer in enumerate(self.layers):
-            layer.training = True
+            layer.train()
             layer.choose_codes = partial(_for_any_adapter, choose, index, layer)
         try:
             yield
         finally:
             for layer in self.layers:
                 layer.choose_codes = None
-                layer.training = False
+                layer.eval()
 
     def _initial(self, index: int, layer: MaskProLayer) -> torch.Tensor:
         return layer.initial_codes(self.adapter_name)
@@ -352,7 +356,7 @@ class MaskProTrainer(Trainer):
             share = min(1, (m - n) * factor * exp(-scale))
             groups = sum(theta.shape[0] * theta.shape[2] for theta in self._thetas())
             logger.warning(
-                f"residual: a sample changes about {share * groups:,.0f} of {groups:,} groups, so the average one is "
+                f"residual: a sample changes about {share * groups:,.3g} of {groups:,} groups, so the average one is "
                 f"tried once in {1 / share:,.0f} steps; plan for that many forward passes or more (the paper runs "
                 "10,000 steps). Where a backward pass fits, estimator='simple' needs a few hundred."
             )
@@ -367,12 +371,16 @@ class MaskProTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        (Path(output_dir) / STATE_NAME).write_text(json.dumps({"tracker": self.tracker}))
+        if self.args.estimator == "residual":
+            (Path(output_dir) / STATE_NAME).write_text(json.dumps({"tracker": self.tracker}))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.tracker = json.loads((Path(checkpoint) / STATE_NAME).read_text())["tracker"]
+        if checkpoint is not None and self.args.estimator == "residual":
+            state = Path(checkpoint) / STATE_NAME
+            if not state.is_file():
+                raise ValueError(f"{checkpoint} is not a checkpoint of estimator='residual'; start a new run from it.")
+            self.tracker = json.loads(state.read_text())["tracker"]
 
 
 _INDEX = "example_index"

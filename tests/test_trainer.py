@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 import hf_maskpro.trainer as trainer_module
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
-from hf_maskpro.tuner import masked_layers
+from hf_maskpro.tuner import MaskProLayer, masked_layers
 
 from .conftest import tiny_llama
 
@@ -157,6 +157,37 @@ def test_accumulated_residual_steps_equal_undivided_ones(tmp_path, llama, ragged
     assert all(theta.abs().max() > 0 for theta in results[0])
     for whole, divided in zip(*results, strict=True):
         torch.testing.assert_close(whole, divided, atol=1e-5, rtol=1e-4)
+
+
+def test_accumulated_simple_steps_are_exact_in_their_token_weights(tmp_path, llama, monkeypatch):
+    monkeypatch.setattr(MaskProLayer, "sampled_codes", lambda self, name, *args: self.mode_codes(name))
+    results = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        model = get_peft_model(copy.deepcopy(llama), MaskProConfig(logit_scale=1.0))
+        args = arguments(
+            tmp_path,
+            "simple",
+            max_steps=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+            warmup_steps=0,
+            learning_rate=100.0,
+            lr_scheduler_type="constant",
+        )
+        MaskProTrainer(model, args, train_dataset=rows(16, ragged=True)).train()
+        results.append(thetas(model))
+    assert all(theta.abs().max() > 0 for theta in results[0])
+    for whole, divided in zip(*results, strict=True):
+        torch.testing.assert_close(whole, divided, atol=1e-6, rtol=1e-4)
+
+
+def test_an_adapter_that_transformers_added_trains_too(tmp_path, llama):
+    llama.add_adapter(MaskProConfig(logit_scale=2.0))
+    for estimator in ("residual", "simple"):
+        trainer = MaskProTrainer(llama, arguments(tmp_path, estimator, max_steps=2), train_dataset=rows())
+        trainer.train()
+    assert all(theta.abs().max() > 0 for theta in thetas(llama))
 
 
 def test_cached_and_repeated_baselines_agree(tmp_path, llama):

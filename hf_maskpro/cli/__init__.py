@@ -30,6 +30,7 @@ def main() -> None:
     """Run the command; failures are one line on stderr and a non-zero exit code."""
     if "PYTHONWARNINGS" not in os.environ:
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module=r"hf_maskpro\.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
+from huggingface_hub import snapshot_download
 from peft import get_peft_model
 from safetensors import safe_open
 
 from .. import deploy, evaluation
-from ..initialization import initialize_masks
 from ..subset import unpack_codes
 from ..subset.codec import word_layout
 from ..tuner import MaskProConfig
@@ -22,6 +22,7 @@ from .common import (
     Output,
     Overwrite,
     Text,
+    calibrate,
     learning_windows,
     load_adapter,
     load_model,
@@ -51,14 +52,10 @@ def init(
         read_text(text)
     base, tokenizer = load_model(model, gguf_file)
     torch.manual_seed(seed)
-    batches = None
-    if method == "wanda":
-        inputs = learning_windows(tokenizer, text, dataset, seq_len, None)
-        inputs = inputs[torch.randperm(len(inputs))[:samples]]
-        batches = [{"input_ids": batch} for batch in inputs.split(8)]
-        config.start |= {"calibration_windows": len(inputs), "calibration_seq_len": seq_len}
+    inputs = learning_windows(tokenizer, text, dataset, seq_len, None) if method == "wanda" else None
     masked = get_peft_model(base, config)
-    initialize_masks(masked, batches)
+    if inputs is not None:
+        calibrate(masked, inputs, samples, seed)
     with deploy.new_folder(output, overwrite) as folder:
         masked.save_pretrained(folder)
     typer.echo(f"{output}: a {config.pattern} {method} mask over {config.target_weights:,} weights")
@@ -112,18 +109,23 @@ def merge(
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="Folder of an adapter or of a checkpoint.")],
+    source: Annotated[str, typer.Argument(help="An adapter or a checkpoint: a local folder or a Hub id.")],
     n: Annotated[int, typer.Option(help="Pattern to check a checkpoint for: weights kept.")] = 2,
     m: Annotated[int, typer.Option(help="Pattern to check a checkpoint for: size of a group.")] = 4,
     as_json: Json = False,
 ) -> None:
     """Show what an adapter or checkpoint holds."""
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise ValueError(f"{source} is not a folder; pass an adapter's or checkpoint's folder or a Hub id.")
+        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
     if (folder / "adapter_config.json").is_file():
         show(_inspect_adapter(folder), as_json)
     elif (folder / "config.json").is_file():
         show(_inspect_checkpoint(folder, n, m), as_json)
     else:
-        raise ValueError(f"{folder} holds neither adapter_config.json nor config.json.")
+        raise ValueError(f"{source} holds neither adapter_config.json nor config.json.")
 
 
 def _inspect_checkpoint(folder: Path, n: int, m: int) -> dict[str, Any]:

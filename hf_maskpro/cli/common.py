@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation import windows
+from ..initialization import initialize_masks
 
 
 console = Console()
@@ -96,6 +97,15 @@ def _documents(dataset: str, characters: int) -> Iterator[str]:
         characters -= len(row["text"])
         if characters <= 0:
             return
+
+
+def calibrate(masked: PeftModel, inputs: torch.Tensor, samples: int, seed: int) -> None:
+    """Fill the starting mask from randomly chosen windows, int64 `[windows, seq_len]`, and note it in the adapter."""
+    chosen = inputs[torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))[:samples]]
+    config = masked.peft_config["default"]
+    if config.init_mask == "wanda":
+        config.start |= {"calibration_windows": len(chosen), "calibration_seq_len": chosen.shape[1]}
+    initialize_masks(masked, [{"input_ids": batch} for batch in chosen.split(8)])
 
 
 def show(figures: dict[str, Any], as_json: bool) -> None:

@@ -16,10 +16,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from ..evaluation import perplexity, windows
-from ..initialization import initialize_masks
 from ..trainer import MaskProTrainer, MaskProTrainingArguments
 from ..tuner import MaskProConfig, masked_layers
-from .common import load_adapter, load_model, read_text
+from .common import calibrate, load_adapter, load_model, read_text
 from .train import save
 
 
@@ -128,8 +127,7 @@ def contestant(
     elif method in ("magnitude", "wanda"):
         masked = get_peft_model(model, MaskProConfig(init_mask=method))
         inputs = windows(tokenizer, read_text(calibration), CALIBRATION_SEQ_LEN)
-        inputs = inputs[torch.randperm(len(inputs))[:CALIBRATION_WINDOWS]]
-        initialize_masks(masked, [{"input_ids": batch} for batch in inputs.split(8)])
+        calibrate(masked, inputs, CALIBRATION_WINDOWS, seed=0)
     else:
         assert start is not None
         masked = load_adapter(model, str(start), is_trainable=True)

@@ -11,7 +11,6 @@ from peft import PeftModel, get_peft_model
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..deploy import check_free
-from ..initialization import initialize_masks
 from ..trainer import MaskProTrainer, MaskProTrainingArguments
 from ..tuner import MaskProConfig
 from .common import (
@@ -22,6 +21,7 @@ from .common import (
     Output,
     Overwrite,
     Text,
+    calibrate,
     learning_windows,
     load_adapter,
     load_model,
@@ -29,6 +29,8 @@ from .common import (
     show,
 )
 
+
+CALIBRATION_TOKENS = 128 * 256
 
 Estimator = Annotated[Literal["residual", "simple"], typer.Option(help="Who moves the logits.")]
 
@@ -40,11 +42,11 @@ def train(
     estimator: Estimator = "simple",
     text: Text = None,
     dataset: Dataset = None,
-    n: Annotated[int, typer.Option(help="Weights kept in every group, without --adapter.")] = 2,
-    m: Annotated[int, typer.Option(help="Size of a group, without --adapter.")] = 4,
+    n: Annotated[int | None, typer.Option(help="Weights kept in every group: 2 unless given.")] = None,
+    m: Annotated[int | None, typer.Option(help="Size of a group: 4 unless given.")] = None,
     init_mask: Annotated[
-        Literal["magnitude", "random", "wanda"], typer.Option(help="Starting mask, without --adapter.")
-    ] = "wanda",
+        Literal["magnitude", "random", "wanda"] | None, typer.Option(help="Starting mask: wanda unless given.")
+    ] = None,
     seq_len: Annotated[int, typer.Option(help="Length of a training window, in tokens.")] = 128,
     max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text than this, in tokens.")] = None,
     max_steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
@@ -67,7 +69,14 @@ def train(
         raise ValueError(f"{output} has no checkpoint to resume from; drop --resume.")
     if not resume:
         check_free(output, overwrite)
-    config = MaskProConfig(n=n, m=m, init_mask=init_mask, logit_scale=logit_scale)
+    if adapter is not None and (n, m, init_mask) != (None, None, None):
+        raise ValueError("--n, --m and --init-mask are the adapter's own; drop them or drop --adapter.")
+    config = MaskProConfig(
+        n=2 if n is None else n,
+        m=4 if m is None else m,
+        init_mask=init_mask or "wanda",
+        logit_scale=logit_scale,
+    )
     args = MaskProTrainingArguments(
         output_dir=str(output),
         estimator=estimator,
@@ -92,9 +101,13 @@ def train(
         masked = get_peft_model(base, config)
         # A resumed run takes its starting mask from the checkpoint, together with the logits.
         if checkpoint is None:
-            initialize_masks(masked, [{"input_ids": batch} for batch in inputs[: 32768 // seq_len].split(8)])
+            calibrate(masked, inputs, CALIBRATION_TOKENS // seq_len, seed)
     else:
         masked = load_adapter(base, adapter, is_trainable=True)
+        config = masked.peft_config["default"]
+        # The scale goes with the logits: where there are none, it belongs to a training that is over.
+        if not config.save_logits or logit_scale is not None:
+            config.logit_scale = logit_scale
     trainer = MaskProTrainer(masked, args, train_dataset=[{"input_ids": row, "labels": row} for row in inputs])
     previous = set_aside(output) if not resume else None
     result = trainer.train(resume_from_checkpoint=checkpoint)

@@ -156,6 +156,10 @@ class TestBadInput:
         (tmp_path / "empty.txt").write_text("  \n")
         assert "is empty" in fails("eval", "--model", checkpoint, "--text", tmp_path / "empty.txt")
         assert "nothing to measure" in fails("eval", "--model", checkpoint)
+        assert "drop them or drop --adapter" in fails(
+            "train", "--model", checkpoint, "--adapter", "a", "--n", 1, "--text", text, "--output", output
+        )
+        assert "is not a folder" in fails("inspect", missing)
         assert not output.exists()
 
     def test_a_short_text(self, checkpoint, tmp_path):

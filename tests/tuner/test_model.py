@@ -291,12 +291,12 @@ def test_a_plain_loop_trains_and_gradient_checkpointing_gives_the_same_gradient(
         torch.testing.assert_close(mine, theirs)
 
 
-def test_wanda_needs_data_first(llama, ids):
+def test_wanda_needs_data_first(llama, ids, tmp_path):
     model = get_peft_model(llama, MaskProConfig(init_mask="wanda"))
     with pytest.raises(ValueError, match="call initialize_masks"):
         model(input_ids=ids)
     with pytest.raises(ValueError, match="call initialize_masks"):
-        model.save_pretrained("never-written")
+        model.save_pretrained(tmp_path)
 
 
 def test_modules_to_save_and_inject(llama, ids, tmp_path):

@@ -1,0 +1,38 @@
+"""Docstrings in Hugging Face's format, as the Google parser of mkdocstrings reads them."""
+
+import re
+
+import griffe
+
+
+# "    n (`int`, *optional*, defaults to `2`):", then "    `ValueError`: why"
+_ARGUMENT = re.compile(r"^( +)\**(\w+) \((\[?`.+?)\):", re.MULTILINE)
+_TYPE = re.compile(r"^( +)`([^`\n]+)`:", re.MULTILINE)
+_REFERENCE = re.compile(r"\[`~?([\w.]+)`\]")
+
+_PAGES = {
+    "MaskProConfig": "hf_maskpro.MaskProConfig",
+    "initialize_masks": "hf_maskpro.initialize_masks",
+    "log_prob": "hf_maskpro.subset.log_prob",
+    "pack": "hf_maskpro.subset.pack",
+}
+
+
+def _argument(match: re.Match[str]) -> str:
+    # The default is shown from the signature.
+    types = re.split(r", \*optional|, defaults to", match[3])[0]
+    return f"{match[1]}{match[2]} ({' | '.join(re.findall(r'`~?([^`]+)`', types))}):"
+
+
+def _reference(match: re.Match[str]) -> str:
+    name = match[1]
+    return f"[`{name}`][{_PAGES[name]}]" if name in _PAGES else f"`{name}`"
+
+
+class HuggingFace(griffe.Extension):
+    """Takes the Markdown out of types, where the parser expects annotations, and resolves references."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
+        if obj.docstring is not None:
+            text = _TYPE.sub(r"\1\2:", _ARGUMENT.sub(_argument, obj.docstring.value))
+            obj.docstring.value = _REFERENCE.sub(_reference, text)
