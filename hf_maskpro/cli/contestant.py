@@ -87,9 +87,7 @@ def learn(
     step_seconds = min(after - before for before, after in pairwise(trial.finished))
     for layer in masked_layers(masked).values():
         layer.maskpro_theta["default"].data.zero_()
-    # The schedule of simple should end with the seconds; that of residual is constant, and the clock ends it.
-    steps = int(seconds / step_seconds) * (1 if estimator == "simple" else 10)
-    trainer, clock = run(max(1, steps), seconds, evaluate)
+    trainer, clock = run(max(1, int(seconds / step_seconds)), seconds, evaluate)
     log = [
         {"seconds": clock.finished[entry["step"] - 1], **{k: v for k, v in entry.items() if k != "epoch"}}
         for entry in trainer.state.log_history

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_maskpro import check_sparsity
 from hf_maskpro.cli import main
+from hf_maskpro.evaluation import windows
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -106,6 +107,31 @@ def test_train_resumes_where_it_stopped(checkpoint, text, tmp_path, estimator):
     assert any(tensor.abs().max() > 0 for name, tensor in whole.items() if "theta" in name)
     final = load_file(tmp_path / "resumed" / "adapter_model.safetensors")
     assert all(name.endswith("maskpro_mask") for name in final)
+
+
+def test_residual_lowers_the_training_loss(checkpoint, text, tmp_path):
+    base, adapter, learned = (tmp_path / name for name in ("base", "adapter", "learned"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    inputs = windows(tokenizer, text.read_text(), 32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(input_ids=inputs, labels=inputs).loss.backward()
+        optimizer.step()
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+
+    def measure(folder):
+        command = ["eval", "--model", base, "--adapter", folder, "--text", text, "--seq-len", 32, "--json"]
+        return json.loads(run(*command).stdout)["perplexity"]
+
+    run("init", "--model", base, "--method", "random", "--output", adapter)
+    run(
+        "train", "--model", base, "--adapter", adapter, "--text", text, "--seq-len", 32, "--estimator", "residual",
+        "--max-steps", 200, "--learning-rate", 2, "--logit-scale", 3, "--per-device-train-batch-size", 32,
+        "--save-steps", 200, "--output", learned,
+    )  # fmt: skip
+    assert measure(learned) < 0.6 * measure(adapter)
 
 
 def test_a_local_dataset(checkpoint, tmp_path):
