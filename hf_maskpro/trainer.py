@@ -95,7 +95,7 @@ class MaskProTrainingArguments(TrainingArguments):
             self.adam_beta2 = 0.98
         if self.lr_scheduler_type is None:
             self.lr_scheduler_type = "polynomial" if simple else "constant"
-            if simple and not self.lr_scheduler_kwargs:
+            if simple and not self.lr_scheduler_kwargs:  # type: ignore[has-type]
                 self.lr_scheduler_kwargs = {"power": 1.0, "lr_end": self.learning_rate / 10}
         super().__post_init__()
         if self.fp16:

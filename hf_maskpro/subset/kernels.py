@@ -93,10 +93,15 @@ def sample_codes(
     return _sample_kernel(n, distribution)(initial, theta, scale, first, second)
 
 
-def _members(rows: torch.Tensor, m: int) -> list[torch.Tensor]:
+def _groups_are_words(rows: torch.Tensor, m: int) -> bool:
+    """Whether every group is one 64-bit word in memory."""
+    return m == 4 and rows.element_size() == 2 and rows.is_contiguous() and rows.storage_offset() % 4 == 0
+
+
+def _members(rows: torch.Tensor, m: int, as_words: bool) -> list[torch.Tensor]:
     """The members of every group of `[out_features, in_features]` as float32 planes."""
-    if m == 4 and rows.dtype == torch.bfloat16 and rows.is_contiguous():
-        # Strided loads do not vectorise. Four bfloat16 are one 64-bit word, each the upper half of a float32.
+    if as_words:
+        # Strided loads do not vectorise. Each of the four bfloat16 in a word is the upper half of a float32.
         words = rows.view(torch.int64)
         low, high = words.int(), (words >> 32).int()
         return [half.view(torch.float32) for word in (low, high) for half in (word << 16, word & -65536)]
@@ -104,12 +109,12 @@ def _members(rows: torch.Tensor, m: int) -> list[torch.Tensor]:
 
 
 @lru_cache
-def _gradient_kernel(n: int) -> _Kernel:
+def _gradient_kernel(n: int, as_words: bool) -> _Kernel:
     def gradient(
         initial: torch.Tensor, theta: torch.Tensor, scale: float, grad: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
         dtype, m = work_dtype(n), theta.shape[1]
-        pairs = zip(_members(grad, m), _members(weight, m), strict=True)
+        pairs = zip(_members(grad, m, as_words), _members(weight, m, as_words), strict=True)
         worth = [(g * w).to(dtype) for g, w in pairs]
         planes = marginal_gradient(weights_of(_planes(initial, theta, scale), n, dtype), worth, n)
         return torch.stack(planes, dim=1).to(theta.dtype)
@@ -130,7 +135,8 @@ def theta_gradient(
     Returns:
         `torch.Tensor`: Of theta's shape and dtype.
     """
-    return _gradient_kernel(n)(initial, theta, scale, grad, weight)
+    as_words = all(_groups_are_words(rows, theta.shape[1]) and rows.dtype == torch.bfloat16 for rows in (grad, weight))
+    return _gradient_kernel(n, as_words)(initial, theta, scale, grad, weight)
 
 
 @lru_cache
@@ -165,9 +171,9 @@ def move_logits(
 
 
 @lru_cache
-def _apply_kernel(m: int) -> _Kernel:
+def _apply_kernel() -> _Kernel:
     def apply(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        # Four 16-bit weights are one 64-bit word: masked by a bitwise AND, dropped weights come out as +0.
+        # A bitwise AND on whole groups: dropped weights come out as +0.
         words = weight.view(torch.int64)
         keep = (codes & 1).long() * 0xFFFF
         for i in (1, 2, 3):
@@ -186,8 +192,8 @@ def apply_codes(weight: torch.Tensor, codes: torch.Tensor, m: int) -> torch.Tens
         codes (`torch.Tensor`): int32 `[out_features, in_features // m]`.
         m (`int`): Size of a group.
     """
-    if m == 4 and weight.element_size() == 2 and weight.is_contiguous():
-        return _apply_kernel(m)(codes, weight)
+    if _groups_are_words(weight, m):
+        return _apply_kernel()(codes, weight)
     return torch.where(keep_of(codes, m), weight, 0)
 
 
