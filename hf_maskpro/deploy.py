@@ -12,10 +12,20 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from .tuner.layer import to_planes
+from .tuner.layer import MaskProLayer, to_planes
 
 
-_NOT_MASKED = ("embed", "wte", "wpe", "lm_head", "shared", "score", "classifier", "norm")
+_NOT_MASKED = {
+    "embed_tokens",
+    "embed_positions",
+    "wte",
+    "wpe",
+    "shared",
+    "lm_head",
+    "embed_out",
+    "score",
+    "classifier",
+}
 
 
 def check_sparsity(
@@ -60,11 +70,13 @@ def check_sparsity(
 def _linear_weights(model: nn.Module | Mapping[str, torch.Tensor] | str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of linear layers as `[out_features, in_features]`, one at a time."""
     if isinstance(model, nn.Module):
+        if any(isinstance(module, MaskProLayer) for module in model.modules()):
+            raise ValueError("the model has a mask adapter that is not merged; call merge_and_unload first.")
         for name in _linear_names(model):
             yield name, _rows(model, name)(model.get_parameter(name).detach())
     elif isinstance(model, Mapping):
         for name, weight in model.items():
-            if name.endswith(".weight") and weight.ndim == 2 and not any(part in name for part in _NOT_MASKED):
+            if name.endswith(".weight") and weight.ndim == 2 and not _NOT_MASKED & set(name.split(".")):
                 yield name, weight
     else:
         files = sorted(Path(model).glob("*.safetensors"))

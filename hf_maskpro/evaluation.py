@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .tuner import evaluating
+
 
 def windows(
     tokenizer: PreTrainedTokenizerBase, text: str, seq_len: int, max_tokens: int | None = None
@@ -64,14 +66,12 @@ def perplexity(
     """
     inputs = windows(tokenizer, text, seq_len, max_tokens)
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     total = 0.0
-    for window in tqdm(inputs, desc="perplexity", disable=not progress):
-        window = window.to(device).unsqueeze(0)
-        logits = model(input_ids=window).logits
-        total += F.cross_entropy(logits[0, :-1].float(), window[0, 1:], reduction="sum").item()
-    model.train(was_training)
+    with evaluating(model):
+        for window in tqdm(inputs, desc="perplexity", disable=not progress):
+            window = window.to(device).unsqueeze(0)
+            logits = model(input_ids=window).logits
+            total += F.cross_entropy(logits[0, :-1].float(), window[0, 1:], reduction="sum").item()
     return math.exp(total / (len(inputs) * (seq_len - 1)))
 
 

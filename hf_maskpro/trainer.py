@@ -98,10 +98,6 @@ class MaskProTrainingArguments(TrainingArguments):
             if simple and not self.lr_scheduler_kwargs:  # type: ignore[has-type]
                 self.lr_scheduler_kwargs = {"power": 1.0, "lr_end": self.learning_rate / 10}
         super().__post_init__()
-        if self.fp16:
-            raise ValueError("fp16=True scales gradients, which moves the logits by the scale; use bf16=True.")
-        if self.deepspeed:
-            raise ValueError("DeepSpeed partitions the logits, which masks need whole; train without it.")
         if not simple and max(self.world_size, self.n_gpu) > 1:
             raise ValueError(
                 f"estimator='residual' runs in one process on one device, not {max(self.world_size, self.n_gpu)}: "
@@ -147,7 +143,13 @@ class MaskProTrainer(Trainer):
                     f"estimator='residual' trains nothing but masks, and {others[0]} requires grad; "
                     "drop modules_to_save or use estimator='simple'."
                 )
+            if kwargs.get("optimizers", (None, None))[0] is not None:
+                raise ValueError("estimator='residual' has no optimizer; drop optimizers.")
         super().__init__(model=model, args=args, **kwargs)
+        if self.accelerator.mixed_precision == "fp16":
+            raise ValueError("fp16 scales gradients, which moves the logits by the scale; use bf16.")
+        if self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed partitions the logits, which masks need whole; train without it.")
         if args.baseline == "cache" and not self._cache_is_sound():
             raise ValueError(
                 "baseline='cache' needs map-style data, a deterministic collator and the model's own causal loss; "
@@ -170,6 +172,8 @@ class MaskProTrainer(Trainer):
             # Nothing has a gradient, so this steps nothing: it holds the learning rate for the schedule.
             assert self.args.learning_rate is not None
             self.optimizer = torch.optim.SGD(self._thetas(), lr=self.args.learning_rate)
+            return self.optimizer
+        if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
         thetas = {id(theta) for theta in self._thetas()}
@@ -244,17 +248,17 @@ class MaskProTrainer(Trainer):
             index = inputs.pop(_INDEX)
             inputs = self._prepare_inputs(inputs)
             labels = F.pad(inputs.pop("labels"), (0, 1), value=-100)[:, 1:]
-            with torch.no_grad(), self._masks(self._initial), self.compute_loss_context_manager():
+            with torch.no_grad(), self._masks(self._initial), self.accelerator.autocast():
                 logits = self.model(**inputs).logits.float()
             losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-            self._baselines[index] = losses.sum(1).double().cpu()
+            self._baselines[index.cpu()] = losses.sum(1).double().cpu()
 
     @contextmanager
     def _masks(self, choose: Callable[[int, MaskProLayer], torch.Tensor]) -> Iterator[None]:
         """Apply the masks whose codes `choose` gives for the layers, by index; the rest stays in eval mode."""
         for index, layer in enumerate(self.layers):
             layer.train()
-            layer.choose_codes = partial(_for_any_adapter, choose, index, layer)
+            layer.choose_codes = partial(choose, index, layer)
         try:
             yield
         finally:
@@ -291,7 +295,7 @@ class MaskProTrainer(Trainer):
             else:
                 assert self._baselines is not None
                 assert num_items_in_batch is not None
-                baseline = (self._baselines[index].sum() / float(num_items_in_batch)).to(loss)
+                baseline = (self._baselines[index.cpu()].sum() / float(num_items_in_batch)).to(loss)
         self._residual += loss - baseline
         if self.accelerator.sync_gradients:
             self._move_logits(self._residual.item())
@@ -369,6 +373,15 @@ class MaskProTrainer(Trainer):
         finally:
             self.config.save_logits = save_logits
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved = MaskProConfig.from_pretrained(resume_from_checkpoint)
+        for name in ("n", "m", "logit_scale"):
+            mine, theirs = getattr(self.config, name), getattr(saved, name)
+            if mine not in (None, theirs):
+                raise ValueError(f"{name} is {mine}, and {theirs} in {resume_from_checkpoint}; resume with the same.")
+        self.config.logit_scale, self.config.start = saved.logit_scale, saved.start
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.estimator == "residual":
@@ -408,12 +421,6 @@ class _IndexedCollator:
     def __call__(self, items: list[tuple[int, Any]]) -> dict[str, Any]:
         batch = self.collator([item for _, item in items])
         return {**batch, _INDEX: torch.tensor([index for index, _ in items])}
-
-
-def _for_any_adapter(
-    choose: Callable[[int, MaskProLayer], torch.Tensor], index: int, layer: MaskProLayer, adapter_name: str
-) -> torch.Tensor:
-    return choose(index, layer)
 
 
 def _trained_adapter(model: nn.Module) -> tuple[str, MaskProConfig, list[MaskProLayer]]:

@@ -333,8 +333,9 @@ def test_refusals(tmp_path, llama):
         arguments(tmp_path, "reinforce")
     with pytest.raises(ValueError, match="tracker_decay is 1"):
         arguments(tmp_path, "residual", tracker_decay=1.0)
-    with pytest.raises(ValueError, match="fp16=True"):
-        arguments(tmp_path, "simple", fp16=True)
+    model = get_peft_model(copy.deepcopy(llama), MaskProConfig())
+    with pytest.raises(ValueError, match="fp16 scales gradients"):
+        MaskProTrainer(model, arguments(tmp_path, "simple", fp16=True), train_dataset=rows())
     with pytest.raises(ValueError, match="0 active mask adapters"):
         MaskProTrainer(llama, arguments(tmp_path, "simple"), train_dataset=rows())
     get_peft_model(copy.deepcopy(llama), MaskProConfig()).save_pretrained(tmp_path / "a")

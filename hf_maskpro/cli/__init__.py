@@ -1,14 +1,13 @@
 """The `hf-maskpro` command: argument parsing, progress, tables and plots; no algorithm."""
 
 import os
-import sys
 import warnings
 
 import typer
-from safetensors import SafetensorError
 from transformers.utils import logging
 
 from . import adapters, quickstart, train
+from .common import one_line_errors
 
 
 app = typer.Typer(
@@ -33,9 +32,5 @@ def main() -> None:
         warnings.filterwarnings("default", module=r"hf_maskpro\.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
+    with one_line_errors():
         app()
-    except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        typer.echo(f"error: {lines[0]}", err=True)
-        sys.exit(1)

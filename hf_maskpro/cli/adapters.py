@@ -144,7 +144,7 @@ def _inspect_adapter(folder: Path) -> dict[str, Any]:
     config = MaskProConfig.from_pretrained(str(folder))
     file = folder / "adapter_model.safetensors"
     digits, size = word_layout(config.n, config.m)
-    layers = 0
+    masked = []
     with safe_open(file, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118, the handle is no dict
             if name.endswith(".maskpro_mask"):
@@ -153,14 +153,16 @@ def _inspect_adapter(folder: Path) -> dict[str, Any]:
                     unpack_codes(packed, config.n, config.m, packed.shape[-1] // size * digits * config.m)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
-                layers += 1
+                masked.append(name.removeprefix("base_model.model.").removesuffix(".maskpro_mask"))
     lineage = config.lineage or []
+    if lineage and (missing := sorted(set(lineage[-1]["groups_changed"]) - set(masked))):
+        raise ValueError(f"the adapter file has no mask for {missing[0]}.")
     changed = [sum(stage["groups_changed"].values()) / len(stage["groups_changed"]) for stage in lineage]
     return {
         "kind": "mask adapter",
         "pattern": config.pattern,
         "base_model": config.base_model_name_or_path,
-        "layers": layers,
+        "layers": len(masked),
         "target_weights": config.target_weights,
         "file_bytes": file.stat().st_size,
         "bits_per_weight": 8 * file.stat().st_size / config.target_weights if config.target_weights else None,

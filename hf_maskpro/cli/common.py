@@ -1,7 +1,9 @@
 """What several verbs need: models, texts, output."""
 
 import json
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +12,7 @@ import typer
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation import windows
@@ -29,17 +32,20 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a failure into one line on stderr and exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        typer.echo(f"error: {lines[0]}", err=True)
+        sys.exit(1)
+
+
 def load_model(model: str, gguf_file: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A base model in its own dtype, on the GPU if there is one, and its tokenizer."""
-    path = Path(model)
-    if path.is_dir():
-        if gguf_file and not (path / gguf_file).is_file():
-            raise ValueError(f"{path / gguf_file} does not exist; name a GGUF file in the model's folder.")
-        if not gguf_file and not (path / "config.json").is_file():
-            raise ValueError(f"{model} has no config.json; pass a model's folder or a Hub id.")
-        model = str(path.resolve())
-    elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ValueError(f"{model} is not a model folder; pass a model's folder or a Hub id.")
+    tokenizer = load_tokenizer(model, gguf_file)
     options: dict[str, Any] = {"dtype": "auto"}
     if gguf_file:
         options = {
@@ -47,9 +53,22 @@ def load_model(model: str, gguf_file: str | None = None) -> tuple[PreTrainedMode
             "gguf_file": gguf_file,
             "quantization_config": GgufConfig(dequantize=True),
         }
-    loaded = AutoModelForCausalLM.from_pretrained(model, **options)
-    tokenizer = AutoTokenizer.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
+    path = Path(model)
+    loaded = AutoModelForCausalLM.from_pretrained(str(path.resolve()) if path.is_dir() else model, **options)
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """A base model's tokenizer; the first thing to ask for, since it tells soon whether there is such a model."""
+    path = Path(model)
+    if path.is_dir():
+        if gguf_file and not (path / gguf_file).is_file():
+            raise ValueError(f"{path / gguf_file} does not exist; name a GGUF file in the model's folder.")
+        if not gguf_file and not (path / "config.json").is_file():
+            raise ValueError(f"{model} has no config.json; pass a model's folder or a Hub id.")
+    elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ValueError(f"{model} is not a model folder; pass a model's folder or a Hub id.")
+    return AutoTokenizer.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
 
 
 def load_adapter(base: PreTrainedModel, adapter: str, is_trainable: bool = False) -> PeftModel:
@@ -79,7 +98,10 @@ def learning_windows(
     if text is not None:
         return windows(tokenizer, read_text(text), seq_len, tokens)
     assert dataset is not None
-    return windows(tokenizer, "\n\n".join(_documents(dataset, 10 * (tokens or 1_000_000))), seq_len, tokens)
+    documents = list(_documents(dataset, 10 * (tokens or 1_000_000)))
+    if not documents:
+        raise ValueError(f"dataset {dataset} has no rows; pass one with text.")
+    return windows(tokenizer, "\n\n".join(documents), seq_len, tokens)
 
 
 def _documents(dataset: str, characters: int) -> Iterator[str]:

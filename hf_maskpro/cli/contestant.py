@@ -2,7 +2,7 @@
 
 import json
 import resource
-import sys
+import tempfile
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..evaluation import perplexity, windows
 from ..trainer import MaskProTrainer, MaskProTrainingArguments
 from ..tuner import MaskProConfig, masked_layers
-from .common import calibrate, load_adapter, load_model, read_text
+from .common import calibrate, load_adapter, load_model, one_line_errors, read_text
 from .train import save
 
 
@@ -61,12 +61,13 @@ def learn(
     inputs: torch.Tensor,
     seconds: float,
     evaluate: Callable[[], float],
+    scratch: Path,
 ) -> dict[str, Any]:
     """Train for so many seconds, with the schedule of as many steps as a short trial says they hold."""
 
     def run(steps: int, seconds: float, evaluate: Callable[[], float] | None) -> tuple[MaskProTrainer, Clock]:
         args = MaskProTrainingArguments(
-            output_dir="unused",
+            output_dir=str(scratch),
             estimator=estimator,
             max_steps=steps,
             warmup_steps=min(10, steps // 5) if estimator == "simple" else 0,
@@ -86,7 +87,8 @@ def learn(
     # The first step compiles.
     step_seconds = min(after - before for before, after in pairwise(trial.finished))
     for layer in masked_layers(masked).values():
-        layer.maskpro_theta["default"].data.zero_()
+        with torch.no_grad():
+            layer.maskpro_theta["default"].zero_()
     trainer, clock = run(max(1, int(seconds / step_seconds)), seconds, evaluate)
     log = [
         {"seconds": clock.finished[entry["step"] - 1], **{k: v for k, v in entry.items() if k != "epoch"}}
@@ -142,17 +144,29 @@ def contestant(
     else:
         inputs = windows(tokenizer, read_text(calibration), SEQ_LEN)
         evaluation_seconds = 0.0
-        row = learn(masked, "residual" if method == "residual" else "simple", inputs, seconds, evaluate)
+        estimator: Literal["residual", "simple"] = "residual" if method == "residual" else "simple"
+        with tempfile.TemporaryDirectory() as scratch:
+            row = learn(masked, estimator, inputs, seconds, evaluate, Path(scratch))
     if output is not None:
         output.mkdir(parents=True)
         save(masked, output)
-    # Kilobytes on Linux, bytes on macOS.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    row |= {"method": method, "peak_bytes": peak, "evaluation_seconds": evaluation_seconds}
+    row |= {"method": method, "peak_bytes": peak_bytes(), "evaluation_seconds": evaluation_seconds}
     result.write_text(json.dumps(row))
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has held. Linux hands `ru_maxrss` down from the parent; VmHWM is its own."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    typer.run(contestant)
+    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+    app.command()(contestant)
+    with one_line_errors():
+        app()

@@ -68,13 +68,14 @@ def train(
     if resume and checkpoint is None:
         raise ValueError(f"{output} has no checkpoint to resume from; drop --resume.")
     if not resume:
-        check_free(output, overwrite)
+        check_replaceable(output, overwrite)
     if adapter is not None and (n, m, init_mask) != (None, None, None):
         raise ValueError("--n, --m and --init-mask are the adapter's own; drop them or drop --adapter.")
+    known = MaskProConfig.from_pretrained(checkpoint) if checkpoint else MaskProConfig(init_mask="wanda")
     config = MaskProConfig(
-        n=2 if n is None else n,
-        m=4 if m is None else m,
-        init_mask=init_mask or "wanda",
+        n=known.n if n is None else n,
+        m=known.m if m is None else m,
+        init_mask=init_mask or known.init_mask,
         logit_scale=logit_scale,
     )
     args = MaskProTrainingArguments(
@@ -130,14 +131,20 @@ def save(masked: PeftModel, output: Path) -> None:
             file.replace(output / file.name)
 
 
+def check_replaceable(output: Path, overwrite: bool) -> None:
+    """As [`check_free`], for a folder that is set aside until its successor is complete."""
+    check_free(output, overwrite)
+    previous = output.with_name(f"{output.name}.old")
+    if overwrite and previous.exists():
+        raise ValueError(f"{previous}, set aside by an earlier run, is still there; remove or rename it.")
+
+
 def set_aside(output: Path) -> Path | None:
     """Move what is to be overwritten out of the way; it is deleted only when its successor is complete."""
-    if not output.is_dir():
-        output.mkdir(parents=True)
+    if not output.is_dir() or not any(output.iterdir()):
+        output.mkdir(parents=True, exist_ok=True)
         return None
     previous = output.with_name(f"{output.name}.old")
-    if previous.exists():
-        raise ValueError(f"{previous}, set aside by an earlier run, is still there; remove or rename it.")
     output.rename(previous)
     output.mkdir()
     return previous

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..tuner import MaskProLayer, masked_layers
+from ..tuner import MaskProLayer, evaluating, masked_layers
 
 
 class Statistics(Protocol):
@@ -21,7 +22,7 @@ S = TypeVar("S", bound=Statistics)
 
 
 class _StopForward(Exception):
-    """Raised where the first decoder layer would run: its inputs are all that is wanted."""
+    """Raised where the last decoder layer would run: nothing after it is wanted."""
 
 
 @torch.no_grad()
@@ -48,32 +49,34 @@ def walk(
     Raises:
         `ValueError`: if the dataloader is empty, or the masked layers lie outside the decoder layers.
     """
-    layers = masked_layers(model, adapter_name)
-    blocks = _decoder_layers(model, list(layers.values()))
-    was_training = model.training
-    model.eval()
-    inputs = _first_inputs(model, blocks[0], dataloader)
-    for block in tqdm(blocks, desc="calibration"):
-        inside = [module for module in block.modules() if isinstance(module, MaskProLayer)]
-        statistics = {id(layer): gather(layer) for layer in inside}
+    blocks = _decoder_layers(model, list(masked_layers(model, adapter_name).values()))
+    with evaluating(model):
+        hidden, arguments = _capture(model, blocks, dataloader)
+        for block, block_arguments in zip(tqdm(blocks, desc="calibration"), arguments, strict=True):
+            inside = [m for m in block.modules() if isinstance(m, MaskProLayer) and adapter_name in m.maskpro_config]
+            statistics = {id(layer): gather(layer) for layer in inside}
 
-        def record(module: nn.Module, args: tuple[torch.Tensor, ...], statistics: dict[int, S] = statistics) -> None:
-            statistics[id(module)].update(args[0])
+            def record(
+                layer: nn.Module, args: tuple[torch.Tensor, ...], statistics: dict[int, S] = statistics
+            ) -> None:
+                statistics[id(layer)].update(args[0])
 
-        handles = [layer.register_forward_pre_hook(record) for layer in inside]
-        for layer in inside:
-            layer._disable_adapters = True
-        for args, kwargs in inputs:
-            block(*args, **kwargs)
-        for handle in handles:
-            handle.remove()
-        for layer in inside:
-            layer._disable_adapters = False
-            choose(layer, statistics[id(layer)])
-        inputs = [((_hidden(block(*args, **kwargs)), *args[1:]), kwargs) for args, kwargs in inputs]
-        for layer in inside:
-            layer.train()  # drops the masked weight that eval mode keeps
-    model.train(was_training)
+            handles = [layer.register_forward_pre_hook(record) for layer in inside]
+            for layer in inside:
+                layer.dense = True
+            for states, (args, kwargs) in zip(hidden, block_arguments, strict=True):
+                block(states, *args, **kwargs)
+            for handle in handles:
+                handle.remove()
+            for layer in inside:
+                layer.dense = False
+                choose(layer, statistics[id(layer)])
+            hidden = [
+                _hidden(block(states, *args, **kwargs))
+                for states, (args, kwargs) in zip(hidden, block_arguments, strict=True)
+            ]
+            for layer in inside:
+                layer.forget_masked_weight()
 
 
 def _hidden(output: Any) -> torch.Tensor:
@@ -89,27 +92,51 @@ def _decoder_layers(model: nn.Module, layers: list[MaskProLayer]) -> list[nn.Mod
     raise ValueError("calibration needs every masked layer inside the decoder layers; narrow target_modules.")
 
 
-def _first_inputs(
-    model: nn.Module, first: nn.Module, dataloader: Iterable[dict[str, Any]]
-) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The arguments with which the first decoder layer is called, for every batch."""
-    captured: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-    def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not args:
-            args, kwargs = (kwargs["hidden_states"],), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        captured.append((args, kwargs))
-        raise _StopForward
+
+def _capture(
+    model: nn.Module, blocks: list[nn.Module], dataloader: Iterable[dict[str, Any]]
+) -> tuple[list[torch.Tensor], list[list[Arguments]]]:
+    """
+    The hidden states that enter the first decoder layer, for every batch, and the other arguments of every decoder
+    layer: models that mix kinds of attention give each its own mask and positions.
+    """
+    hidden: list[torch.Tensor] = []
+    arguments: list[list[Arguments]] = [[] for _ in blocks]
+
+    def capture(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> None:
+        states, args = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
+        arguments[index].append((args, {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+        if index == 0:
+            hidden.append(states)
+        if index == len(blocks) - 1:
+            raise _StopForward
 
     device = next(model.parameters()).device
-    handle = first.register_forward_pre_hook(capture, with_kwargs=True)
+    layers = [module for module in model.modules() if isinstance(module, MaskProLayer)]
+    handles = [
+        block.register_forward_pre_hook(partial(_with_index, capture, index), with_kwargs=True)
+        for index, block in enumerate(blocks)
+    ]
+    for layer in layers:
+        layer.dense = True
     try:
         for batch in dataloader:
             batch = {key: value.to(device) for key, value in batch.items() if key != "labels"}
             with suppress(_StopForward):
                 model(**batch, use_cache=False)
     finally:
-        handle.remove()
-    if not captured:
+        for handle in handles:
+            handle.remove()
+        for layer in layers:
+            layer.dense = False
+    if not hidden:
         raise ValueError("the calibration dataloader is empty.")
-    return captured
+    return hidden, arguments
+
+
+def _with_index(
+    capture: Callable[..., None], index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    capture(block, args, kwargs, index)

@@ -2,10 +2,18 @@
 
 from .config import MaskProConfig
 from .layer import SIMPLE_LOGIT_SCALE, MaskProLayer, logit_scale
-from .model import MaskProModel, masked_layers
+from .model import MaskProModel, evaluating, masked_layers
 from .registration import register
 
 
 register(MaskProConfig, MaskProModel)
 
-__all__ = ["SIMPLE_LOGIT_SCALE", "MaskProConfig", "MaskProLayer", "MaskProModel", "logit_scale", "masked_layers"]
+__all__ = [
+    "SIMPLE_LOGIT_SCALE",
+    "MaskProConfig",
+    "MaskProLayer",
+    "MaskProModel",
+    "evaluating",
+    "logit_scale",
+    "masked_layers",
+]

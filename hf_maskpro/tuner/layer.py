@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..subset import (
@@ -73,10 +74,13 @@ def logit_scale(config: MaskProConfig) -> float:
     return SIMPLE_LOGIT_SCALE if config.logit_scale is None else config.logit_scale
 
 
-def _theta_may_be_missing(module: nn.Module, incompatible_keys: Any) -> None:
-    """A file without theta holds a finished mask, which theta = 0 means."""
+def _after_load(layer: "MaskProLayer", incompatible_keys: Any) -> None:
+    """A file without theta holds a finished mask, which theta = 0 means; a mask that is not missing was filled."""
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if ".maskpro_theta." not in key]
+    for name in list(layer._unfilled):
+        if not any(key.endswith(f".maskpro_mask.{name}") for key in missing):
+            del layer._unfilled[name]
 
 
 class MaskProLayer(nn.Module, BaseTunerLayer):
@@ -103,14 +107,16 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self.maskpro_mask = BufferDict(persistent=True)
         self.maskpro_config: dict[str, MaskProConfig] = {}
         self.merged_adapters = []
-        # While set, gives the codes of the mask in train mode for an adapter's name; otherwise they are sampled.
-        self.choose_codes: Callable[[str], torch.Tensor] | None = None
+        # While set, gives the codes of the mask in train mode; otherwise they are sampled.
+        self.choose_codes: Callable[[], torch.Tensor] | None = None
+        # While set, the layer applies no mask: calibration looks at what the dense layer sees.
+        self.dense = False
         self._dropped: list[tuple[torch.Tensor, torch.Tensor]] = []
-        # The masks that wait for data or a file, as they were made: any other tensor or version has been filled. The
-        # digits alone cannot tell, since of 1:4 every byte is a valid word.
-        self._unfilled: dict[str, tuple[torch.Tensor, int]] = {}
+        # The masks that wait for data or a file. The digits alone cannot tell, since of 1:4 every byte is a valid
+        # word; transformers replaces the tensor without telling, load_state_dict fills it and calls a hook.
+        self._unfilled: dict[str, torch.Tensor] = {}
         self._masked_weight: tuple[list[tuple[int, int]], torch.Tensor, list[torch.Tensor]] | None = None
-        self.register_load_state_dict_post_hook(_theta_may_be_missing)
+        self.register_load_state_dict_post_hook(_after_load)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -141,7 +147,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self.maskpro_mask[adapter_name] = packed
         self.maskpro_config[adapter_name] = config
         if not data_free:
-            self._unfilled[adapter_name] = (packed, packed._version)
+            self._unfilled[adapter_name] = packed
         if config.save_logits or not config.inference_mode:
             self.materialize(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -179,16 +185,15 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             unfilled = self._is_unfilled(adapter_name)
             self.maskpro_mask[adapter_name] = mask = mask.to(device)
             if unfilled:
-                self._unfilled[adapter_name] = (mask, mask._version)
+                self._unfilled[adapter_name] = mask
 
     def _is_unfilled(self, adapter_name: str) -> bool:
-        packed, version = self._unfilled.get(adapter_name, (None, 0))
-        return packed is not None and packed is self.maskpro_mask[adapter_name] and packed._version == version
+        return self._unfilled.get(adapter_name) is self.maskpro_mask[adapter_name]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
         unfilled = [name for name in self._unfilled if self._is_unfilled(name)]
         super()._apply(fn, recurse)
-        self._unfilled = {name: (self.maskpro_mask[name], self.maskpro_mask[name]._version) for name in unfilled}
+        self._unfilled = {name: self.maskpro_mask[name] for name in unfilled}
         return self
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -243,7 +248,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
 
     def _training_codes(self, adapter_name: str) -> torch.Tensor:
         if self.choose_codes is not None:
-            return self.choose_codes(adapter_name)
+            return self.choose_codes()
         config = self.maskpro_config[adapter_name]
         if config.logit_scale is None:
             config.logit_scale = SIMPLE_LOGIT_SCALE
@@ -295,16 +300,20 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
     def _select(self, weight: torch.Tensor, codes: torch.Tensor, adapter_name: str) -> torch.Tensor:
         return self.out_in(apply_codes(self.out_in(weight), codes, self.maskpro_config[adapter_name].m))
 
+    def forget_masked_weight(self) -> None:
+        """Free the masked weight that eval mode keeps."""
+        self._masked_weight = None
+
     def train(self, mode: bool = True):
         if mode:
-            self._masked_weight = None
+            self.forget_masked_weight()
         return super().train(mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         names = self._masking_adapters()
-        if self._disable_adapters or self.merged_adapters or not names:
+        if self._disable_adapters or self.merged_adapters or self.dense or not names:
             return self.base_layer(x, *args, **kwargs)
         return self.linear(x, self._mask_weight(names))
 
@@ -387,6 +396,9 @@ class MaskProConv1DLinear(MaskProLinear):
 
 def layer_class(module: nn.Module) -> type[MaskProLinear] | None:
     """The class that masks a module, or `None` if there is none."""
+    # nn.MultiheadAttention reads the weight of its output projection and never calls it.
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return None
     if isinstance(module, nn.Linear) and module.weight.is_floating_point():
         return MaskProLinear
     if isinstance(module, Conv1D):

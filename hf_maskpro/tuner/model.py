@@ -156,7 +156,8 @@ class MaskProModel(BaseTuner):
                 zeros = zeros.expand(theta.shape)
                 result[theta_key] = zeros if config.inference_mode else zeros.contiguous()
             elif theta.is_contiguous():
-                theta.data.zero_()
+                with torch.no_grad():
+                    theta.zero_()
         return result
 
 
@@ -186,6 +187,20 @@ def masked_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, 
     return layers
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and every module back into its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+            if isinstance(module, MaskProLayer):
+                module.forget_masked_weight()
+
+
 def _bare(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
@@ -195,7 +210,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _unsupported(module: nn.Module) -> str:
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}, and quantized layers are not supported"
     return f"{type(module).__name__} is not nn.Linear or Conv1D; change target_modules"
 

@@ -109,6 +109,16 @@ def test_train_resumes_where_it_stopped(checkpoint, text, tmp_path, estimator):
     assert all(name.endswith("maskpro_mask") for name in final)
 
 
+def test_resuming_with_another_pattern_is_refused(checkpoint, text, tmp_path):
+    train = ["train", "--model", checkpoint, "--text", text, "--seq-len", 32, "--max-steps", 2, "--save-steps", 1]
+    run(*train, "--n", 1, "--output", tmp_path / "a")
+    assert "n is 3, and 1 in" in fails(*train, "--n", 3, "--output", tmp_path / "a", "--resume")
+    run(*train, "--output", tmp_path / "a", "--resume")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["n"] == 1
+    assert config["lineage"][0]["calibration_seq_len"] == 32
+
+
 def test_residual_lowers_the_training_loss(checkpoint, text, tmp_path):
     base, adapter, learned = (tmp_path / name for name in ("base", "adapter", "learned"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
@@ -186,6 +196,10 @@ class TestBadInput:
             "train", "--model", checkpoint, "--adapter", "a", "--n", 1, "--text", text, "--output", output
         )
         assert "is not a folder" in fails("inspect", missing)
+        assert "is not a model folder" in fails("quickstart", "--model", missing, "--output", output)
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "train.jsonl").write_text("")
+        assert "error" in fails("init", "--model", checkpoint, "--dataset", tmp_path / "data", "--output", output)
         assert not output.exists()
 
     def test_a_short_text(self, checkpoint, tmp_path):
@@ -234,5 +248,6 @@ class TestBadInput:
             for verb in (["eval", "--text", text, "--seq-len", 16], ["merge", "--output", tmp_path / "out"]):
                 assert message in fails(*verb, "--model", checkpoint, "--adapter", folder)
         assert "out of range" in fails("inspect", folders["out of range"])
+        assert "has no mask" in fails("inspect", folders["has no mask"])
         assert "error" in fails("inspect", folders["error"])
         assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from hf_maskpro import MaskProConfig, initialize_masks
 from hf_maskpro.initialization.wanda import scores
@@ -55,6 +56,46 @@ def test_every_layer_sees_what_the_masked_layers_before_it_produce(make, ids, n,
             assert torch.equal(mine, keep.transpose(1, 2)), name
         for layer in theirs.values():
             layer.enable_adapters(True)
+
+
+def test_every_decoder_layer_gets_its_own_arguments(ids):
+    """Models that mix sliding and full attention give each layer another mask and other positions."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=34,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+    model = get_peft_model(Gemma3ForCausalLM(config).eval(), MaskProConfig(init_mask="wanda"))
+    seen, outputs = [], []
+    block = model.base_model.model.model.layers[2]
+    block.register_forward_hook(lambda module, args, output: seen.append(output))
+    initialize_masks(model, [{"input_ids": ids}])
+    walked = seen[-1]
+    block.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert torch.equal(walked, outputs[0])
+
+
+def test_a_second_adapter_on_fewer_layers(ids):
+    model = get_peft_model(tiny_llama(), MaskProConfig())
+    model.add_adapter("narrow", MaskProConfig(init_mask="wanda", target_modules=["up_proj"]))
+    model.set_adapter("narrow")
+    initialize_masks(model, batches(ids))
+    assert len(masked_layers(model, "narrow")) == 2
+
+
+def test_layers_in_eval_mode_stay_there(ids):
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="wanda"))
+    initialize_masks(model, batches(ids))
+    assert not any(layer.training for layer in masked_layers(model).values())
 
 
 def test_state_is_left_as_it_was(ids):

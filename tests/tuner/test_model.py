@@ -368,6 +368,18 @@ def test_an_empty_mask_stays_recognisable(llama, ids, n):
         logits(model, ids)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_copy_of_an_empty_mask_is_empty_and_a_filled_one_is_not(llama, ids, n, tmp_path):
+    model = get_peft_model(llama, MaskProConfig(n=n, m=4, init_mask="wanda"))
+    torch.save(model, tmp_path / "model.pt")
+    for copied in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        with pytest.raises(ValueError, match="call initialize_masks"):
+            logits(copied, ids)
+    other = get_peft_model(tiny_llama(), MaskProConfig(n=n, m=4))
+    model.load_state_dict(other.state_dict())
+    logits(model, ids)
+
+
 def test_no_stale_mask_after_deleting_an_adapter(llama, ids):
     model = get_peft_model(llama, MaskProConfig()).eval()
     logits(model, ids)
@@ -425,6 +437,10 @@ class TestRefusals:
             num_local_experts=4,
         )
         self.refused(MixtralForCausalLM(config), r"experts\.gate_up_proj")
+
+    def test_a_layer_that_is_never_called(self, llama):
+        model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+        self.refused(model, "out_proj: NonDynamically", target_modules=["out_proj"])
 
     def test_quantized_weights(self, llama):
         layer = llama.model.layers[0].mlp.up_proj
