@@ -12,20 +12,20 @@ help:
 	@echo "make docs        build the documentation into site/"
 
 # torch comes first and by itself, so that nothing else decides which build of it is taken.
-$(BIN)/python: constraints.txt
+$(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	touch $@
 
-$(VENV)/quickstart: $(BIN)/python pyproject.toml
+$(VENV)/quickstart: $(VENV)/torch pyproject.toml
 	$(PIP) --editable '.[quickstart]'
 	touch $@
 
-$(VENV)/test: $(BIN)/python pyproject.toml
+$(VENV)/test: $(VENV)/torch pyproject.toml
 	$(PIP) --editable '.[quickstart,test,lint]'
 	touch $@
 
-$(VENV)/docs: $(BIN)/python pyproject.toml
+$(VENV)/docs: $(VENV)/torch pyproject.toml
 	$(PIP) --editable '.[docs]'
 	touch $@
 
