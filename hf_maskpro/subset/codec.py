@@ -68,12 +68,12 @@ def codes_of(mask: torch.Tensor) -> torch.Tensor:
     A mask as codes, one number per group whose bit i stands for member i.
 
     Args:
-        mask (`torch.Tensor`): bool `[out_features, m, groups]`.
+        mask (`torch.Tensor`): bool `[..., m, groups]`.
 
     Returns:
-        `torch.Tensor`: int32 `[out_features, groups]`.
+        `torch.Tensor`: int32 `[..., groups]`.
     """
-    return join(list(mask.unbind(1)))
+    return join(list(mask.unbind(-2)))
 
 
 def join(kept: list[torch.Tensor]) -> torch.Tensor:
@@ -85,8 +85,8 @@ def join(kept: list[torch.Tensor]) -> torch.Tensor:
 
 
 def mask_of(codes: torch.Tensor, m: int) -> torch.Tensor:
-    """The inverse of [`codes_of`]: bool `[out_features, m, groups]`."""
-    return torch.stack([(codes >> i) & 1 == 1 for i in range(m)], dim=1)
+    """The inverse of [`codes_of`]: bool `[..., m, groups]`."""
+    return torch.stack([(codes >> i) & 1 == 1 for i in range(m)], dim=-2)
 
 
 def pack(mask: torch.Tensor, n: int, m: int) -> torch.Tensor:
@@ -94,12 +94,12 @@ def pack(mask: torch.Tensor, n: int, m: int) -> torch.Tensor:
     Pack a mask into bytes.
 
     Args:
-        mask (`torch.Tensor`): bool `[out_features, m, in_features // m]`, exactly `n` True per group.
+        mask (`torch.Tensor`): bool `[..., m, in_features // m]`, exactly `n` True per group.
         n (`int`): Members kept per group.
         m (`int`): Members of a group.
 
     Returns:
-        `torch.Tensor`: uint8 `[out_features, packed_width(n, m, in_features)]`.
+        `torch.Tensor`: uint8 `[..., packed_width(n, m, in_features)]`.
 
     Raises:
         `ValueError`: if a group has not exactly `n` members.
@@ -109,17 +109,17 @@ def pack(mask: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 def pack_codes(codes: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """[`pack`] from codes."""
-    out_features, groups = codes.shape
+    *rows, groups = codes.shape
     rank = _ranks(n, m).to(codes.device)[codes]
     if rank.numel() and int(rank.min()) < 0:
         raise ValueError(f"a {n}:{m} mask keeps exactly {n} members in every group; this one does not.")
     digits, size = word_layout(n, m)
     words = packed_width(n, m, groups * m) // size
-    rank = torch.nn.functional.pad(rank, (0, words * digits - groups)).view(out_features, words, digits)
+    rank = torch.nn.functional.pad(rank, (0, words * digits - groups)).view(*rows, words, digits)
     place = torch.tensor([comb(m, n) ** i for i in range(digits)], device=codes.device)
     word = (rank * place).sum(-1, keepdim=True)
     shifts = torch.arange(0, 8 * size, 8, device=codes.device)
-    return ((word >> shifts) & 0xFF).to(torch.uint8).view(out_features, words * size)
+    return ((word >> shifts) & 0xFF).to(torch.uint8).view(*rows, words * size)
 
 
 def unpack(packed: torch.Tensor, n: int, m: int, in_features: int) -> torch.Tensor:
@@ -127,13 +127,13 @@ def unpack(packed: torch.Tensor, n: int, m: int, in_features: int) -> torch.Tens
     Unpack a mask; the inverse of [`pack`].
 
     Args:
-        packed (`torch.Tensor`): uint8 `[out_features, packed_width(n, m, in_features)]`.
+        packed (`torch.Tensor`): uint8 `[..., packed_width(n, m, in_features)]`.
         n (`int`): Members kept per group.
         m (`int`): Members of a group.
         in_features (`int`): Columns of the weight, a multiple of `m`.
 
     Returns:
-        `torch.Tensor`: bool `[out_features, m, in_features // m]`.
+        `torch.Tensor`: bool `[..., m, in_features // m]`.
 
     Raises:
         `ValueError`: if the shape or dtype is not that of such a mask, or a word is out of range.
@@ -144,16 +144,16 @@ def unpack(packed: torch.Tensor, n: int, m: int, in_features: int) -> torch.Tens
 def unpack_codes(packed: torch.Tensor, n: int, m: int, in_features: int) -> torch.Tensor:
     """[`unpack`] to codes."""
     width = packed_width(n, m, in_features)
-    if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != width:
+    if packed.dtype != torch.uint8 or packed.ndim == 0 or packed.shape[-1] != width:
         raise ValueError(
             f"a packed {n}:{m} mask over {in_features} inputs is uint8 with {width} bytes a row, "
             f"not {packed.dtype} of shape {tuple(packed.shape)}."
         )
     digits, size = word_layout(n, m)
     base, groups = comb(m, n), in_features // m
-    out_features = packed.shape[0]
+    rows = packed.shape[:-1]
     shifts = torch.arange(0, 8 * size, 8, device=packed.device)
-    word = packed.int() if size == 1 else (packed.view(out_features, -1, size).long() << shifts).sum(-1)
+    word = packed.int() if size == 1 else (packed.view(*rows, -1, size).long() << shifts).sum(-1)
     if word.numel() and int(word.max()) >= base**digits:
         raise ValueError(f"a word of the packed {n}:{m} mask is out of range: the mask is missing or corrupt.")
     if size == 1:
@@ -161,4 +161,4 @@ def unpack_codes(packed: torch.Tensor, n: int, m: int, in_features: int) -> torc
     else:
         rank = torch.stack([word // base**i % base for i in range(digits)], dim=-1)
         codes = _codes_by_rank(n, m).to(packed.device)[rank]
-    return codes.view(out_features, -1)[:, :groups].contiguous()
+    return codes.flatten(-2)[..., :groups].contiguous()

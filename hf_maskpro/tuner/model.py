@@ -147,7 +147,9 @@ class MaskProModel(BaseTuner):
                 codes = unpack_codes(result[mask_key], config.n, config.m, theta.shape[1] * theta.shape[2])
             except ValueError as error:
                 raise ValueError(f"{_bare(name)}: {error}") from error
-            if len(codes) != len(theta) or (theta_key in result and result[theta_key].shape != theta.shape):
+            if codes.shape != (theta.shape[0], theta.shape[2]) or (
+                theta_key in result and result[theta_key].shape != theta.shape
+            ):
                 raise ValueError(f"{_bare(name)}: the adapter file has {len(codes)} rows, the model {len(theta)}.")
             if theta_key in result:
                 layer.materialize(adapter_name)

@@ -21,6 +21,13 @@ def test_round_trip_for_every_pattern(data, m, seed):
     assert torch.equal(unpack(packed, n, m, m * groups), mask)
 
 
+@pytest.mark.parametrize("shape", [(4, 9), (2, 3, 4, 9)])
+@pytest.mark.parametrize("n", [1, 2])
+def test_any_leading_dimensions(shape, n):
+    mask = mode(torch.rand(shape), n)
+    assert torch.equal(unpack(pack(mask, n, 4), n, 4, 36), mask)
+
+
 def test_all_patterns_at_their_extremes():
     for m in range(2, 17):
         for n in range(1, m):
