@@ -26,6 +26,7 @@ EVALUATIONS = 4
 PROBE_STEPS = 4
 CALIBRATION_WINDOWS, CALIBRATION_SEQ_LEN = 128, 256
 BATCH, SEQ_LEN = 8, 128
+LEAST_SECONDS = 60.0
 
 
 class Clock(TrainerCallback):
@@ -59,11 +60,15 @@ def learn(
     masked: PeftModel,
     estimator: Literal["residual", "simple"],
     inputs: torch.Tensor,
-    seconds: float,
+    seconds: float | None,
+    deadline: float,
     evaluate: Callable[[], float],
     scratch: Path,
 ) -> dict[str, Any]:
-    """Train for so many seconds, with the schedule of as many steps as a short trial says they hold."""
+    """
+    Train for so many seconds, or as long as the deadline lets, on the schedule of as many steps as a short trial says
+    that they hold.
+    """
 
     def run(steps: int, seconds: float, evaluate: Callable[[], float] | None) -> tuple[MaskProTrainer, Clock]:
         args = MaskProTrainingArguments(
@@ -89,6 +94,12 @@ def learn(
     for layer in masked_layers(masked).values():
         with torch.no_grad():
             layer.maskpro_theta["default"].zero_()
+    begun = time.perf_counter()
+    curve = [{"step": 0, "seconds": 0.0, "perplexity": evaluate()}]
+    evaluations = EVALUATIONS * (time.perf_counter() - begun)
+    if seconds is None:
+        # On a slow machine a story that ends late is better than none.
+        seconds = max(LEAST_SECONDS, deadline - time.time() - evaluations)
     trainer, clock = run(max(1, int(seconds / step_seconds)), seconds, evaluate)
     log = [
         {"seconds": clock.finished[entry["step"] - 1], **{k: v for k, v in entry.items() if k != "epoch"}}
@@ -100,8 +111,9 @@ def learn(
         "steps": trainer.state.global_step,
         "seconds": clock.finished[-1],
         "changed_groups": trainer.changed_groups(),
-        "curve": clock.curve,
+        "curve": curve + clock.curve,
         "log": log,
+        "given_seconds": seconds,
     }
 
 
@@ -113,7 +125,8 @@ def contestant(
     result: Annotated[Path, typer.Option()],
     seq_len: Annotated[int, typer.Option()] = 512,
     max_tokens: Annotated[int, typer.Option()] = 8192,
-    seconds: Annotated[float, typer.Option()] = 0.0,
+    seconds: Annotated[float | None, typer.Option()] = None,
+    deadline: Annotated[float, typer.Option()] = 0.0,
     start: Annotated[Path | None, typer.Option()] = None,
     output: Annotated[Path | None, typer.Option()] = None,
 ) -> None:
@@ -138,19 +151,17 @@ def contestant(
 
     if start is None:
         value = evaluate()
-        evaluation_seconds = time.perf_counter() - initialized
         row: dict[str, Any] = {"perplexity": value, "steps": 0, "seconds": initialized - begun, "changed_groups": 0.0}
         row |= {"curve": [], "log": []}
     else:
         inputs = windows(tokenizer, read_text(calibration), SEQ_LEN)
-        evaluation_seconds = 0.0
         estimator: Literal["residual", "simple"] = "residual" if method == "residual" else "simple"
         with tempfile.TemporaryDirectory() as scratch:
-            row = learn(masked, estimator, inputs, seconds, evaluate, Path(scratch))
+            row = learn(masked, estimator, inputs, seconds, deadline, evaluate, Path(scratch))
     if output is not None:
         output.mkdir(parents=True)
         save(masked, output)
-    row |= {"method": method, "peak_bytes": peak_bytes(), "evaluation_seconds": evaluation_seconds}
+    row |= {"method": method, "peak_bytes": peak_bytes()}
     result.write_text(json.dumps(row))
 
 

@@ -16,14 +16,14 @@ from rich.table import Table
 
 from ..evaluation import windows
 from .common import Overwrite, console, load_model, load_tokenizer, read_text
-from .contestant import CALIBRATION_SEQ_LEN, EVALUATIONS
+from .contestant import CALIBRATION_SEQ_LEN
 from .train import check_replaceable, set_aside
 
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SEQ_LEN, MAX_TOKENS = 512, 8192
 HELD_OUT_EVERY = 8
-COMPILE_SECONDS, MERGE_SECONDS, LEAST_SECONDS = 45, 20, 60
+MERGE_SECONDS = 20
 
 
 def quickstart(
@@ -54,8 +54,12 @@ def quickstart(
 
     rows = [_run(output, base, method) for method in ("dense", "magnitude", "wanda")]
     learners: tuple[str, ...] = ("residual", "simple") if estimator == "both" else (estimator,)
-    seconds = _learning_seconds(60 * minutes - (time.perf_counter() - begun), rows, len(learners))
-    rows += [_run(output, base, method, seconds) for method in learners]
+    share = (60 * minutes - (time.perf_counter() - begun) - MERGE_SECONDS) / len(learners)
+    start = ["--start", str(output / "wanda")]
+    learned = _run(output, base, learners[-1], start + ["--deadline", str(time.time() + share)])
+    if estimator == "both":
+        rows.append(_run(output, base, "residual", start + ["--seconds", str(learned["given_seconds"])]))
+    rows.append(learned)
     subprocess.run(
         [sys.executable, "-m", "hf_maskpro.cli", "merge", "--model", base]
         + ["--adapter", str(output / learners[-1]), "--output", str(output / "merged"), "--json"],
@@ -102,7 +106,7 @@ def _write_smollm2(folder: Path) -> str:
     return str(folder)
 
 
-def _run(output: Path, base: str, method: str, seconds: float = 0.0) -> dict[str, Any]:
+def _run(output: Path, base: str, method: str, options: list[str] | None = None) -> dict[str, Any]:
     """One row, from a process of its own."""
     console.rule(method)
     result = output / f"{method}.json"
@@ -111,24 +115,12 @@ def _run(output: Path, base: str, method: str, seconds: float = 0.0) -> dict[str
     command += ["--result", str(result), "--seq-len", str(SEQ_LEN), "--max-tokens", str(MAX_TOKENS)]
     if method != "dense":
         command += ["--output", str(output / method)]
-    if seconds:
-        command += ["--start", str(output / "wanda"), "--seconds", str(seconds)]
-    begun = time.perf_counter()
-    if subprocess.run(command).returncode != 0:
+    if subprocess.run(command + (options or [])).returncode != 0:
         raise RuntimeError(f"the {method} process failed; its message is above.")
     row = json.loads(result.read_text())
     result.unlink()
-    row["wall_seconds"] = time.perf_counter() - begun
     console.print(f"held-out perplexity {row['perplexity']:.4g}")
     return row
-
-
-def _learning_seconds(left: float, rows: list[dict[str, Any]], learners: int) -> float:
-    """What a learner may train for: its share of the time that is left, less what surrounds training."""
-    dense = rows[0]
-    around = dense["wall_seconds"] + EVALUATIONS * dense["evaluation_seconds"] + COMPILE_SECONDS
-    # On a slow machine a story that ends late is better than none.
-    return max(LEAST_SECONDS, (left - MERGE_SECONDS) / learners - around)
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -141,9 +133,8 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     residual = [row for row in learned if row["method"] == "residual"]
     figure, axes = pyplot.subplots(1, 1 + len(residual), figsize=(6 * (1 + len(residual)), 4), layout="constrained")
     right = axes[-1] if residual else axes
-    start = next(row["perplexity"] for row in rows if row["method"] == "wanda")
     for row in learned:
-        points = [(0, start)] + [(point["seconds"], point["perplexity"]) for point in row["curve"]]
+        points = [(point["seconds"], point["perplexity"]) for point in row["curve"]]
         right.plot(*zip(*points, strict=True), marker="o", label=row["method"])
     for row in rows:
         if row["method"] in ("dense", "wanda"):
