@@ -29,8 +29,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from .subset import move_logits
-from .tuner import SIMPLE_LOGIT_SCALE, MaskProConfig, MaskProLayer, logit_scale, masked_layers
+from .tuner import SIMPLE_LOGIT_SCALE, MaskProConfig, MaskProLayer, masked_layers
 
 
 logger = logging.get_logger(__name__)
@@ -158,7 +157,7 @@ class MaskProTrainer(Trainer):
         self.tracker = 0.0
         self._seed = -1
         self._residual = torch.zeros(())
-        self._history: dict[str, list[float]] = {"residual": [], "tracker": [], "flipped": []}
+        self._history: dict[str, list[float]] = {"residual": [], "tracker": []}
         self._baselines: torch.Tensor | None = None
 
     def _thetas(self) -> list[nn.Parameter]:
@@ -254,24 +253,32 @@ class MaskProTrainer(Trainer):
             self._baselines[index.cpu()] = losses.sum(1).double().cpu()
 
     @contextmanager
-    def _masks(self, choose: Callable[[int, MaskProLayer], torch.Tensor]) -> Iterator[None]:
-        """Apply the masks whose codes `choose` gives for the layers, by index; the rest stays in eval mode."""
+    def _masks(self, choose: Callable[[int, MaskProLayer, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Mask every layer's weight by what `choose` makes of it, and keep nothing; the rest stays in eval mode."""
         for index, layer in enumerate(self.layers):
             layer.train()
-            layer.choose_codes = partial(choose, index, layer)
+            layer.choose_mask = partial(choose, index, layer)
         try:
             yield
         finally:
             for layer in self.layers:
-                layer.choose_codes = None
+                layer.choose_mask = None
                 layer.eval()
 
-    def _initial(self, index: int, layer: MaskProLayer) -> torch.Tensor:
-        return layer.initial_codes(self.adapter_name)
+    def _initial(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:
+        return layer.initially_masked(weight, self.adapter_name)
 
-    def _sampled(self, index: int, layer: MaskProLayer) -> torch.Tensor:
-        """The mask of this optimiser step: nothing is kept, it is drawn again wherever it is needed."""
-        return layer.sampled_codes(self.adapter_name, self._seed, index, self.config.distribution)
+    def _sampled(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:
+        """By the mask of this optimiser step, which is drawn again wherever it is needed."""
+        return layer.masked(weight, self.adapter_name, self._seed, index, self.config.distribution)
+
+    def _mode(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:
+        return layer.masked(weight, self.adapter_name)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        # In eval mode every layer would keep its masked weight: that serves generation, and takes memory here.
+        with self._masks(self._mode):
+            return super().prediction_step(*args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -318,19 +325,22 @@ class MaskProTrainer(Trainer):
         alpha = self.args.tracker_decay
         self.tracker = alpha * self.tracker + (1 - alpha) * residual
         step = -self._get_learning_rate() * (residual - self.tracker)
-        flipped = groups = 0
         for index, layer in enumerate(self.layers):
-            initial, codes = layer.initial_codes(self.adapter_name), self._sampled(index, layer)
-            theta = layer.maskpro_theta[self.adapter_name]
-            move_logits(theta, initial, codes, logit_scale(self.config), self.config.n, step, self.config.distribution)
-            flipped += int((codes != initial).sum())
-            groups += codes.numel()
-        for name, value in {"residual": residual, "tracker": self.tracker, "flipped": flipped / groups}.items():
-            self._history[name].append(value)
+            layer.move_logits(self.adapter_name, step, self._seed, index, self.config.distribution)
+        self._history["residual"].append(residual)
+        self._history["tracker"].append(self.tracker)
 
     def changed_groups(self) -> float:
         """Share of all groups whose mode has left the initial mask."""
         return self._share_that_differs(lambda index, layer: layer.mode_codes(self.adapter_name))
+
+    def flipped_groups(self) -> float:
+        """Share of all groups that one sample changes against the initial mask."""
+        simple = self.args.estimator == "simple"
+        distribution = "conditional_poisson" if simple else self.config.distribution
+        # Seeded by the step: a draw from torch's generator would change the run.
+        seed = self.state.global_step
+        return self._share_that_differs(lambda i, layer: layer.sampled_codes(self.adapter_name, seed, i, distribution))
 
     def _share_that_differs(self, choose: Callable[[int, MaskProLayer], torch.Tensor]) -> float:
         differ = groups = 0
@@ -342,12 +352,8 @@ class MaskProTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            if self.args.estimator == "simple":
-                # Seeded by the step: a draw from torch's generator would change the run.
-                step = self.state.global_step
-                flipped = self._share_that_differs(lambda i, layer: layer.sampled_codes(self.adapter_name, step, i))
-                self._history["flipped"].append(flipped)
             logs |= {name: sum(values) / len(values) for name, values in self._history.items() if values}
+            logs["flipped"] = self.flipped_groups()
             self._history = {name: [] for name in self._history}
             logs["changed"] = self.changed_groups()
         super().log(logs, start_time)

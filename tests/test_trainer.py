@@ -105,22 +105,22 @@ def test_residual_lowers_the_loss_where_it_can_be_seen(tmp_path, distribution):
 
 @pytest.mark.parametrize("fault", ["sign", "baseline", "score"])
 def test_that_test_would_notice_a_fault(tmp_path, monkeypatch, fault):
-    original = {"move": trainer_module.move_logits, "loss": MaskProTrainer._micro_batch_loss}
+    move, loss = MaskProLayer.move_logits, MaskProTrainer._micro_batch_loss
 
-    def wrong_sign(theta, initial, codes, scale, n, step, distribution):
-        original["move"](theta, initial, codes, scale, n, -step, distribution)
+    def wrong_sign(self, name, step, *args):
+        move(self, name, -step, *args)
 
-    def wrong_score(theta, initial, codes, scale, n, step, distribution):
-        original["move"](theta, initial, codes.roll(1, 1), scale, n, step, distribution)
+    def wrong_score(self, name, step, seed, *args):
+        move(self, name, step, seed + 1, *args)
 
     def no_baseline(self, model, inputs, num_items_in_batch):
-        sampled = next(iter(self.layers)).choose_codes.args[0] == self._sampled
-        return original["loss"](self, model, inputs, num_items_in_batch) * sampled
+        sampled = next(iter(self.layers)).choose_mask.func == self._sampled
+        return loss(self, model, inputs, num_items_in_batch) * sampled
 
     if fault == "baseline":
         monkeypatch.setattr(MaskProTrainer, "_micro_batch_loss", no_baseline)
     else:
-        monkeypatch.setattr(trainer_module, "move_logits", {"sign": wrong_sign, "score": wrong_score}[fault])
+        monkeypatch.setattr(MaskProLayer, "move_logits", {"sign": wrong_sign, "score": wrong_score}[fault])
     before, after = play(tmp_path)
     assert after > 0.4 * before
 
@@ -160,7 +160,7 @@ def test_accumulated_residual_steps_equal_undivided_ones(tmp_path, llama, ragged
 
 
 def test_accumulated_simple_steps_are_exact_in_their_token_weights(tmp_path, llama, monkeypatch):
-    monkeypatch.setattr(MaskProLayer, "sampled_codes", lambda self, name, *args: self.mode_codes(name))
+    monkeypatch.setattr(MaskProLayer, "_seed", lambda self, name: None)
     results = []
     for batch, accumulation in ((8, 1), (2, 4)):
         model = get_peft_model(copy.deepcopy(llama), MaskProConfig(logit_scale=1.0))

@@ -1,14 +1,24 @@
 """N-of-M subset distributions, their fused kernels, the mask codec and the random bits. Pure torch."""
 
 from .bits import uniform_bits
-from .codec import codes_of, mask_of, pack, pack_codes, packed_width, unpack, unpack_codes
+from .codec import check_packed, codes_of, mask_of, pack, pack_codes, packed_width, unpack, unpack_codes
 from .distributions import Distribution, log_prob, marginals, marginals_backward, mode, sample, score
-from .kernels import apply_codes, keep_of, mode_codes, move_logits, sample_codes, theta_gradient
+from .kernels import (
+    apply_packed,
+    keep_of,
+    mode_and_apply,
+    mode_codes,
+    sample_and_apply,
+    sample_codes,
+    score_and_update,
+    theta_gradient,
+)
 
 
 __all__ = [
     "Distribution",
-    "apply_codes",
+    "apply_packed",
+    "check_packed",
     "codes_of",
     "keep_of",
     "log_prob",
@@ -16,14 +26,16 @@ __all__ = [
     "marginals_backward",
     "mask_of",
     "mode",
+    "mode_and_apply",
     "mode_codes",
-    "move_logits",
     "pack",
     "pack_codes",
     "packed_width",
     "sample",
+    "sample_and_apply",
     "sample_codes",
     "score",
+    "score_and_update",
     "theta_gradient",
     "uniform_bits",
     "unpack",

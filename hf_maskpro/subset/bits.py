@@ -41,17 +41,29 @@ def keys(seed: int, layer: int) -> tuple[int, int]:
     return _signed(key), _signed(_mix(key ^ 0x9E3779B9))
 
 
-def hash_positions(
-    shape: tuple[int, ...], first: int | torch.Tensor, second: int | torch.Tensor, device: torch.device | str | None
-) -> torch.Tensor:
-    """The words of [`uniform_bits`] from its two [`keys`]."""
-    position = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=device).view(shape)
+def hash_positions(position: torch.Tensor, first: int | torch.Tensor, second: int | torch.Tensor) -> torch.Tensor:
+    """The words of [`uniform_bits`] at int32 positions, from the two [`keys`]."""
     return _mix_tensor(_mix_tensor(position + first) ^ second)
 
 
+def more_words(words: torch.Tensor, stream: int) -> torch.Tensor:
+    """Further words from those of [`uniform_bits`], for uses that must not repeat them."""
+    return _mix_tensor(words ^ _signed(_mix(stream + 1)))
+
+
+def both_ends(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `u` and `1 - u` for `u` uniform in (0, 1), in float32 and each with full relative precision near its own zero.
+
+    The lowest 31 bits count, so that probabilities down to 2**-31 are kept without bias.
+    """
+    low = words & 0x7FFFFFFF
+    return (low.float() + 0.5) * 2.0**-31, ((0x7FFFFFFF - low).float() + 0.5) * 2.0**-31
+
+
 def to_uniform(words: torch.Tensor) -> torch.Tensor:
-    """Uniform numbers in [0, 1) from the upper 24 bits, exact in float32."""
-    return ((words >> 8) & 0xFFFFFF).float() * 2.0**-24
+    """Uniform numbers in (0, 1) from all 32 bits, exact in float64."""
+    return (words.double() + (2.0**31 + 0.5)) * 2.0**-32
 
 
 def uniform_bits(
@@ -72,4 +84,5 @@ def uniform_bits(
     Returns:
         `torch.Tensor`: int32, of the given shape, all 32 bits uniform.
     """
-    return hash_positions(shape, *keys(seed, layer), device)
+    position = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=device).view(shape)
+    return hash_positions(position, *keys(seed, layer))

@@ -56,11 +56,14 @@ def _ranks(n: int, m: int) -> torch.Tensor:
 
 
 @lru_cache
-def _codes_by_byte(n: int, m: int) -> torch.Tensor:
-    """Codes of the groups in every value of a one-byte word, int32 `[256, digits]`."""
-    base, (digits, _) = comb(m, n), word_layout(n, m)
-    byte = torch.arange(256)
-    return torch.stack([_codes_by_rank(n, m)[byte // base**i % base] for i in range(digits)], dim=1)
+def code_table(n: int, m: int, device: torch.device) -> torch.Tensor:
+    """Codes of the groups in every value of a one-byte word, int32 `[256, digits]`; of longer words, by rank."""
+    base, (digits, size) = comb(m, n), word_layout(n, m)
+    codes = _codes_by_rank(n, m)
+    if size == 1:
+        byte = torch.arange(256)
+        codes = torch.stack([codes[byte // base**i % base] for i in range(digits)], dim=1)
+    return codes.to(device)
 
 
 def codes_of(mask: torch.Tensor) -> torch.Tensor:
@@ -143,6 +146,13 @@ def unpack(packed: torch.Tensor, n: int, m: int, in_features: int) -> torch.Tens
 
 def unpack_codes(packed: torch.Tensor, n: int, m: int, in_features: int) -> torch.Tensor:
     """[`unpack`] to codes."""
+    check_packed(packed, n, m, in_features)
+    table = code_table(n, m, packed.device)
+    return read_codes(packed, table, comb(m, n), word_layout(n, m), in_features // m).contiguous()
+
+
+def check_packed(packed: torch.Tensor, n: int, m: int, in_features: int) -> None:
+    """Raise the errors of [`unpack`]."""
     width = packed_width(n, m, in_features)
     if packed.dtype != torch.uint8 or packed.ndim == 0 or packed.shape[-1] != width:
         raise ValueError(
@@ -150,15 +160,38 @@ def unpack_codes(packed: torch.Tensor, n: int, m: int, in_features: int) -> torc
             f"not {packed.dtype} of shape {tuple(packed.shape)}."
         )
     digits, size = word_layout(n, m)
-    base, groups = comb(m, n), in_features // m
-    rows = packed.shape[:-1]
-    shifts = torch.arange(0, 8 * size, 8, device=packed.device)
-    word = packed.int() if size == 1 else (packed.view(*rows, -1, size).long() << shifts).sum(-1)
-    if word.numel() and int(word.max()) >= base**digits:
+    word = _words(packed, size)
+    if word.numel() and int(word.max()) >= comb(m, n) ** digits:
         raise ValueError(f"a word of the packed {n}:{m} mask is out of range: the mask is missing or corrupt.")
+
+
+def _words(packed: torch.Tensor, size: int) -> torch.Tensor:
     if size == 1:
-        codes = _codes_by_byte(n, m).to(packed.device)[word]
+        return packed.int()
+    shifts = torch.arange(0, 8 * size, 8, device=packed.device)
+    return (packed.view(*packed.shape[:-1], -1, size).long() << shifts).sum(-1)
+
+
+def read_codes(
+    packed: torch.Tensor, table: torch.Tensor, base: int, layout: tuple[int, int], groups: int
+) -> torch.Tensor:
+    """
+    Codes of a valid packed mask, int32 `[..., groups]`, a view of its words.
+
+    Args:
+        table (`torch.Tensor`): From [`code_table`].
+        base (`int`): C(m, n). Given, like the next, since torch.compile does not follow how they are computed.
+        layout (`tuple[int, int]`): From [`word_layout`].
+        groups (`int`): Groups in a row.
+    """
+    digits, size = layout
+    word = _words(packed, size)
+    if size == 1:
+        codes = table[word]
     else:
-        rank = torch.stack([word // base**i % base for i in range(digits)], dim=-1)
-        codes = _codes_by_rank(n, m).to(packed.device)[rank]
-    return codes.flatten(-2)[..., :groups].contiguous()
+        place = torch.tensor([base**i for i in range(digits)], device=packed.device)
+        codes = table[word.unsqueeze(-1) // place % base]
+    rows = codes.shape[:-2]
+    strides = [codes.stride(i) for i in range(len(rows))]
+    # Not flatten and slice: torch.compile then stores the codes once, instead of looking them up for every use.
+    return codes.as_strided((*rows, groups), (*strides, 1))

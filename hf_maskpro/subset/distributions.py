@@ -5,11 +5,14 @@ Logits have the shape `[..., m, groups]`: the m members of a group are m planes 
 that every operation is element-wise over planes. A mask is a bool tensor of the same shape with n True per group.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 import torch
 
-from .bits import to_uniform, uniform_bits
+from .bits import both_ends, to_uniform, uniform_bits
+from .codec import join, mask_of
 
 
 Distribution = Literal["plackett_luce", "conditional_poisson"]
@@ -87,37 +90,85 @@ def sample(
     Returns:
         `torch.Tensor`: bool `[..., m, groups]`.
     """
-    weights = weights_of(_planes(logits), n, sampling_dtype(n, distribution))
-    shape = (draws(n, distribution), *weights[0].shape)
-    words = uniform_bits(shape, seed, layer, logits.device)
-    return torch.stack(draw(weights, n, to_uniform(words), distribution), dim=-2)
+    weights = weights_of(_planes(logits), n, work_dtype(n))
+    words = uniform_bits((draws(n, distribution), *weights[0].shape), seed, layer, logits.device)
+    return mask_of(draw(weights, n, words, distribution), len(weights))
 
 
 def draws(n: int, distribution: Distribution) -> int:
-    """Uniform numbers that a group needs."""
-    return n if distribution == "plackett_luce" else 1
+    """Random words that a group needs."""
+    return n if n > 2 and distribution == "plackett_luce" else 1
 
 
-def sampling_dtype(n: int, distribution: Distribution) -> torch.dtype:
-    """Plackett-Luce needs sums of weights alone, conditional Poisson products of n."""
-    return torch.float32 if distribution == "plackett_luce" else work_dtype(n)
-
-
-def draw(weights: list[torch.Tensor], n: int, uniform: torch.Tensor, distribution: Distribution) -> list[torch.Tensor]:
-    """One mask per group from uniform numbers `[draws, ...]`."""
+def draw(
+    weights: list[torch.Tensor], n: int, words: Sequence[torch.Tensor], distribution: Distribution
+) -> torch.Tensor:
+    """The codes of one mask per group, from as many random words as [`draws`] says."""
+    if n <= 2:
+        return _draw_from_sets(weights, n, words[0], distribution)
     if distribution == "plackett_luce":
-        return _draw_plackett_luce(weights, n, uniform)
-    return _draw_conditional_poisson(weights, n, uniform[0])
+        return join(_draw_plackett_luce(weights, n, [to_uniform(word) for word in words]))
+    return join(_draw_conditional_poisson(weights, n, to_uniform(words[0])))
 
 
-def _draw_plackett_luce(weights: list[torch.Tensor], n: int, uniform: torch.Tensor) -> list[torch.Tensor]:
+def _draw_from_sets(
+    weights: list[torch.Tensor], n: int, words: torch.Tensor, distribution: Distribution
+) -> torch.Tensor:
+    """
+    One uniform number per group walks the sets in lexicographic order.
+
+    Whether `u` is beyond the first k sets, `u >= p / (p + s)` for their mass `p` and the mass `s` of the others, is
+    asked as `u s >= (1 - u) p`: products of positive numbers, so that rare sets at either end keep their probability
+    in float32.
+    """
+    m = len(weights)
+    if n == 1:
+        codes, masses = [1 << i for i in range(m)], weights
+    else:
+        # itertools.combinations is not known to torch.compile.
+        pairs = [(i, j) for i in range(m) for j in range(i + 1, m)]
+        codes = [1 << i | 1 << j for i, j in pairs]
+        masses = [weights[i] * weights[j] for i, j in pairs]
+        if distribution == "plackett_luce":
+            # p_i p_j (1 / (1 - p_i) + 1 / (1 - p_j)), the two orders of drawing, times the total weight.
+            inverse = _inverses(_others(weights))
+            masses = [mass * (inverse[i] + inverse[j]) for mass, (i, j) in zip(masses, pairs, strict=True)]
+    before = list(accumulate(masses[:-1]))
+    after = list(accumulate(masses[:0:-1]))[::-1]
+    u, rest = both_ends(words)
+    drawn = torch.full_like(words, codes[0])
+    for code, p, s in zip(codes[1:], before, after, strict=True):
+        drawn = torch.where(u * s >= rest * p, code, drawn)
+    return drawn
+
+
+def _others(planes: list[torch.Tensor]) -> list[torch.Tensor]:
+    """For every plane the sum of all others, by adding alone."""
+    if len(planes) == 4:
+        (a, b, c, d), low, high = planes, planes[0] + planes[1], planes[2] + planes[3]
+        return [b + high, a + high, d + low, c + low]
+    before, after = list(accumulate(planes)), list(accumulate(planes[::-1]))[::-1]
+    inner = [p + s for p, s in zip(before[:-2], after[2:], strict=True)]
+    return [after[1], *inner, before[-2]]
+
+
+def _inverses(planes: list[torch.Tensor]) -> list[torch.Tensor]:
+    """1 / plane, by one division for two: division takes as long as ten multiplications."""
+    result = []
+    for a, b in zip(planes[::2], planes[1::2], strict=False):
+        both = 1 / (a * b)
+        result += [both * b, both * a]
+    return result if len(planes) % 2 == 0 else [*result, 1 / planes[-1]]
+
+
+def _draw_plackett_luce(weights: list[torch.Tensor], n: int, uniform: list[torch.Tensor]) -> list[torch.Tensor]:
     weights = list(weights)
     kept = [torch.zeros_like(weight, dtype=torch.bool) for weight in weights]
     for turn in range(n):
         total = sum(weights)
-        # One unit in the last place less than the total, which rounding must not reach: the last member that is
-        # left would then be passed over.
-        threshold = uniform[turn] * (total * (1 - 2.0**-23))
+        # A little less than the total, which rounding must not reach: the last member that is left would then be
+        # passed over.
+        threshold = uniform[turn] * (total * (1 - 2.0**-50))
         below = torch.zeros_like(threshold)
         drawn = torch.zeros_like(kept[0])
         for i, weight in enumerate(weights):
@@ -133,7 +184,7 @@ def _draw_conditional_poisson(weights: list[torch.Tensor], n: int, uniform: torc
     """One uniform number per group walks the sets in lexicographic order, member by member."""
     m = len(weights)
     suffix = _suffix_polynomials(weights, n)
-    threshold = uniform.to(weights[0].dtype) * suffix[0][n]
+    threshold = uniform * suffix[0][n]
     left = torch.full_like(weights[0], n, dtype=torch.int32)
     kept = []
     for i, weight in enumerate(weights):
@@ -176,15 +227,20 @@ def marginals(logits: torch.Tensor, n: int) -> torch.Tensor:
         `torch.Tensor`: float32 `[..., m, groups]`; sums to n over the members.
     """
     weights = weights_of(_planes(logits), n, work_dtype(n))
+    return torch.stack(marginals_of(weights, n), dim=-2).float()
+
+
+def marginals_of(weights: list[torch.Tensor], n: int) -> list[torch.Tensor]:
+    """[`marginals`] on planes of weights."""
     suffix = _suffix_polynomials(weights, n)
     total = suffix[0][n]
     prefix = [suffix[-1][0]] + [suffix[-1][1]] * n
     result = []
     for i, weight in enumerate(weights):
         without = sum(prefix[k] * suffix[i + 1][n - 1 - k] for k in range(n))
-        result.append((weight * without / total).float())
+        result.append(weight * without / total)
         prefix = _extend(prefix, weight)
-    return torch.stack(result, dim=-2)
+    return result
 
 
 def marginals_backward(logits: torch.Tensor, n: int, grad: torch.Tensor) -> torch.Tensor:
@@ -286,32 +342,43 @@ def score(logits: torch.Tensor, mask: torch.Tensor, distribution: Distribution =
         `torch.Tensor`: float32 `[..., m, groups]`; sums to 0 over the members.
     """
     n = _subset_size(mask)
-    if distribution == "conditional_poisson":
-        return mask.float() - marginals(logits, n)
-    if n == 2:
-        return torch.stack(score_of_two(weights_of(_planes(logits), 2, torch.float32), _planes(mask)), dim=-2)
-    return _score_plackett_luce(logits, mask, n)
+    if n > 2 and distribution == "plackett_luce":
+        return _score_plackett_luce(logits, mask, n)
+    weights = weights_of(_planes(logits), n, work_dtype(n))
+    return torch.stack(score_of(weights, _planes(mask), n, distribution), dim=-2).float()
 
 
 def _subset_size(mask: torch.Tensor) -> int:
     return int(mask[..., 0].reshape(-1, mask.shape[-2])[0].sum())
 
 
-def score_of_two(weights: list[torch.Tensor], kept: list[torch.Tensor]) -> list[torch.Tensor]:
+def score_of(
+    weights: list[torch.Tensor], kept: list[torch.Tensor], n: int, distribution: Distribution
+) -> list[torch.Tensor]:
+    """[`score`] on planes of weights, for every case but Plackett-Luce of more than two."""
+    if n == 2 and distribution == "plackett_luce":
+        return _score_of_two(weights, kept)
+    marginal = marginals_of(weights, n)
+    return [torch.where(k, 1.0, 0.0) - mu for k, mu in zip(kept, marginal, strict=True)]
+
+
+def _score_of_two(weights: list[torch.Tensor], kept: list[torch.Tensor]) -> list[torch.Tensor]:
     """
-    The Plackett-Luce score for n = 2 in float32, on planes: what a member shares with the others is always summed,
-    never taken as 1 - p.
+    The Plackett-Luce score for n = 2 in float32.
+
+    With `x_i` the inverse of the sum of all other weights it is `m_i - w_i (1 / T + sum_j x_j^2 / X)`, where j runs
+    over the other kept members, T is the sum of all weights and X that of the kept x. What a member shares with the
+    others is always summed, never taken as 1 - p.
     """
-    total = sum(weights)
-    others = [sum(weights[j] for j in range(len(weights)) if j != i) for i in range(len(weights))]
-    first = [torch.where(k, total / other, 0.0) for k, other in zip(kept, others, strict=True)]
-    norm = sum(first)
-    h = [f / norm * (total / other) for f, other in zip(first, others, strict=True)]
-    result = []
-    for i, (k, weight) in enumerate(zip(kept, weights, strict=True)):
-        later = sum(h[j] for j in range(len(h)) if j != i)
-        result.append(k.float() - weight / total * (1 + later))
-    return result
+    inverse = _inverses(_others(weights))
+    x = [torch.where(k, i, 0.0) for k, i in zip(kept, inverse, strict=True)]
+    total, chosen = sum(weights), sum(x)
+    scale = 1 / (total * chosen)
+    later = _others([value * value for value in x])
+    return [
+        torch.where(k, 1.0, 0.0) - weight * (scale * (chosen + total * others))
+        for k, weight, others in zip(kept, weights, later, strict=True)
+    ]
 
 
 class _PlackettLuceSubsets:

@@ -1,35 +1,42 @@
 """
-The element-wise work on whole layers, fused by `torch.compile`: one source for CPU (C++) and GPU (Triton).
+The work on whole layers, fused by `torch.compile`: one source for CPU (C++) and GPU (Triton).
 
-Masks travel as codes, int32 `[out_features, groups]` (see `codec.codes_of`). The logits of a group are
-`theta + scale * initial`, with `theta` of shape `[out_features, m, groups]` and `initial` a code.
+A layer's logits are `theta + scale * initial`, with `theta` of shape `[out_features, m, groups]` and the starting mask
+packed, uint8. Every kernel unpacks the mask, rebuilds the logits and does its job; a sampled mask is a function of
+(logits, seed, layer) and never stored. Inside, masks are codes (see `codec.codes_of`).
 """
 
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import comb
+from threading import Timer
 from typing import Any
 
 import torch
 
-from .bits import hash_positions, keys, to_uniform
-from .codec import join, mask_of
+from .bits import hash_positions, keys, more_words
+from .codec import code_table, join, mask_of, read_codes, word_layout
 from .distributions import (
     Distribution,
     draw,
     draws,
     marginal_gradient,
     mode_of,
-    sampling_dtype,
     score,
-    score_of_two,
+    score_of,
     weights_of,
     work_dtype,
 )
 
 
+logger = logging.getLogger(__name__)
+
 # Smaller layers take less time than compiling for them.
 SMALLEST_COMPILED = 1 << 14
+
+_SECONDS_OF_SILENCE = 2.0
 
 
 class _Kernel:
@@ -37,65 +44,302 @@ class _Kernel:
 
     compiles = True
 
-    def __init__(self, function: Callable[..., Any]):
+    def __init__(self, function: Callable[..., Any], name: str):
         self.function = function
-        self.compiled = torch.compile(function, dynamic=True)
+        self.name = name
+        # torch.compile counts recompilations by code object, and kernels of several patterns would share one.
+        function.__code__ = function.__code__.replace(co_name=name)
+        self.compiled = torch.compile(function, dynamic=True, fullgraph=True)
+        self.met: set[tuple[torch.dtype, ...]] = set()
 
-    def __call__(self, codes: torch.Tensor, *args: Any) -> Any:
-        if not _Kernel.compiles or codes.numel() < SMALLEST_COMPILED:
-            return self.function(codes, *args)
+    def __call__(self, groups: int, *args: Any) -> Any:
+        if not _Kernel.compiles or groups < SMALLEST_COMPILED:
+            return self.function(*args)
+        flat = [x for arg in args for x in (arg if isinstance(arg, list) else [arg])]
+        dtypes = tuple(x.dtype for x in flat if isinstance(x, torch.Tensor))
+        if dtypes in self.met:
+            return self.compiled(*args)
+        self.met.add(dtypes)
+        line = f"compiling the mask kernel {self.name}, once for this machine: this can take a minute ..."
+        timer = Timer(_SECONDS_OF_SILENCE, logger.warning, [line])
+        timer.start()
         try:
-            return self.compiled(codes, *args)
+            return self.compiled(*args)
         except (torch._dynamo.exc.BackendCompilerFailed, torch._inductor.exc.InductorError) as error:
             _Kernel.compiles = False
             reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"masks are computed without torch.compile, about 10x slower: {reason}", stacklevel=2)
-            return self.function(codes, *args)
+            warnings.warn(f"masks are computed without torch.compile, about 10x slower: {reason}", stacklevel=3)
+            return self.function(*args)
+        finally:
+            timer.cancel()
 
 
-def _planes(initial: torch.Tensor, theta: torch.Tensor, scale: float) -> list[torch.Tensor]:
-    return [theta[:, i].float() + scale * ((initial >> i) & 1).float() for i in range(theta.shape[1])]
+def _reader(n: int, m: int) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
+    """Unpacks (packed, table, groups) within a kernel to codes, int32 `[out_features, groups]`."""
+    base, layout = comb(m, n), word_layout(n, m)
+
+    def read(packed: torch.Tensor, table: torch.Tensor, groups: int) -> torch.Tensor:
+        codes = read_codes(packed, table, base, layout, groups).clone()
+        # A plain clone would be computed where it is used, and its padded rows keep the kernel from running flat.
+        return codes.as_strided(codes.shape, (groups, 1))
+
+    return read
+
+
+def _planes(codes: torch.Tensor, theta: Sequence[torch.Tensor], scale: torch.Tensor) -> list[torch.Tensor]:
+    """The logits of every member, float32."""
+    planes = [member.float() for member in theta]
+    return [torch.where(codes & 1 << i != 0, plane + scale, plane) for i, plane in enumerate(planes)]
+
+
+def _words(member: torch.Tensor, first: torch.Tensor, second: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """The words of [`uniform_bits`] of shape `[count, out_features, groups]`."""
+    rows, groups = member.shape
+    position = torch.arange(rows * groups, dtype=torch.int32, device=member.device).view(rows, groups)
+    return [hash_positions(position + i * (rows * groups), first, second) for i in range(count)]
+
+
+def _keys(seed: int, layer: int, device: torch.device) -> list[torch.Tensor]:
+    return [torch.tensor(key, dtype=torch.int32, device=device) for key in keys(seed, layer)]
 
 
 @lru_cache
-def _mode_kernel(n: int) -> _Kernel:
-    return _Kernel(lambda initial, theta, scale: join(mode_of(_planes(initial, theta, scale), n)))
+def _number(value: float, device: torch.device) -> torch.Tensor:
+    """A Python number would be compiled in, or become float64."""
+    return torch.tensor(value, dtype=torch.float32, device=device)
 
 
-def mode_codes(theta: torch.Tensor, initial: torch.Tensor, scale: float, n: int) -> torch.Tensor:
-    """The learned mask: the n largest logits of every group, ties to the lower index."""
-    return _mode_kernel(n)(initial, theta, scale)
+def _groups_are_words(rows: torch.Tensor, m: int) -> bool:
+    """Whether every group is one 64-bit word in memory."""
+    return m == 4 and rows.element_size() == 2 and rows.is_contiguous() and rows.storage_offset() % 4 == 0
+
+
+def _select(rows: torch.Tensor, codes: torch.Tensor, m: int, as_words: bool) -> torch.Tensor:
+    """`[out_features, in_features]` with its dropped entries selected to +0."""
+    if not as_words:
+        return torch.where(keep_of(codes, m), rows, 0)
+    keep = (codes & 1).long() * 0xFFFF
+    for i in (1, 2, 3):
+        keep = keep | (((codes >> i) & 1).long() * 0xFFFF) << (16 * i)
+    return (rows.view(torch.int64) & keep).view(rows.dtype)
+
+
+def keep_of(codes: torch.Tensor, m: int) -> torch.Tensor:
+    """Codes to bool `[out_features, in_features]`."""
+    return ((codes.unsqueeze(-1) >> torch.arange(m, dtype=torch.int32, device=codes.device)) & 1 == 1).flatten(1)
 
 
 @lru_cache
-def _sample_kernel(n: int, distribution: Distribution) -> _Kernel:
-    def sample(
-        initial: torch.Tensor, theta: torch.Tensor, scale: float, first: torch.Tensor, second: torch.Tensor
+def _apply_kernel(n: int, m: int, as_words: bool) -> _Kernel:
+    read = _reader(n, m)
+
+    def apply(rows: torch.Tensor, packed: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return _select(rows, read(packed, table, rows.shape[1] // m), m, as_words)
+
+    return _Kernel(apply, f"{n}:{m} apply")
+
+
+def apply_packed(rows: torch.Tensor, packed: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """
+    Rows with their dropped entries at +0, by a packed mask.
+
+    Args:
+        rows (`torch.Tensor`): The weight, `[out_features, in_features]`.
+        packed (`torch.Tensor`): uint8, as from [`pack`]; valid.
+    """
+    kernel = _apply_kernel(n, m, _groups_are_words(rows, m))
+    return kernel(rows.numel() // m, rows, packed, code_table(n, m, rows.device))
+
+
+@lru_cache
+def _mode_kernel(n: int, m: int, select: bool, as_words: bool) -> _Kernel:
+    read = _reader(n, m)
+
+    def mode(
+        theta: torch.Tensor, packed: torch.Tensor, table: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor | None
     ) -> torch.Tensor:
-        weights = weights_of(_planes(initial, theta, scale), n, sampling_dtype(n, distribution))
-        words = hash_positions((draws(n, distribution), *initial.shape), first, second, initial.device)
-        return join(draw(weights, n, to_uniform(words), distribution))
+        initial = read(packed, table, theta.shape[2])
+        codes = join(mode_of(_planes(initial, theta.unbind(1), scale), n))
+        return codes if rows is None else _select(rows, codes, m, as_words)
 
-    return _Kernel(sample)
+    return _Kernel(mode, f"{n}:{m} mode{' and apply' if select else ''}")
+
+
+def _mode(theta: torch.Tensor, packed: torch.Tensor, scale: float, n: int, rows: torch.Tensor | None) -> torch.Tensor:
+    m = theta.shape[1]
+    kernel = _mode_kernel(n, m, rows is not None, rows is not None and _groups_are_words(rows, m))
+    return kernel(
+        theta.numel() // m, theta, packed, code_table(n, m, theta.device), _number(scale, theta.device), rows
+    )
+
+
+def mode_codes(theta: torch.Tensor, packed: torch.Tensor, scale: float, n: int) -> torch.Tensor:
+    """The learned mask as codes, int32 `[out_features, groups]`: the n largest logits, ties to the lower index."""
+    return _mode(theta, packed, scale, n, None)
+
+
+def mode_and_apply(
+    rows: torch.Tensor, theta: torch.Tensor, packed: torch.Tensor, scale: float, n: int
+) -> torch.Tensor:
+    """Rows with their dropped entries at +0, by the mask of [`mode_codes`]."""
+    return _mode(theta, packed, scale, n, rows)
+
+
+@lru_cache
+def _sample_kernel(n: int, m: int, distribution: Distribution, select: bool, as_words: bool) -> _Kernel:
+    read = _reader(n, m)
+
+    def sample(
+        theta: torch.Tensor,
+        packed: torch.Tensor,
+        table: torch.Tensor,
+        scale: torch.Tensor,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        rows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        initial = read(packed, table, theta.shape[2])
+        weights = weights_of(_planes(initial, theta.unbind(1), scale), n, work_dtype(n))
+        codes = draw(weights, n, _words(theta[:, 0], first, second, draws(n, distribution)), distribution)
+        return codes if rows is None else _select(rows, codes, m, as_words)
+
+    return _Kernel(sample, f"{n}:{m} sample{' and apply' if select else ''}")
+
+
+def _sample(
+    theta: torch.Tensor,
+    packed: torch.Tensor,
+    scale: float,
+    n: int,
+    seed: int,
+    layer: int,
+    distribution: Distribution,
+    rows: torch.Tensor | None,
+) -> torch.Tensor:
+    m = theta.shape[1]
+    kernel = _sample_kernel(n, m, distribution, rows is not None, rows is not None and _groups_are_words(rows, m))
+    first, second = _keys(seed, layer, theta.device)
+    return kernel(
+        theta.numel() // m,
+        theta,
+        packed,
+        code_table(n, m, theta.device),
+        _number(scale, theta.device),
+        first,
+        second,
+        rows,
+    )
 
 
 def sample_codes(
     theta: torch.Tensor,
-    initial: torch.Tensor,
+    packed: torch.Tensor,
     scale: float,
     n: int,
     seed: int,
     layer: int = 0,
     distribution: Distribution = "plackett_luce",
 ) -> torch.Tensor:
-    """One sampled mask, a pure function of (logits, seed, layer); as [`sample`]."""
-    first, second = (torch.tensor(key, dtype=torch.int32, device=theta.device) for key in keys(seed, layer))
-    return _sample_kernel(n, distribution)(initial, theta, scale, first, second)
+    """One sampled mask as codes, a pure function of (logits, seed, layer); as [`sample`]."""
+    return _sample(theta, packed, scale, n, seed, layer, distribution, None)
 
 
-def _groups_are_words(rows: torch.Tensor, m: int) -> bool:
-    """Whether every group is one 64-bit word in memory."""
-    return m == 4 and rows.element_size() == 2 and rows.is_contiguous() and rows.storage_offset() % 4 == 0
+def sample_and_apply(
+    rows: torch.Tensor,
+    theta: torch.Tensor,
+    packed: torch.Tensor,
+    scale: float,
+    n: int,
+    seed: int,
+    layer: int = 0,
+    distribution: Distribution = "plackett_luce",
+) -> torch.Tensor:
+    """
+    Rows with their dropped entries at +0, by the mask of [`sample_codes`].
+
+    Args:
+        rows (`torch.Tensor`): The weight, `[out_features, in_features]`.
+    """
+    return _sample(theta, packed, scale, n, seed, layer, distribution, rows)
+
+
+@lru_cache
+def _update_kernel(n: int, m: int, distribution: Distribution) -> _Kernel:
+    read = _reader(n, m)
+
+    def update(
+        theta: list[torch.Tensor],
+        packed: torch.Tensor,
+        table: torch.Tensor,
+        scale: torch.Tensor,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        step: torch.Tensor,
+    ) -> None:
+        planes = _planes(read(packed, table, theta[0].shape[1]), theta, scale)
+        weights = weights_of(planes, n, work_dtype(n))
+        words = _words(theta[0], first, second, draws(n, distribution))
+        codes = draw(weights, n, words, distribution)
+        if n > 2 and distribution == "plackett_luce":
+            scores = list(score(torch.stack(planes, dim=1), mask_of(codes, m), distribution).unbind(1))
+        else:
+            scores = score_of(weights, [codes & 1 << i != 0 for i in range(m)], n, distribution)
+        moved = [member.float() + step * value.float() for member, value in zip(theta, scores, strict=True)]
+        if theta[0].dtype == torch.bfloat16:
+            moved = _round_at_random(moved, words[0])
+        for member, value in zip(theta, moved, strict=True):
+            member.copy_(value)
+
+    return _Kernel(update, f"{n}:{m} update")
+
+
+def _round_at_random(planes: list[torch.Tensor], words: torch.Tensor) -> list[torch.Tensor]:
+    """
+    Float32 planes rounded up or down to bfloat16, with probabilities that make it right on average.
+
+    Rounded to nearest, a logit of size 1 would ignore every change below 0.004, and nearly all changes are.
+    """
+    result = []
+    for i, plane in enumerate(planes):
+        bits = more_words(words, i // 2) >> 16 * (i % 2) & 0xFFFF
+        # bfloat16 is the upper half of float32: what is below it becomes a carry as often as its size says.
+        result.append((plane.view(torch.int32) + bits & -65536).view(torch.float32))
+    return result
+
+
+def score_and_update(
+    theta: torch.Tensor,
+    packed: torch.Tensor,
+    scale: float,
+    n: int,
+    step: float,
+    seed: int,
+    layer: int = 0,
+    distribution: Distribution = "plackett_luce",
+) -> None:
+    """
+    `theta += step * score(mask)` in place, with the mask of [`sample_codes`]; bfloat16 is rounded at random.
+
+    Args:
+        step (`float`): Minus the learning rate times the advantage.
+    """
+    m = theta.shape[1]
+    first, second = _keys(seed, layer, theta.device)
+    amount = torch.tensor(step, dtype=torch.float32, device=theta.device)
+    kernel = _update_kernel(n, m, distribution)
+    # The score of Plackett-Luce beyond n = 2 sums over 2**n subsets, which do not fit into one kernel.
+    run = kernel.function if n > 2 and distribution == "plackett_luce" else kernel
+    size = [] if run is kernel.function else [theta.numel() // m]
+    run(
+        *size,
+        list(theta.unbind(1)),
+        packed,
+        code_table(n, m, theta.device),
+        _number(scale, theta.device),
+        first,
+        second,
+        amount,
+    )
 
 
 def _members(rows: torch.Tensor, m: int, as_words: bool) -> list[torch.Tensor]:
@@ -109,21 +353,29 @@ def _members(rows: torch.Tensor, m: int, as_words: bool) -> list[torch.Tensor]:
 
 
 @lru_cache
-def _gradient_kernel(n: int, as_words: bool) -> _Kernel:
+def _gradient_kernel(n: int, m: int, as_words: bool) -> _Kernel:
+    read = _reader(n, m)
+
     def gradient(
-        initial: torch.Tensor, theta: torch.Tensor, scale: float, grad: torch.Tensor, weight: torch.Tensor
+        theta: torch.Tensor,
+        packed: torch.Tensor,
+        table: torch.Tensor,
+        scale: torch.Tensor,
+        grad: torch.Tensor,
+        weight: torch.Tensor,
     ) -> torch.Tensor:
-        dtype, m = work_dtype(n), theta.shape[1]
+        initial = read(packed, table, theta.shape[2])
+        dtype = work_dtype(n)
         pairs = zip(_members(grad, m, as_words), _members(weight, m, as_words), strict=True)
         worth = [(g * w).to(dtype) for g, w in pairs]
-        planes = marginal_gradient(weights_of(_planes(initial, theta, scale), n, dtype), worth, n)
-        return torch.stack(planes, dim=1).to(theta.dtype)
+        planes = marginal_gradient(weights_of(_planes(initial, theta.unbind(1), scale), n, dtype), worth, n)
+        return torch.stack([plane.to(theta.dtype) for plane in planes]).transpose(0, 1)
 
-    return _Kernel(gradient)
+    return _Kernel(gradient, f"{n}:{m} marginal gradient")
 
 
 def theta_gradient(
-    theta: torch.Tensor, initial: torch.Tensor, scale: float, n: int, grad: torch.Tensor, weight: torch.Tensor
+    theta: torch.Tensor, packed: torch.Tensor, scale: float, n: int, grad: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     """
     SIMPLE's gradient with respect to theta, as [`marginals_backward`] of gradient times weight.
@@ -135,68 +387,9 @@ def theta_gradient(
     Returns:
         `torch.Tensor`: Of theta's shape and dtype.
     """
-    as_words = all(_groups_are_words(rows, theta.shape[1]) and rows.dtype == torch.bfloat16 for rows in (grad, weight))
-    return _gradient_kernel(n, as_words)(initial, theta, scale, grad, weight)
-
-
-@lru_cache
-def _update_kernel(n: int, distribution: Distribution) -> _Kernel:
-    def update(
-        codes: torch.Tensor, initial: torch.Tensor, theta: torch.Tensor, scale: float, step: torch.Tensor
-    ) -> torch.Tensor:
-        weights = weights_of(_planes(initial, theta, scale), 2, torch.float32)
-        kept = [(codes >> i) & 1 == 1 for i in range(theta.shape[1])]
-        return theta + (step * torch.stack(score_of_two(weights, kept), dim=1)).to(theta.dtype)
-
-    return _Kernel(update)
-
-
-def move_logits(
-    theta: torch.Tensor,
-    initial: torch.Tensor,
-    codes: torch.Tensor,
-    scale: float,
-    n: int,
-    step: float,
-    distribution: Distribution,
-) -> None:
-    """`theta += step * score(codes)` in place."""
-    if n == 2 and distribution == "plackett_luce":
-        amount = torch.tensor(step, dtype=torch.float32, device=theta.device)
-        theta.copy_(_update_kernel(n, distribution)(codes, initial, theta, scale, amount))
-        return
     m = theta.shape[1]
-    logits = torch.stack(_planes(initial, theta, scale), dim=1)
-    theta.add_(score(logits, mask_of(codes, m), distribution).to(theta.dtype), alpha=step)
-
-
-@lru_cache
-def _apply_kernel() -> _Kernel:
-    def apply(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        # A bitwise AND on whole groups: dropped weights come out as +0.
-        words = weight.view(torch.int64)
-        keep = (codes & 1).long() * 0xFFFF
-        for i in (1, 2, 3):
-            keep = keep | (((codes >> i) & 1).long() * 0xFFFF) << (16 * i)
-        return (words & keep).view(weight.dtype)
-
-    return _Kernel(apply)
-
-
-def apply_codes(weight: torch.Tensor, codes: torch.Tensor, m: int) -> torch.Tensor:
-    """
-    The weight with its dropped entries selected to +0.
-
-    Args:
-        weight (`torch.Tensor`): `[out_features, in_features]`.
-        codes (`torch.Tensor`): int32 `[out_features, in_features // m]`.
-        m (`int`): Size of a group.
-    """
-    if _groups_are_words(weight, m):
-        return _apply_kernel()(codes, weight)
-    return torch.where(keep_of(codes, m), weight, 0)
-
-
-def keep_of(codes: torch.Tensor, m: int) -> torch.Tensor:
-    """Codes to bool `[out_features, in_features]`."""
-    return ((codes.unsqueeze(-1) >> torch.arange(m, dtype=torch.int32, device=codes.device)) & 1 == 1).flatten(1)
+    as_words = all(_groups_are_words(rows, m) and rows.dtype == torch.bfloat16 for rows in (grad, weight))
+    kernel = _gradient_kernel(n, m, as_words)
+    return kernel(
+        theta.numel() // m, theta, packed, code_table(n, m, theta.device), _number(scale, theta.device), grad, weight
+    )

@@ -33,9 +33,10 @@ class MaskProConfig(PeftConfig):
             `C`: a kept member of the starting mask has the logit `C` more than a dropped one. The larger, the fewer
             groups change in a sample, about `(m - n) * exp(-C)` times 1 to `n`. `None` is the estimator's own default,
             filled in when training starts: 10 for `residual`, 5 for `simple` and for a plain `Trainer`.
-        distribution (`str`, defaults to `"plackett_luce"`):
+        distribution (`str`, *optional*):
             What the `residual` estimator samples from: `"plackett_luce"` (as in arXiv 2506.12876) or
-            `"conditional_poisson"`. `simple` is unbiased for conditional Poisson alone and always uses that.
+            `"conditional_poisson"`. `None` is the former up to n = 2, and the latter beyond, where Plackett-Luce's
+            score is a sum over 2**n subsets. `simple` is unbiased for conditional Poisson alone and always uses that.
         logits_dtype (`str`, defaults to `"float32"`):
             Data type of the trained offset `theta` of the logits: `"float32"` or `"bfloat16"`.
         save_logits (`bool`, defaults to `False`):
@@ -65,7 +66,10 @@ class MaskProConfig(PeftConfig):
         default="magnitude", metadata={"help": "The starting mask."}
     )
     logit_scale: float | None = field(default=None, metadata={"help": "Logit of the starting mask's members."})
-    distribution: Distribution = field(default="plackett_luce", metadata={"help": "What `residual` samples from."})
+    distribution: Distribution = field(
+        default=None,  # type: ignore[arg-type]
+        metadata={"help": "What `residual` samples from."},
+    )
     logits_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Data type of theta."})
     save_logits: bool = field(default=False, metadata={"help": "Save theta exactly, not the learned mask alone."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
@@ -84,6 +88,8 @@ class MaskProConfig(PeftConfig):
             raise ValueError(f"m is {self.m}, outside 2 to 16; choose a group size in that range.")
         if not 1 <= self.n < self.m:
             raise ValueError(f"n is {self.n}, outside 1 to m - 1 = {self.m - 1}; keep fewer weights than a group has.")
+        if self.distribution is None:
+            self.distribution = "plackett_luce" if self.n <= 2 else "conditional_poisson"
         for name, allowed in {
             "init_mask": ("magnitude", "random", "wanda"),
             "distribution": ("plackett_luce", "conditional_poisson"),

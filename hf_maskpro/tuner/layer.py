@@ -14,14 +14,18 @@ from transformers.pytorch_utils import Conv1D
 
 from ..subset import (
     Distribution,
-    apply_codes,
+    apply_packed,
+    check_packed,
     codes_of,
     keep_of,
     mode,
+    mode_and_apply,
     mode_codes,
     pack_codes,
     packed_width,
+    sample_and_apply,
     sample_codes,
+    score_and_update,
     theta_gradient,
     unpack_codes,
 )
@@ -47,26 +51,34 @@ class _ApplyMask(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight, theta, codes, layer, adapter_name):
-        config = layer.maskpro_config[adapter_name]
-        ctx.layer, ctx.adapter_name = layer, adapter_name
-        ctx.save_for_backward(weight, theta, codes if ctx.needs_input_grad[0] else None)
-        return layer.out_in(apply_codes(layer.out_in(weight), codes, config.m))
+    def forward(ctx, weight, theta, layer, adapter_name, seed):
+        ctx.layer, ctx.adapter_name, ctx.seed = layer, adapter_name, seed
+        ctx.save_for_backward(weight, theta)
+        return layer.masked(weight, adapter_name, seed)
 
     @staticmethod
     def backward(ctx, grad):
-        weight, theta, codes = ctx.saved_tensors
+        weight, theta = ctx.saved_tensors
         layer, name = ctx.layer, ctx.adapter_name
-        config = layer.maskpro_config[name]
         grad_weight = grad_theta = None
-        grad = layer.out_in(grad)
         if ctx.needs_input_grad[0]:
-            grad_weight = layer.out_in(torch.where(keep_of(codes, config.m), grad, 0))
+            # The mask is a function of logits and seed, so it is drawn again rather than kept.
+            grad_weight = layer.masked(grad, name, ctx.seed)
         if ctx.needs_input_grad[1]:
-            grad_theta = theta_gradient(
-                theta, layer.initial_codes(name), logit_scale(config), config.n, grad, layer.out_in(weight)
-            )
+            config, packed = layer.maskpro_config[name], layer.packed_initial_mask(name)
+            rows = layer.out_in(grad), layer.out_in(weight)
+            grad_theta = theta_gradient(theta, packed, logit_scale(config), config.n, *rows)
         return grad_weight, grad_theta, None, None, None
+
+
+def has_memory(theta: torch.Tensor) -> bool:
+    """Whether theta is more than one zero, expanded to its shape."""
+    return 0 not in theta.stride()
+
+
+def members_first(theta: torch.Tensor) -> torch.Tensor:
+    """A copy in which each member of all groups lies in memory from end to end, as the kernels read it."""
+    return theta.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def logit_scale(config: MaskProConfig) -> float:
@@ -107,14 +119,15 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self.maskpro_mask = BufferDict(persistent=True)
         self.maskpro_config: dict[str, MaskProConfig] = {}
         self.merged_adapters = []
-        # While set, gives the codes of the mask in train mode; otherwise they are sampled.
-        self.choose_codes: Callable[[], torch.Tensor] | None = None
+        # While set, masks the weight in train mode, by what it chooses; otherwise by a sample.
+        self.choose_mask: Callable[[torch.Tensor], torch.Tensor] | None = None
         # While set, the layer applies no mask: calibration looks at what the dense layer sees.
         self.dense = False
         self._dropped: list[tuple[torch.Tensor, torch.Tensor]] = []
         # The masks that wait for data or a file. The digits alone cannot tell, since of 1:4 every byte is a valid
         # word; transformers replaces the tensor without telling, load_state_dict fills it and calls a hook.
         self._unfilled: dict[str, torch.Tensor] = {}
+        self._checked: dict[str, tuple[int, int]] = {}
         self._masked_weight: tuple[list[tuple[int, int]], torch.Tensor, list[torch.Tensor]] | None = None
         self.register_load_state_dict_post_hook(_after_load)
         self._active_adapter = adapter_name
@@ -155,9 +168,9 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
     def materialize(self, adapter_name: str) -> None:
         """Give `theta` memory of its own, which an adapter for inference does without."""
         theta = self.maskpro_theta[adapter_name]
-        if not theta.is_contiguous() and not theta.is_meta:
+        if not has_memory(theta) and not theta.is_meta:
             # The same Parameter, since PEFT restores `requires_grad` on those that it has seen.
-            theta.data = theta.data.contiguous()
+            theta.data = members_first(theta.data)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -217,13 +230,21 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
                 f"init_mask={config.init_mask!r} needs calibration data: "
                 "call initialize_masks(model, dataloader) before using the model."
             )
+        # Once for every content, since looking at the digits waits for the device.
+        state = (packed.data_ptr(), packed._version)
+        if self._checked.get(adapter_name) != state:
+            check_packed(packed, self.maskpro_config[adapter_name].n, self.maskpro_config[adapter_name].m, self._width)
+            self._checked[adapter_name] = state
         return packed
+
+    @property
+    def _width(self) -> int:
+        return self.out_in(self.get_base_layer().weight).shape[1]
 
     def initial_codes(self, adapter_name: str) -> torch.Tensor:
         """The starting mask as codes, int32 `[out_features, in_features // m]`."""
         config = self.maskpro_config[adapter_name]
-        in_features = self.out_in(self.get_base_layer().weight).shape[1]
-        return unpack_codes(self.packed_initial_mask(adapter_name), config.n, config.m, in_features)
+        return unpack_codes(self.packed_initial_mask(adapter_name), config.n, config.m, self._width)
 
     def set_initial_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
         """Fill the starting mask, bool `[out_features, m, in_features // m]`."""
@@ -234,26 +255,62 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
     def mode_codes(self, adapter_name: str) -> torch.Tensor:
         """The learned mask, the n largest logits, as codes."""
         config, theta = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
-        initial = self.initial_codes(adapter_name)
         # A theta that was never given memory is zero: the mode is the starting mask.
-        return mode_codes(theta, initial, logit_scale(config), config.n) if theta.is_contiguous() else initial
+        if not has_memory(theta):
+            return self.initial_codes(adapter_name)
+        return mode_codes(theta, self.packed_initial_mask(adapter_name), logit_scale(config), config.n)
 
     def sampled_codes(
         self, adapter_name: str, seed: int, layer: int = 0, distribution: Distribution = "conditional_poisson"
     ) -> torch.Tensor:
         """A mask drawn from the logits, as codes: a pure function of logits, seed and layer."""
         config, theta = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
-        initial = self.initial_codes(adapter_name)
-        return sample_codes(theta, initial, logit_scale(config), config.n, seed, layer, distribution)
+        packed = self.packed_initial_mask(adapter_name)
+        return sample_codes(theta, packed, logit_scale(config), config.n, seed, layer, distribution)
 
-    def _training_codes(self, adapter_name: str) -> torch.Tensor:
-        if self.choose_codes is not None:
-            return self.choose_codes()
+    def masked(
+        self,
+        weight: torch.Tensor,
+        adapter_name: str,
+        seed: int | None = None,
+        layer: int = 0,
+        distribution: Distribution = "conditional_poisson",
+    ) -> torch.Tensor:
+        """
+        A weight of the base layer's layout with its dropped entries selected to +0.
+
+        Args:
+            weight (`torch.Tensor`): The base weight, or its gradient.
+            adapter_name (`str`): The adapter.
+            seed (`int`, *optional*): Draws the mask of [`sampled_codes`]; `None` takes the mode.
+        """
+        config, theta = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
+        rows, packed, n = self.out_in(weight), self.packed_initial_mask(adapter_name), config.n
+        if seed is not None:
+            rows = sample_and_apply(rows, theta, packed, logit_scale(config), n, seed, layer, distribution)
+        elif has_memory(theta):
+            rows = mode_and_apply(rows, theta, packed, logit_scale(config), n)
+        else:
+            rows = apply_packed(rows, packed, n, config.m)
+        return self.out_in(rows)
+
+    def initially_masked(self, weight: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """[`masked`] by the starting mask."""
+        config, packed = self.maskpro_config[adapter_name], self.packed_initial_mask(adapter_name)
+        return self.out_in(apply_packed(self.out_in(weight), packed, config.n, config.m))
+
+    def move_logits(self, adapter_name: str, step: float, seed: int, layer: int, distribution: Distribution) -> None:
+        """`theta += step * score` of the mask of [`sampled_codes`], in place."""
+        config, theta = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
+        packed = self.packed_initial_mask(adapter_name)
+        score_and_update(theta, packed, logit_scale(config), config.n, step, seed, layer, distribution)
+
+    def _seed(self, adapter_name: str) -> int:
         config = self.maskpro_config[adapter_name]
         if config.logit_scale is None:
             config.logit_scale = SIMPLE_LOGIT_SCALE
         # torch's own generator, so that manual_seed and the replay of gradient checkpointing hold.
-        return self.sampled_codes(adapter_name, int(torch.randint(2**63 - 1, ())))
+        return int(torch.randint(2**63 - 1, ()))
 
     def _masking_adapters(self) -> list[str]:
         thetas = self.maskpro_theta
@@ -274,8 +331,11 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             if (self.training and trained) or (torch.is_grad_enabled() and (trained or weight.requires_grad)):
                 for name in names:
                     sampled = self.training and name in trained
-                    codes = self._training_codes(name) if sampled else self.mode_codes(name)
-                    weight = _ApplyMask.apply(weight, self.maskpro_theta[name], codes, self, name)
+                    if sampled and self.choose_mask is not None:
+                        weight = self.choose_mask(weight)
+                    else:
+                        seed = self._seed(name) if sampled else None
+                        weight = _ApplyMask.apply(weight, self.maskpro_theta[name], self, name, seed)
                 return weight
         return self._cached_masked_weight(weight, names)
 
@@ -292,13 +352,10 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             with torch.inference_mode(False), torch.no_grad():
                 masked = weight
                 for name in names:
-                    masked = self._select(masked, self.mode_codes(name), name)
+                    masked = self.masked(masked, name)
             # The tensors are held so that no other can come to lie at their address.
             self._masked_weight = (state, masked, tensors)
         return self._masked_weight[1]
-
-    def _select(self, weight: torch.Tensor, codes: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        return self.out_in(apply_codes(self.out_in(weight), codes, self.maskpro_config[adapter_name].m))
 
     def forget_masked_weight(self) -> None:
         """Free the masked weight that eval mode keeps."""
@@ -333,12 +390,12 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.maskpro_theta:
                 continue
-            codes = self.mode_codes(name)
             weight = self.get_base_layer().weight
-            masked = self._select(weight.detach(), codes, name)
+            masked = self.masked(weight.detach(), name)
             if safe_merge and not (masked.isfinite().all() and self.maskpro_theta[name].isfinite().all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             if keep:
+                codes = self.mode_codes(name)
                 self._dropped.append((codes, weight.detach()[self._dropped_by(codes, name)]))
             weight.data = masked
             self.merged_adapters.append(name)

@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..subset import mode_codes, pack_codes, unpack_codes
 from .config import MaskProConfig
-from .layer import MaskProLayer, layer_class, logit_scale
+from .layer import MaskProLayer, has_memory, layer_class, logit_scale, members_first
 
 
 class MaskProModel(BaseTuner):
@@ -116,7 +116,7 @@ class MaskProModel(BaseTuner):
             layer.packed_initial_mask(adapter_name)
             packed, theta = state_dict[mask_key], state_dict[theta_key]
             initial = unpack_codes(packed, config.n, config.m, theta.shape[1] * theta.shape[2])
-            learned = initial if theta.is_meta else mode_codes(theta, initial, logit_scale(config), config.n)
+            learned = initial if theta.is_meta else mode_codes(theta, packed, logit_scale(config), config.n)
             weights += theta.numel()
             changed[_bare(name)] = round((learned != initial).float().mean().item(), 6)
             if config.save_logits:
@@ -156,8 +156,8 @@ class MaskProModel(BaseTuner):
             elif theta.is_meta:
                 zeros = torch.zeros((), dtype=theta.dtype, device=layer.get_base_layer().weight.device)
                 zeros = zeros.expand(theta.shape)
-                result[theta_key] = zeros if config.inference_mode else zeros.contiguous()
-            elif theta.is_contiguous():
+                result[theta_key] = zeros if config.inference_mode else members_first(zeros)
+            elif has_memory(theta):
                 with torch.no_grad():
                     theta.zero_()
         return result
