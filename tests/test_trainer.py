@@ -9,7 +9,6 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-import hf_maskpro.trainer as trainer_module
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
 from hf_maskpro.tuner import MaskProLayer, masked_layers
 

@@ -148,7 +148,7 @@ def unpack_codes(packed: torch.Tensor, n: int, m: int, in_features: int) -> torc
     """[`unpack`] to codes."""
     check_packed(packed, n, m, in_features)
     table = code_table(n, m, packed.device)
-    return read_codes(packed, table, comb(m, n), word_layout(n, m), in_features // m).contiguous()
+    return word_codes(packed, table, comb(m, n), word_layout(n, m)).flatten(-2)[..., : in_features // m].contiguous()
 
 
 def check_packed(packed: torch.Tensor, n: int, m: int, in_features: int) -> None:
@@ -172,26 +172,18 @@ def _words(packed: torch.Tensor, size: int) -> torch.Tensor:
     return (packed.view(*packed.shape[:-1], -1, size).long() << shifts).sum(-1)
 
 
-def read_codes(
-    packed: torch.Tensor, table: torch.Tensor, base: int, layout: tuple[int, int], groups: int
-) -> torch.Tensor:
+def word_codes(packed: torch.Tensor, table: torch.Tensor, base: int, layout: tuple[int, int]) -> torch.Tensor:
     """
-    Codes of a valid packed mask, int32 `[..., groups]`, a view of its words.
+    Codes of the groups in every word of a valid packed mask, int32 `[..., words, digits]`.
 
     Args:
         table (`torch.Tensor`): From [`code_table`].
         base (`int`): C(m, n). Given, like the next, since torch.compile does not follow how they are computed.
         layout (`tuple[int, int]`): From [`word_layout`].
-        groups (`int`): Groups in a row.
     """
     digits, size = layout
     word = _words(packed, size)
     if size == 1:
-        codes = table[word]
-    else:
-        place = torch.tensor([base**i for i in range(digits)], device=packed.device)
-        codes = table[word.unsqueeze(-1) // place % base]
-    rows = codes.shape[:-2]
-    strides = [codes.stride(i) for i in range(len(rows))]
-    # Not flatten and slice: torch.compile then stores the codes once, instead of looking them up for every use.
-    return codes.as_strided((*rows, groups), (*strides, 1))
+        return table[word]
+    place = torch.tensor([base**i for i in range(digits)], device=packed.device)
+    return table[word.unsqueeze(-1) // place % base]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .bits import hash_positions, keys, more_words
-from .codec import code_table, join, mask_of, read_codes, word_layout
+from .codec import code_table, join, mask_of, word_codes, word_layout
 from .distributions import (
     Distribution,
     draw,
@@ -79,9 +79,14 @@ def _reader(n: int, m: int) -> Callable[[torch.Tensor, torch.Tensor, int], torch
     base, layout = comb(m, n), word_layout(n, m)
 
     def read(packed: torch.Tensor, table: torch.Tensor, groups: int) -> torch.Tensor:
-        codes = read_codes(packed, table, base, layout, groups).clone()
-        # A plain clone would be computed where it is used, and its padded rows keep the kernel from running flat.
-        return codes.as_strided(codes.shape, (groups, 1))
+        codes = word_codes(packed, table, base, layout)
+        rows, words, digits = codes.shape
+        if groups % digits == 0:
+            # Not view: torch.compile then stores the codes once, instead of looking them up for every use.
+            return codes.as_strided((rows, groups), (groups, 1))
+        # Padded rows would keep the kernel from running from end to end, as if a layer were one long row.
+        codes = codes.as_strided((rows, groups), (words * digits, 1)).clone()
+        return codes.as_strided((rows, groups), (groups, 1))
 
     return read
 
@@ -114,14 +119,19 @@ def _groups_are_words(rows: torch.Tensor, m: int) -> bool:
     return m == 4 and rows.element_size() == 2 and rows.is_contiguous() and rows.storage_offset() % 4 == 0
 
 
-def _select(rows: torch.Tensor, codes: torch.Tensor, m: int, as_words: bool) -> torch.Tensor:
-    """`[out_features, in_features]` with its dropped entries selected to +0."""
-    if not as_words:
+def _as_words(rows: torch.Tensor, m: int) -> torch.Tensor:
+    """Rows as the kernels take them: int64 `[out_features, groups]` where every group is one word, else as they are."""
+    return rows.view(torch.int64) if _groups_are_words(rows, m) else rows
+
+
+def _select(rows: torch.Tensor, codes: torch.Tensor, m: int) -> torch.Tensor:
+    """Rows from [`_as_words`] with their dropped entries selected to +0."""
+    if rows.dtype != torch.int64:
         return torch.where(keep_of(codes, m), rows, 0)
     keep = (codes & 1).long() * 0xFFFF
     for i in (1, 2, 3):
         keep = keep | (((codes >> i) & 1).long() * 0xFFFF) << (16 * i)
-    return (rows.view(torch.int64) & keep).view(rows.dtype)
+    return rows & keep
 
 
 def keep_of(codes: torch.Tensor, m: int) -> torch.Tensor:
@@ -130,11 +140,12 @@ def keep_of(codes: torch.Tensor, m: int) -> torch.Tensor:
 
 
 @lru_cache
-def _apply_kernel(n: int, m: int, as_words: bool) -> _Kernel:
+def _apply_kernel(n: int, m: int) -> _Kernel:
     read = _reader(n, m)
 
     def apply(rows: torch.Tensor, packed: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        return _select(rows, read(packed, table, rows.shape[1] // m), m, as_words)
+        groups = rows.shape[1] if rows.dtype == torch.int64 else rows.shape[1] // m
+        return _select(rows, read(packed, table, groups), m)
 
     return _Kernel(apply, f"{n}:{m} apply")
 
@@ -147,12 +158,12 @@ def apply_packed(rows: torch.Tensor, packed: torch.Tensor, n: int, m: int) -> to
         rows (`torch.Tensor`): The weight, `[out_features, in_features]`.
         packed (`torch.Tensor`): uint8, as from [`pack`]; valid.
     """
-    kernel = _apply_kernel(n, m, _groups_are_words(rows, m))
-    return kernel(rows.numel() // m, rows, packed, code_table(n, m, rows.device))
+    table = code_table(n, m, rows.device)
+    return _apply_kernel(n, m)(rows.numel() // m, _as_words(rows, m), packed, table).view(rows.dtype)
 
 
 @lru_cache
-def _mode_kernel(n: int, m: int, select: bool, as_words: bool) -> _Kernel:
+def _mode_kernel(n: int, m: int, select: bool) -> _Kernel:
     read = _reader(n, m)
 
     def mode(
@@ -160,14 +171,14 @@ def _mode_kernel(n: int, m: int, select: bool, as_words: bool) -> _Kernel:
     ) -> torch.Tensor:
         initial = read(packed, table, theta.shape[2])
         codes = join(mode_of(_planes(initial, theta.unbind(1), scale), n))
-        return codes if rows is None else _select(rows, codes, m, as_words)
+        return codes if rows is None else _select(rows, codes, m)
 
     return _Kernel(mode, f"{n}:{m} mode{' and apply' if select else ''}")
 
 
 def _mode(theta: torch.Tensor, packed: torch.Tensor, scale: float, n: int, rows: torch.Tensor | None) -> torch.Tensor:
     m = theta.shape[1]
-    kernel = _mode_kernel(n, m, rows is not None, rows is not None and _groups_are_words(rows, m))
+    kernel = _mode_kernel(n, m, rows is not None)
     return kernel(
         theta.numel() // m, theta, packed, code_table(n, m, theta.device), _number(scale, theta.device), rows
     )
@@ -182,11 +193,11 @@ def mode_and_apply(
     rows: torch.Tensor, theta: torch.Tensor, packed: torch.Tensor, scale: float, n: int
 ) -> torch.Tensor:
     """Rows with their dropped entries at +0, by the mask of [`mode_codes`]."""
-    return _mode(theta, packed, scale, n, rows)
+    return _mode(theta, packed, scale, n, _as_words(rows, theta.shape[1])).view(rows.dtype)
 
 
 @lru_cache
-def _sample_kernel(n: int, m: int, distribution: Distribution, select: bool, as_words: bool) -> _Kernel:
+def _sample_kernel(n: int, m: int, distribution: Distribution, select: bool) -> _Kernel:
     read = _reader(n, m)
 
     def sample(
@@ -201,7 +212,7 @@ def _sample_kernel(n: int, m: int, distribution: Distribution, select: bool, as_
         initial = read(packed, table, theta.shape[2])
         weights = weights_of(_planes(initial, theta.unbind(1), scale), n, work_dtype(n))
         codes = draw(weights, n, _words(theta[:, 0], first, second, draws(n, distribution)), distribution)
-        return codes if rows is None else _select(rows, codes, m, as_words)
+        return codes if rows is None else _select(rows, codes, m)
 
     return _Kernel(sample, f"{n}:{m} sample{' and apply' if select else ''}")
 
@@ -217,7 +228,7 @@ def _sample(
     rows: torch.Tensor | None,
 ) -> torch.Tensor:
     m = theta.shape[1]
-    kernel = _sample_kernel(n, m, distribution, rows is not None, rows is not None and _groups_are_words(rows, m))
+    kernel = _sample_kernel(n, m, distribution, rows is not None)
     first, second = _keys(seed, layer, theta.device)
     return kernel(
         theta.numel() // m,
@@ -260,7 +271,8 @@ def sample_and_apply(
     Args:
         rows (`torch.Tensor`): The weight, `[out_features, in_features]`.
     """
-    return _sample(theta, packed, scale, n, seed, layer, distribution, rows)
+    words = _as_words(rows, theta.shape[1])
+    return _sample(theta, packed, scale, n, seed, layer, distribution, words).view(rows.dtype)
 
 
 @lru_cache

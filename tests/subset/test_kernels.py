@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-
 from torch._dynamo.utils import counters
 
 from hf_maskpro.subset import (
