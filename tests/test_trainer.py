@@ -80,15 +80,16 @@ def puzzle_rows(count=64):
     return [{"x": x, "offset": offset, "labels": torch.zeros(1)} for x, offset in zip(inputs, offsets, strict=True)]
 
 
-def play(tmp_path, distribution="plackett_luce"):
+def play(tmp_path, seed=0, **options):
     """Loss above that of the best mask, before and after 800 steps of `residual`."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     puzzle = Puzzle()
-    config = MaskProConfig(target_modules=["layer"], init_mask="random", logit_scale=2.0, distribution=distribution)
+    config = MaskProConfig(target_modules=["layer"], init_mask="random", logit_scale=2.0, **options)
     model = get_peft_model(puzzle, config)
     args = arguments(
-        tmp_path, "residual", max_steps=800, learning_rate=0.1, per_device_train_batch_size=16, logging_steps=800
-    )
+        tmp_path, "residual", max_steps=800, learning_rate=0.1, per_device_train_batch_size=16, logging_steps=800,
+        seed=seed,
+    )  # fmt: skip
     offset = torch.stack([row["offset"] for row in puzzle_rows()]).mean().item()
     before = batch_loss(model, puzzle_rows()) - offset
     MaskProTrainer(model, args, train_dataset=puzzle_rows()).train()
@@ -98,7 +99,7 @@ def play(tmp_path, distribution="plackett_luce"):
 
 @pytest.mark.parametrize("distribution", ["plackett_luce", "conditional_poisson"])
 def test_residual_lowers_the_loss_where_it_can_be_seen(tmp_path, distribution):
-    before, after = play(tmp_path, distribution)
+    before, after = play(tmp_path, distribution=distribution)
     assert after < 0.2 * before
 
 
@@ -274,6 +275,81 @@ def test_simple_recovers_what_a_random_mask_lost(tmp_path, trainer_class):
     trainer_class(model, args, train_dataset=rows(64)).train()
     assert batch_loss(model, rows(64)) - dense < 0.5 * (before - dense)
     assert model.peft_config["default"].logit_scale == 5.0
+
+
+def recover(tmp_path, seed=0, logits_dtype="float32", **options):
+    """Loss above the dense model's, before and after 60 steps of `simple`."""
+    torch.manual_seed(seed)
+    base = fitted_llama()
+    dense = batch_loss(base, rows(64))
+    torch.manual_seed(seed)
+    model = get_peft_model(base, MaskProConfig(init_mask="random", logits_dtype=logits_dtype))
+    before = batch_loss(model, rows(64))
+    options = {"max_steps": 60, "per_device_train_batch_size": 32, "seed": seed} | options
+    MaskProTrainer(model, arguments(tmp_path, "simple", **options), train_dataset=rows(64)).train()
+    return before - dense, batch_loss(model, rows(64)) - dense
+
+
+@pytest.mark.parametrize("learn", [play, recover])
+def test_bfloat16_logits_learn_as_well_as_float32(tmp_path, learn):
+    left = {"float32": [], "bfloat16": []}
+    for dtype, shares in left.items():
+        for seed in range(3):
+            before, after = learn(tmp_path, seed=seed, logits_dtype=dtype)
+            shares.append(after / before)
+    exact, rounded = (torch.tensor(shares) for shares in left.values())
+    spread = max(exact.std().item(), rounded.std().item())
+    assert exact.max() < 0.5
+    assert abs((rounded.mean() - exact.mean()).item()) < 2 * spread + 0.05, left
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"])
+@pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
+def test_optimizers(tmp_path, optim, logits_dtype):
+    # The gradient of a logit is tiny, and SGD does not scale it.
+    options = {"learning_rate": 3e4} if optim == "sgd" else {}
+    before, after = recover(tmp_path, logits_dtype=logits_dtype, optim=optim, **options)
+    assert after < 0.6 * before
+
+
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "adamw_torch_8bit"])
+def test_8_bit_optimizers(tmp_path, optim):
+    pytest.importorskip("bitsandbytes" if "bnb" in optim else "torchao")
+    before, after = recover(tmp_path, optim=optim)
+    assert after < 0.6 * before
+
+
+def test_gradient_checkpointing_with_accumulation(tmp_path):
+    before, after = recover(
+        tmp_path, gradient_checkpointing=True, gradient_accumulation_steps=2, per_device_train_batch_size=16
+    )
+    assert after < 0.5 * before
+
+
+def test_gradients_of_bfloat16_logits_are_never_float32(llama, ids):
+    model = get_peft_model(llama, MaskProConfig(logits_dtype="bfloat16")).train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    for layer in masked_layers(model).values():
+        theta = layer.maskpro_theta["default"]
+        assert theta.grad.dtype == torch.bfloat16
+        assert theta.grad.stride() == theta.stride()
+
+
+def test_residual_keeps_nothing_of_the_size_of_a_weight(tmp_path, llama):
+    model = get_peft_model(llama, MaskProConfig(logits_dtype="bfloat16"))
+    args = arguments(tmp_path, "residual", max_steps=2)
+    trainer = MaskProTrainer(model, args, train_dataset=rows(), eval_dataset=rows(8))
+    trainer.train()
+    trainer.evaluate()
+    assert trainer.optimizer.state == {}
+    for layer in masked_layers(model).values():
+        assert layer._masked_weight is None
+        held = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+        assert not held
+        tensors = {name: t for name, t in layer.state_dict().items() if "base_layer" not in name}
+        weights = layer.base_layer.weight.numel()
+        assert sum(t.nbytes for t in tensors.values()) <= 2.2 * weights
+        assert all(p.grad is None for p in layer.parameters())
 
 
 def test_modules_to_save_have_a_parameter_group_of_their_own(tmp_path, llama):

@@ -120,7 +120,7 @@ def _groups_are_words(rows: torch.Tensor, m: int) -> bool:
 
 
 def _as_words(rows: torch.Tensor, m: int) -> torch.Tensor:
-    """Rows as the kernels take them: int64 `[out_features, groups]` where every group is one word, else as they are."""
+    """Rows as the kernels take them: int64 `[out_features, groups]` where a group is one word, else as they are."""
     return rows.view(torch.int64) if _groups_are_words(rows, m) else rows
 
 

@@ -1,8 +1,9 @@
+import pytest
 import torch
 from scipy.stats import chisquare
 
 from hf_maskpro.subset import uniform_bits
-from hf_maskpro.subset.bits import _mix, _mix_tensor
+from hf_maskpro.subset.bits import _mix, _mix_tensor, both_ends, more_words, to_uniform
 
 
 def unsigned(bits: torch.Tensor) -> torch.Tensor:
@@ -42,3 +43,59 @@ def test_neighbouring_layers_and_seeds_are_uncorrelated():
     for seed, layer in [(0, 1), (1, 0), (1, 1), (2**32, 0)]:
         correlation = (base * centred(seed, layer)).mean() * 12
         assert abs(correlation.item()) < 5 / 2**9
+
+
+def test_all_words_give_uniform_numbers():
+    """Over every value of the 2**31 that count, at a stride: equal steps, symmetric, never 0 or 1."""
+    words = torch.arange(0, 1 << 31, 127, dtype=torch.int64).to(torch.int32)
+    u, rest = both_ends(words)
+    exact = (words.double() + 0.5) * 2.0**-31
+    assert u.min() > 0
+    assert rest.min() > 0
+    assert ((u.double() - exact).abs() <= exact * 2.0**-23).all()
+    assert ((rest.double() - (1 - exact)).abs() <= (1 - exact) * 2.0**-23).all()
+    # The sign bit does not count.
+    assert torch.equal(both_ends(words | -(1 << 31))[0], u)
+    assert torch.equal(to_uniform(words), (words.double() + 0.5) * 2.0**-32 + 0.5)
+
+
+def test_the_hash_of_24_bits_is_uniform():
+    """All 2**24 positions: the final numbers fill 4,096 equal bins, at their finest scale as well."""
+    words = unsigned(uniform_bits((1 << 24,), seed=11, layer=5))
+    assert words.unique().numel() == 1 << 24
+    for part in (words >> 20, words & 0xFFF, words >> 10 & 0xFFF):
+        assert chisquare(torch.bincount(part, minlength=4096).numpy()).pvalue > 1e-4
+    small = (words & 0x7FFFFFFF).double().mul(2.0**-31)
+    for probability in (2.718281828**-6, 2.718281828**-10, 2.718281828**-12):
+        expected = probability * 2**24
+        assert abs((small < probability).sum().item() - expected) < 5 * expected**0.5
+
+
+def test_members_groups_layers_and_seeds_are_independent():
+    def numbers(seed, layer):
+        return both_ends(uniform_bits((1 << 18,), seed, layer))[0]
+
+    base = numbers(3, 4)
+    others = {
+        "the next group": base.roll(1),
+        "a group of the next row": base.roll(144),
+        "the next layer": numbers(3, 5),
+        "the next seed": numbers(4, 4),
+        "seed and layer exchanged": numbers(4, 3),
+        "further words": both_ends(more_words(uniform_bits((1 << 18,), 3, 4), 0))[0],
+    }
+    for name, other in others.items():
+        table = torch.bincount((base * 16).int() * 16 + (other * 16).int(), minlength=256)
+        assert chisquare(table.numpy()).pvalue > 1e-4, name
+    for other in (numbers(3, 5), numbers(4, 4), numbers(4, 3)):
+        assert (base.sort().values == other.sort().values).float().mean() < 0.01
+
+
+def test_compiled_bits_equal_eager_bits():
+    compiled = torch.compile(lambda seed: uniform_bits((3, 1 << 12), 12345, 6), fullgraph=True)
+    assert torch.equal(compiled(0), uniform_bits((3, 1 << 12), 12345, 6))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_bits_on_the_gpu_equal_those_on_the_cpu():
+    assert torch.equal(uniform_bits((3, 1 << 16), 12345, 6, "cuda").cpu(), uniform_bits((3, 1 << 16), 12345, 6))

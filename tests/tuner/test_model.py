@@ -336,7 +336,8 @@ def test_an_adapter_for_inference_takes_no_memory_for_theta(saved, base_folder):
     thetas = [p for n, p in model.named_parameters() if "maskpro_theta" in n]
     assert sum(theta.untyped_storage().nbytes() for theta in thetas) == 4 * len(thetas)
     model.set_adapter("default")
-    assert all(theta.is_contiguous() for n, theta in model.named_parameters() if "maskpro_theta" in n)
+    thetas = [p for n, p in model.named_parameters() if "maskpro_theta" in n]
+    assert all(theta.untyped_storage().nbytes() == theta.nbytes for theta in thetas)
 
 
 def test_new_layers_follow_the_mode_of_the_base_model(llama, ids):

@@ -1,0 +1,146 @@
+"""
+Peak memory of one training step per target weight: the slope over three model sizes, minus that of a bare forward pass
+of the same batch. The published layout adds a float32 logit and a byte of mask to the bfloat16 weight: 5 bytes.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import torch
+from peft import get_peft_model
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
+
+
+# Layers are added, not widened, so that what belongs to the layer at work is the same in all sizes.
+LAYERS = (8, 16, 24)
+TOKENS = (4, 64)
+
+
+def worker(job: str, dtype: str, layers: int, pattern: str) -> None:
+    """Run one job in this process and print its peak memory and target weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+    )
+    cuda = torch.cuda.is_available()
+    with torch.device("cuda" if cuda else "cpu"):
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(config).eval()
+        torch.set_default_dtype(torch.float32)
+    ids = torch.randint(128, TOKENS)
+    weights = sum(
+        m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm" not in n
+    )
+    if job == "forward":
+        with torch.no_grad():
+            model(input_ids=ids.to(model.device), labels=ids.to(model.device))
+    else:
+        n, m = map(int, pattern.split(":"))
+        model = get_peft_model(model, MaskProConfig(n=n, m=m, init_mask="random", logits_dtype=dtype))
+        args = MaskProTrainingArguments(
+            "unused",
+            estimator=job,
+            max_steps=2,
+            per_device_train_batch_size=TOKENS[0],
+            baseline="auto",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        data = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids]
+        MaskProTrainer(model, args, train_dataset=data).train()
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"peak": peak, "weights": weights}))
+
+
+def slope(job: str, dtype: str, pattern: str, repeats: int, bar: tqdm) -> tuple[float, list[float]]:
+    """Bytes per target weight by least squares, and how far each size is from the line, in bytes per weight."""
+    peaks, sizes = [], []
+    for layers in LAYERS:
+        runs = []
+        for _ in range(repeats):
+            # Freed memory goes back at once, so that the peak is what was in use.
+            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+            command = [sys.executable, __file__, "--worker", job, dtype, str(layers), pattern]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            runs.append(json.loads(done.stdout.strip().splitlines()[-1]))
+            bar.update()
+        peaks.append(min(run["peak"] for run in runs))
+        sizes.append(runs[0]["weights"])
+    x, y = torch.tensor(sizes).double(), torch.tensor(peaks).double()
+    centred = x - x.mean()
+    rate = float((centred * y).sum() / (centred**2).sum())
+    off = (y - y.mean() - rate * centred) / x
+    return rate, off.tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        job, dtype, layers, pattern = args.worker
+        worker(job, dtype, int(layers), pattern)
+        return
+    jobs = [(job, dtype, "2:4") for job in ("residual", "simple") for dtype in ("bfloat16", "float32")]
+    jobs += [("residual", "bfloat16", "4:8"), ("residual", "bfloat16", "8:16")]
+    with tqdm(total=(1 + len(jobs)) * len(LAYERS) * args.repeats) as bar:
+        bare, _ = slope("forward", "bfloat16", "2:4", args.repeats, bar)
+        rows = []
+        for job, dtype, pattern in jobs:
+            rate, off = slope(job, dtype, pattern, args.repeats, bar)
+            rows.append(
+                {
+                    "estimator": job,
+                    "logits_dtype": dtype,
+                    "pattern": pattern,
+                    "bytes_per_weight": rate,
+                    "added_bytes_per_weight": rate - bare,
+                    "off_the_line": max(map(abs, off)),
+                }
+            )
+    nested: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["pattern"] == "2:4":
+            nested.setdefault(str(row["estimator"]), {})[str(row["logits_dtype"])] = float(
+                row["added_bytes_per_weight"]
+            )
+    result = {
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "bare_forward_bytes_per_weight": bare,
+        "published_added_bytes_per_weight": 5.0,
+        "bytes_per_weight": nested,
+        "rows": rows,
+    }
+    if args.json:
+        print(json.dumps(result))
+        return
+    table = Table(
+        title=f"peak memory per target weight on {result['device']}; a bare forward pass takes {bare:.2f} bytes"
+    )
+    for name in rows[0]:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
