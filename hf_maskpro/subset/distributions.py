@@ -19,7 +19,9 @@ Distribution = Literal["plackett_luce", "conditional_poisson"]
 
 # A member this far below (above) the n-th largest logit of its group is never (always) drawn; without the clamp a
 # lead of about 103 underflows float32 and gives NaN.
-_LOWEST, _HIGHEST = -60.0, 40.0
+_LOWEST = -60.0
+# In float32 products of four such weights must stay finite. What the limit changes has a probability below 2**-28.
+_HIGHEST = {torch.float32: 20.0, torch.float64: 40.0}
 
 
 def _planes(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -45,7 +47,7 @@ def weights_of(planes: list[torch.Tensor], n: int, dtype: torch.dtype) -> list[t
     """exp(logits), shifted by the n-th largest of the group, in `dtype`."""
     planes = [plane.to(dtype) for plane in planes]
     shift = _nth_largest(planes, n)
-    return [(plane - shift).clamp(_LOWEST, _HIGHEST).exp() for plane in planes]
+    return [(plane - shift).clamp(_LOWEST, _HIGHEST[dtype]).exp() for plane in planes]
 
 
 def mode(logits: torch.Tensor, n: int) -> torch.Tensor:
@@ -130,9 +132,8 @@ def _draw_from_sets(
         codes = [1 << i | 1 << j for i, j in pairs]
         masses = [weights[i] * weights[j] for i, j in pairs]
         if distribution == "plackett_luce":
-            # p_i p_j (1 / (1 - p_i) + 1 / (1 - p_j)), the two orders of drawing, times the total weight.
-            inverse = _inverses(_others(weights))
-            masses = [mass * (inverse[i] + inverse[j]) for mass, (i, j) in zip(masses, pairs, strict=True)]
+            factors = _orders_of_drawing(_others(weights), pairs)
+            masses = [mass * factor for mass, factor in zip(masses, factors, strict=True)]
     before = list(accumulate(masses[:-1]))
     after = list(accumulate(masses[:0:-1]))[::-1]
     u, rest = both_ends(words)
@@ -152,13 +153,19 @@ def _others(planes: list[torch.Tensor]) -> list[torch.Tensor]:
     return [after[1], *inner, before[-2]]
 
 
-def _inverses(planes: list[torch.Tensor]) -> list[torch.Tensor]:
-    """1 / plane, by one division for two: division takes as long as ten multiplications."""
-    result = []
-    for a, b in zip(planes[::2], planes[1::2], strict=False):
-        both = 1 / (a * b)
-        result += [both * b, both * a]
-    return result if len(planes) % 2 == 0 else [*result, 1 / planes[-1]]
+def _orders_of_drawing(others: list[torch.Tensor], pairs: list[tuple[int, int]]) -> list[torch.Tensor]:
+    """
+    `1 / (1 - p_i) + 1 / (1 - p_j)` for every pair, up to a common factor: a pair is drawn in either order.
+
+    Of four members it is `(o_i + o_j) o_k o_l` with `o` the sum of all other weights: no division, which takes as
+    long as ten multiplications.
+    """
+    if len(others) == 4:
+        rest = [next(q for q in pairs if not set(q) & set(pair)) for pair in pairs]
+        a, b = [others[i] + others[j] for i, j in pairs], [others[i] * others[j] for i, j in rest]
+        return [x * y for x, y in zip(a, b, strict=True)]
+    inverse = [1 / other for other in others]
+    return [inverse[i] + inverse[j] for i, j in pairs]
 
 
 def _draw_plackett_luce(weights: list[torch.Tensor], n: int, uniform: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -364,20 +371,23 @@ def score_of(
 
 def _score_of_two(weights: list[torch.Tensor], kept: list[torch.Tensor]) -> list[torch.Tensor]:
     """
-    The Plackett-Luce score for n = 2 in float32.
+    The Plackett-Luce score for n = 2 in float32, with a single division.
 
-    With `x_i` the inverse of the sum of all other weights it is `m_i - w_i (1 / T + sum_j x_j^2 / X)`, where j runs
-    over the other kept members, T is the sum of all weights and X that of the kept x. What a member shares with the
-    others is always summed, never taken as 1 - p.
+    With `o_i` the sum of all other weights, `T` that of all, and a and b the kept members it is
+    `m_i - w_i (1 / T + s_i / (o_a o_b (o_a + o_b)))`, where `s_i` is `o_i^2` for a kept member and `o_a^2 + o_b^2` for
+    a dropped one. What a member shares with the others is always summed, never taken as 1 - p.
     """
-    inverse = _inverses(_others(weights))
-    x = [torch.where(k, i, 0.0) for k, i in zip(kept, inverse, strict=True)]
-    total, chosen = sum(weights), sum(x)
-    scale = 1 / (total * chosen)
-    later = _others([value * value for value in x])
+    others = _others(weights)
+    chosen = [torch.where(k, other, 0.0) for k, other in zip(kept, others, strict=True)]
+    squares = [value * value for value in chosen]
+    total, both, square = sum(weights), sum(chosen), sum(squares)
+    for k, other in zip(kept, others, strict=True):
+        both = both * torch.where(k, other, 1.0)
+    inverse = 1 / (total * both)
+    first, later = inverse * both, inverse * total
     return [
-        torch.where(k, 1.0, 0.0) - weight * (scale * (chosen + total * others))
-        for k, weight, others in zip(kept, weights, later, strict=True)
+        torch.where(k, 1.0, 0.0) - weight * (first + torch.where(k, own, square) * later)
+        for k, weight, own in zip(kept, weights, squares, strict=True)
     ]
 
 

@@ -55,8 +55,7 @@ class _Kernel:
     def __call__(self, groups: int, *args: Any) -> Any:
         if not _Kernel.compiles or groups < SMALLEST_COMPILED:
             return self.function(*args)
-        flat = [x for arg in args for x in (arg if isinstance(arg, list) else [arg])]
-        dtypes = tuple(x.dtype for x in flat if isinstance(x, torch.Tensor))
+        dtypes = tuple(arg.dtype for arg in args if isinstance(arg, torch.Tensor))
         if dtypes in self.met:
             return self.compiled(*args)
         self.met.add(dtypes)
@@ -276,7 +275,7 @@ def sample_and_apply(
 
 
 @lru_cache
-def _update_kernel(n: int, m: int, distribution: Distribution) -> _Kernel:
+def _update_kernel(n: int, m: int, distribution: Distribution, dtype: torch.dtype) -> _Kernel:
     read = _reader(n, m)
 
     def update(
@@ -297,7 +296,7 @@ def _update_kernel(n: int, m: int, distribution: Distribution) -> _Kernel:
         else:
             scores = score_of(weights, [codes & 1 << i != 0 for i in range(m)], n, distribution)
         moved = [member.float() + step * value.float() for member, value in zip(theta, scores, strict=True)]
-        if theta[0].dtype == torch.bfloat16:
+        if dtype == torch.bfloat16:
             moved = _round_at_random(moved, words[0])
         for member, value in zip(theta, moved, strict=True):
             member.copy_(value)
@@ -338,7 +337,7 @@ def score_and_update(
     m = theta.shape[1]
     first, second = _keys(seed, layer, theta.device)
     amount = torch.tensor(step, dtype=torch.float32, device=theta.device)
-    kernel = _update_kernel(n, m, distribution)
+    kernel = _update_kernel(n, m, distribution, theta.dtype)
     # The score of Plackett-Luce beyond n = 2 sums over 2**n subsets, which do not fit into one kernel.
     run = kernel.function if n > 2 and distribution == "plackett_luce" else kernel
     size = [] if run is kernel.function else [theta.numel() // m]
