@@ -111,7 +111,7 @@ def main() -> None:
                     "estimator": job,
                     "logits_dtype": dtype,
                     "pattern": pattern,
-                    "bytes_per_weight": rate,
+                    "total_bytes_per_weight": rate,
                     "added_bytes_per_weight": rate - bare,
                     "off_the_line": max(map(abs, off)),
                 }

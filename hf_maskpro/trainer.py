@@ -343,12 +343,12 @@ class MaskProTrainer(Trainer):
         return self._share_that_differs(lambda i, layer: layer.sampled_codes(self.adapter_name, seed, i, distribution))
 
     def _share_that_differs(self, choose: Callable[[int, MaskProLayer], torch.Tensor]) -> float:
-        differ = groups = 0
+        differ, groups = torch.zeros((), dtype=torch.int64, device=self.args.device), 0
         for index, layer in enumerate(self.layers):
             codes = choose(index, layer)
-            differ += int((codes != layer.initial_codes(self.adapter_name)).sum())
+            differ += (codes != layer.initial_codes(self.adapter_name)).sum().to(differ.device)
             groups += codes.numel()
-        return differ / groups
+        return differ.item() / groups
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -44,14 +44,16 @@ def packed_width(n: int, m: int, in_features: int) -> int:
 @lru_cache
 def _codes_by_rank(n: int, m: int) -> torch.Tensor:
     """Code of every combination in lexicographic order, int32 `[C(m, n)]`."""
-    return torch.tensor([sum(1 << i for i in kept) for kept in combinations(range(m), n)], dtype=torch.int32)
+    return torch.tensor(
+        [sum(1 << i for i in kept) for kept in combinations(range(m), n)], dtype=torch.int32, device="cpu"
+    )
 
 
 @lru_cache
 def _ranks(n: int, m: int) -> torch.Tensor:
     """Rank of every code, int64 `[2**m]`, -1 where it has not n members."""
-    table = torch.full((1 << m,), -1, dtype=torch.int64)
-    table[_codes_by_rank(n, m)] = torch.arange(comb(m, n))
+    table = torch.full((1 << m,), -1, dtype=torch.int64, device="cpu")
+    table[_codes_by_rank(n, m)] = torch.arange(comb(m, n), device="cpu")
     return table
 
 
@@ -61,7 +63,7 @@ def code_table(n: int, m: int, device: torch.device) -> torch.Tensor:
     base, (digits, size) = comb(m, n), word_layout(n, m)
     codes = _codes_by_rank(n, m)
     if size == 1:
-        byte = torch.arange(256)
+        byte = torch.arange(256, device="cpu")
         codes = torch.stack([codes[byte // base**i % base] for i in range(digits)], dim=1)
     return codes.to(device)
 
@@ -185,5 +187,4 @@ def word_codes(packed: torch.Tensor, table: torch.Tensor, base: int, layout: tup
     word = _words(packed, size)
     if size == 1:
         return table[word]
-    place = torch.tensor([base**i for i in range(digits)], device=packed.device)
-    return table[word.unsqueeze(-1) // place % base]
+    return torch.stack([table[word // base**i % base] for i in range(digits)], dim=-1)

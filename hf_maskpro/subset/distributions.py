@@ -94,7 +94,7 @@ def sample(
     """
     weights = weights_of(_planes(logits), n, work_dtype(n))
     words = uniform_bits((draws(n, distribution), *weights[0].shape), seed, layer, logits.device)
-    return mask_of(draw(weights, n, words, distribution), len(weights))
+    return mask_of(draw(weights, n, words.unbind(0), distribution), len(weights))
 
 
 def draws(n: int, distribution: Distribution) -> int:

@@ -49,28 +49,38 @@ class _Kernel:
         self.name = name
         # torch.compile counts recompilations by code object, and kernels of several patterns would share one.
         function.__code__ = function.__code__.replace(co_name=name)
-        self.compiled = torch.compile(function, dynamic=True, fullgraph=True)
-        self.met: set[tuple[torch.dtype, ...]] = set()
+        self.compiled: Callable[..., Any] | None = torch.compile(function, dynamic=True, fullgraph=True)
+        self.met: set[tuple[Any, ...]] = set()
 
+    @torch.no_grad()
     def __call__(self, groups: int, *args: Any) -> Any:
-        if not _Kernel.compiles or groups < SMALLEST_COMPILED:
+        if not _Kernel.compiles or not self.compiled or groups < SMALLEST_COMPILED:
             return self.function(*args)
-        dtypes = tuple(arg.dtype for arg in args if isinstance(arg, torch.Tensor))
-        if dtypes in self.met:
-            return self.compiled(*args)
-        self.met.add(dtypes)
-        line = f"compiling the mask kernel {self.name}, once for this machine: this can take a minute ..."
-        timer = Timer(_SECONDS_OF_SILENCE, logger.warning, [line])
-        timer.start()
+        timer = None
+        if (shape_class := _shape_class(args)) not in self.met:
+            self.met.add(shape_class)
+            line = f"compiling the mask kernel {self.name}, once for this machine: this can take a minute ..."
+            timer = Timer(_SECONDS_OF_SILENCE, logger.warning, [line])
+            timer.start()
         try:
             return self.compiled(*args)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            self.compiled = None
+            warnings.warn(f"the mask kernel {self.name} met too many kinds of layers to compile for all", stacklevel=3)
         except (torch._dynamo.exc.BackendCompilerFailed, torch._inductor.exc.InductorError) as error:
             _Kernel.compiles = False
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"masks are computed without torch.compile, about 10x slower: {reason}", stacklevel=3)
-            return self.function(*args)
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
+        return self.function(*args)
+
+
+def _shape_class(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What one compiled kernel has in common: all but sizes."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    return tuple((tensor.dtype, tensor.device, tensor.is_contiguous()) for tensor in tensors)
 
 
 def _reader(n: int, m: int) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
@@ -104,13 +114,14 @@ def _words(member: torch.Tensor, first: torch.Tensor, second: torch.Tensor, coun
 
 
 def _keys(seed: int, layer: int, device: torch.device) -> list[torch.Tensor]:
-    return [torch.tensor(key, dtype=torch.int32, device=device) for key in keys(seed, layer)]
+    # full, unlike tensor, does not wait for the device.
+    return [torch.full((), key, dtype=torch.int32, device=device) for key in keys(seed, layer)]
 
 
 @lru_cache
 def _number(value: float, device: torch.device) -> torch.Tensor:
     """A Python number would be compiled in, or become float64."""
-    return torch.tensor(value, dtype=torch.float32, device=device)
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def _groups_are_words(rows: torch.Tensor, m: int) -> bool:
@@ -329,14 +340,15 @@ def score_and_update(
     distribution: Distribution = "plackett_luce",
 ) -> None:
     """
-    `theta += step * score(mask)` in place, with the mask of [`sample_codes`]; bfloat16 is rounded at random.
+    `theta += step * score(mask)` in place, with the mask of [`sample_codes`] up to the rounding of exp; bfloat16 is
+    rounded at random.
 
     Args:
         step (`float`): Minus the learning rate times the advantage.
     """
     m = theta.shape[1]
     first, second = _keys(seed, layer, theta.device)
-    amount = torch.tensor(step, dtype=torch.float32, device=theta.device)
+    amount = torch.full((), step, dtype=torch.float32, device=theta.device)
     kernel = _update_kernel(n, m, distribution, theta.dtype)
     # The score of Plackett-Luce beyond n = 2 sums over 2**n subsets, which do not fit into one kernel.
     run = kernel.function if n > 2 and distribution == "plackett_luce" else kernel

@@ -212,6 +212,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._unfilled.pop(adapter_name, None)
+        self._checked.pop(adapter_name, None)
         self._masked_weight = None
 
     def packed_initial_mask(self, adapter_name: str) -> torch.Tensor:
@@ -397,7 +398,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             if keep:
                 codes = self.mode_codes(name)
                 self._dropped.append((codes, weight.detach()[self._dropped_by(codes, name)]))
-            weight.data = masked
+            weight.data = masked.contiguous()
             self.merged_adapters.append(name)
 
     def _dropped_by(self, codes: torch.Tensor, adapter_name: str) -> torch.Tensor:

@@ -152,6 +152,7 @@ class MaskProModel(BaseTuner):
             ):
                 raise ValueError(f"{_bare(name)}: the adapter file has {len(codes)} rows, the model {len(theta)}.")
             if theta_key in result:
+                result[theta_key] = members_first(result[theta_key])
                 layer.materialize(adapter_name)
             elif theta.is_meta:
                 zeros = torch.zeros((), dtype=theta.dtype, device=layer.get_base_layer().weight.device)

@@ -46,7 +46,7 @@ def test_neighbouring_layers_and_seeds_are_uncorrelated():
 
 
 def test_all_words_give_uniform_numbers():
-    """Over every value of the 2**31 that count, at a stride: equal steps, symmetric, never 0 or 1."""
+    """Equal steps over the 2**31 values that count, of which this takes every 127th; never 0 or 1."""
     words = torch.arange(0, 1 << 31, 127, dtype=torch.int64).to(torch.int32)
     u, rest = both_ends(words)
     exact = (words.double() + 0.5) * 2.0**-31
@@ -76,7 +76,10 @@ def test_members_groups_layers_and_seeds_are_independent():
         return both_ends(uniform_bits((1 << 18,), seed, layer))[0]
 
     base = numbers(3, 4)
+    members = both_ends(uniform_bits((2, 1 << 18), 3, 4))[0]
+    assert torch.equal(members[0], base)
     others = {
+        "the next member": members[1],
         "the next group": base.roll(1),
         "a group of the next row": base.roll(144),
         "the next layer": numbers(3, 5),
