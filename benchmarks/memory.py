@@ -92,6 +92,7 @@ def slope(job: str, dtype: str, pattern: str, repeats: int, bar: tqdm) -> tuple[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--other-patterns", nargs="*", default=["4:8", "8:16"], help="for residual alone")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -100,7 +101,7 @@ def main() -> None:
         worker(job, dtype, int(layers), pattern)
         return
     jobs = [(job, dtype, "2:4") for job in ("residual", "simple") for dtype in ("bfloat16", "float32")]
-    jobs += [("residual", "bfloat16", "4:8"), ("residual", "bfloat16", "8:16")]
+    jobs += [("residual", "bfloat16", pattern) for pattern in args.other_patterns]
     with tqdm(total=(1 + len(jobs)) * len(LAYERS) * args.repeats) as bar:
         bare, _ = slope("forward", "bfloat16", "2:4", args.repeats, bar)
         rows = []

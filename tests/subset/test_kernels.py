@@ -9,8 +9,10 @@ import torch
 from torch._dynamo.utils import counters
 
 from hf_maskpro.subset import (
+    codes_of,
     keep_of,
     kernels,
+    log_prob,
     marginals_backward,
     mask_of,
     mode,
@@ -69,7 +71,7 @@ def test_sample_and_update(compiled, n, m, distribution):
 
 
 def test_compiled_masks_are_the_eager_masks():
-    """Not bit for bit, since exp is not: the documented rate is below one group in a hundred thousand."""
+    """Not bit for bit, since exp is not: fewer than one group in a hundred thousand differs."""
     theta = torch.randn(4, 512, 384, generator=torch.Generator().manual_seed(0)).transpose(0, 1)
     packed = pack(mode(torch.rand(512, 4, 384), 2), 2, 4)
     differ = 0
@@ -80,6 +82,30 @@ def test_compiled_masks_are_the_eager_masks():
         drawn = kernels.sample_codes(theta, packed, 2.0, 2, seed, 3)
         differ += (drawn != eager(theta, packed, *arguments, *words, None)).sum().item()
     assert differ <= 8 * 512 * 384 * 1e-5
+
+
+@pytest.mark.parametrize("distribution", ["plackett_luce", "conditional_poisson"])
+def test_rare_flips_of_the_kernel(compiled, distribution):
+    """At C = 10 a sample leaves the mode as often as the probabilities say."""
+    theta = torch.zeros(4, 4096, 1024).transpose(0, 1)
+    initial = mode(torch.rand(4096, 4, 1024, generator=torch.Generator().manual_seed(0)), 2)
+    packed = pack(initial, 2, 4)
+    drawn = kernels.sample_codes(theta, packed, 10.0, 2, 3, 1, distribution)
+    flipped = (drawn != codes_of(initial)).sum().item()
+    one = initial[:1, :, :1]
+    expected = drawn.numel() * (1 - log_prob(10.0 * one, one, distribution).exp().item())
+    assert abs(flipped - expected) < 5 * expected**0.5
+
+
+def test_eight_of_sixteen():
+    theta, packed, weight, logits = layer(8, 16)
+    drawn = mask_of(kernels.sample_codes(theta, packed, 2.0, 8, 7, 3, "conditional_poisson"), 16)
+    assert torch.equal(drawn, sample(logits, 8, 7, 3, "conditional_poisson"))
+    masked = kernels.sample_and_apply(weight, theta, packed, 2.0, 8, 7, 3, "conditional_poisson")
+    assert torch.equal(masked, torch.where(rows_of(drawn), weight, 0))
+    moved = theta.clone()
+    kernels.score_and_update(moved, packed, 2.0, 8, 1.0, 7, 3, "conditional_poisson")
+    torch.testing.assert_close(moved, theta + score(logits, drawn, "conditional_poisson"), atol=1e-5, rtol=1e-5)
 
 
 def test_theta_in_any_memory_order(compiled):
@@ -151,8 +177,11 @@ def test_one_kernel_serves_all_shapes(compiled):
     counters.clear()
     for out_features, groups in [(24, 40), (32, 60), (48, 44), (16, 128)]:
         theta, packed, weight, _ = layer(2, 4, out_features=out_features, groups=groups)
-        kernels.sample_and_apply(weight, theta, packed, 2.0, 2, 7)
-    assert counters["stats"]["unique_graphs"] <= 2
+        masked = kernels.sample_and_apply(weight, theta, packed, 2.0, 2, 7)
+        keep = rows_of(mask_of(kernels.sample_codes(theta, packed, 2.0, 2, 7), 4))
+        assert torch.equal(masked, torch.where(keep, weight, 0))
+    # Two each: one for padded rows of packed masks, one for others.
+    assert counters["stats"]["unique_graphs"] <= 4
 
 
 def test_a_long_compilation_is_announced(monkeypatch, caplog):
