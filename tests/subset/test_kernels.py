@@ -56,8 +56,8 @@ def rows_of(mask):
     ],
 )
 def test_sample_and_update(compiled, n, m, distribution):
-    if compiled and (n, m, distribution) in ((1, 4, "plackett_luce"), (2, 3, "plackett_luce")):
-        pytest.skip("its kernel differs from that of 2:4 in nothing but size")
+    if compiled and (n, m) != (2, 4) and distribution == "plackett_luce":
+        pytest.skip("compiling takes long")
     theta, packed, weight, logits = layer(n, m)
     assert torch.equal(mask_of(kernels.mode_codes(theta, packed, 2.0, n), m), mode(logits, n))
     assert torch.equal(kernels.mode_and_apply(weight, theta, packed, 2.0, n) != 0, rows_of(mode(logits, n)))
