@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, ProgressCallback, TrainerCallback
 
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
 from hf_maskpro.tuner import MaskProLayer
@@ -90,6 +90,8 @@ def profile(model_name: str, baseline: str, steps: int) -> dict[str, float]:
     clock = Clock()
     times = StepTimes(clock)
     trainer = MaskProTrainer(model, args, train_dataset=data, callbacks=[times])
+    # It writes the metrics of the run to standard output, where the figures belong.
+    trainer.remove_callback(ProgressCallback)
     losses = trainer._micro_batch_loss
 
     def loss(*args: Any) -> Any:
