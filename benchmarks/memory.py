@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 
 import torch
 from peft import get_peft_model
@@ -52,7 +53,7 @@ def worker(job: str, dtype: str, layers: int, pattern: str) -> None:
         n, m = map(int, pattern.split(":"))
         model = get_peft_model(model, MaskProConfig(n=n, m=m, init_mask="random", logits_dtype=dtype))
         args = MaskProTrainingArguments(
-            "unused",
+            tempfile.gettempdir(),  # where nothing is saved
             estimator=job,
             max_steps=2,
             per_device_train_batch_size=TOKENS[0],

@@ -3,6 +3,7 @@
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -77,7 +78,7 @@ def profile(model_name: str, baseline: str, steps: int) -> dict[str, float]:
     model = get_peft_model(model, MaskProConfig(n=2, m=4))
     ids = torch.randint(model.config.vocab_size, (EXAMPLES, TOKENS)).tolist()
     args = MaskProTrainingArguments(
-        "unused",
+        tempfile.gettempdir(),  # where nothing is saved
         estimator="residual",
         baseline=baseline,
         max_steps=steps + 2,

@@ -349,12 +349,10 @@ def score_and_update(
     m = theta.shape[1]
     first, second = _keys(seed, layer, theta.device)
     amount = torch.full((), step, dtype=torch.float32, device=theta.device)
-    kernel = _update_kernel(n, m, distribution, theta.dtype)
-    # The score of Plackett-Luce beyond n = 2 sums over 2**n subsets, which do not fit into one kernel.
-    run = kernel.function if n > 2 and distribution == "plackett_luce" else kernel
-    size = [] if run is kernel.function else [theta.numel() // m]
-    run(
-        *size,
+    # The score of Plackett-Luce beyond n = 2 sums over 2**n subsets, which do not fit into one compiled kernel.
+    groups = 0 if n > 2 and distribution == "plackett_luce" else theta.numel() // m
+    _update_kernel(n, m, distribution, theta.dtype)(
+        groups,
         list(theta.unbind(1)),
         packed,
         code_table(n, m, theta.device),

@@ -286,14 +286,13 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             seed (`int`, *optional*): Draws the mask of [`sampled_codes`]; `None` takes the mode.
         """
         config, theta = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
+        if seed is None and not has_memory(theta):
+            return self.initially_masked(weight, adapter_name)
         rows, packed, n = self.out_in(weight), self.packed_initial_mask(adapter_name), config.n
-        if seed is not None:
-            rows = sample_and_apply(rows, theta, packed, logit_scale(config), n, seed, layer, distribution)
-        elif has_memory(theta):
-            rows = mode_and_apply(rows, theta, packed, logit_scale(config), n)
-        else:
-            rows = apply_packed(rows, packed, n, config.m)
-        return self.out_in(rows)
+        if seed is None:
+            return self.out_in(mode_and_apply(rows, theta, packed, logit_scale(config), n))
+        masked = sample_and_apply(rows, theta, packed, logit_scale(config), n, seed, layer, distribution)
+        return self.out_in(masked)
 
     def initially_masked(self, weight: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """[`masked`] by the starting mask."""
