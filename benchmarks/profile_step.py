@@ -1,6 +1,7 @@
 """Where the time of a training step of `residual` goes, with either baseline, on a real model."""
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import forget_peak, peak_bytes
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, ProgressCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, ProgressCallback, TrainerCallback
 
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
 from hf_maskpro.tuner import MaskProLayer
@@ -72,10 +74,16 @@ class StepTimes(TrainerCallback):
         self.rows.append(row)
 
 
-def profile(model_name: str, baseline: str, steps: int) -> dict[str, float]:
+def profile(model_name: str | None, logits_dtype: str, baseline: str, steps: int) -> dict[str, float]:
+    gc.collect()
+    forget_peak()
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.bfloat16)
-    model = get_peft_model(model, MaskProConfig(n=2, m=4))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        if model_name is None:
+            model = LlamaForCausalLM._from_config(LlamaConfig(num_hidden_layers=32), dtype=torch.bfloat16)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.bfloat16)
+    model = get_peft_model(model, MaskProConfig(n=2, m=4, logits_dtype=logits_dtype))
     ids = torch.randint(model.config.vocab_size, (EXAMPLES, TOKENS)).tolist()
     args = MaskProTrainingArguments(
         tempfile.gettempdir(),  # where nothing is saved
@@ -117,17 +125,23 @@ def profile(model_name: str, baseline: str, steps: int) -> dict[str, float]:
         for name, original in originals.items():
             setattr(MaskProLayer, name, original)
     # The first steps compile.
-    return {part: statistics.median(row[part] for row in times.rows[2:]) for part in PARTS}
+    figures = {part: statistics.median(row[part] for row in times.rows[2:]) for part in PARTS}
+    return figures | {"peak_bytes": peak_bytes()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="a local folder or a Hub id")
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--model", help="a local folder or a Hub id")
+    chosen.add_argument("--seven-b", action="store_true", help="the shape of a 7B Llama with random weights")
+    parser.add_argument("--logits-dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--plot", type=Path, help="where to draw the picture")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    figures = {baseline: profile(args.model, baseline, args.steps) for baseline in ("step", "cache")}
+    figures = {
+        baseline: profile(args.model, args.logits_dtype, baseline, args.steps) for baseline in ("step", "cache")
+    }
     if args.plot:
         from matplotlib.figure import Figure
 
@@ -145,11 +159,12 @@ def main() -> None:
         print(json.dumps(figures))
         return
     table = Table(title=f"a residual step of {BATCH} x {TOKENS} tokens, medians of {args.steps} steps, seconds")
-    for name in ["baseline", *PARTS]:
+    for name in ["baseline", *PARTS, "peak memory"]:
         table.add_column(name, justify="right")
     for baseline, row in figures.items():
-        whole = sum(row.values())
-        table.add_row(baseline, *(f"{row[part]:.3f} ({row[part] / whole:.0%})" for part in PARTS))
+        whole = sum(row[part] for part in PARTS)
+        shares = [f"{row[part]:.3f} ({row[part] / whole:.0%})" for part in PARTS]
+        table.add_row(baseline, *shares, f"{row['peak_bytes'] / 2**20:,.0f} MiB")
     Console(width=120).print(table)
 
 

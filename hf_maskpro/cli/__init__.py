@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(quickstart.quickstart)
 app.command()(adapters.init)
+app.command("import")(adapters.import_masks)
 app.command()(train.train)
 app.command("eval")(adapters.evaluate)
 app.command()(adapters.merge)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation import windows
-from ..initialization import initialize_masks
+from ..initialization import initialize_masks, needs_data, random_windows
 
 
 console = Console()
@@ -27,6 +27,8 @@ Text = Annotated[Path | None, typer.Option(help="Text file to learn from.")]
 Dataset = Annotated[
     str | None, typer.Option(help="Dataset to learn from, streamed: a folder or Hub id, NAME or NAME:CONFIG.")
 ]
+PatternN = Annotated[int, typer.Option("--n", help="Weights kept in every group.")]
+PatternM = Annotated[int, typer.Option("--m", help="Size of a group.")]
 Output = Annotated[Path, typer.Option(help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is in use.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -89,6 +91,11 @@ def read_text(path: Path) -> str:
     return text
 
 
+def text_name(text: Path | None, dataset: str | None) -> str:
+    """A text's name as an adapter records it: without the folders of the machine it was made on."""
+    return text.name if text is not None else str(dataset)
+
+
 def learning_windows(
     tokenizer: PreTrainedTokenizerBase, text: Path | None, dataset: str | None, seq_len: int, tokens: int | None
 ) -> torch.Tensor:
@@ -121,13 +128,12 @@ def _documents(dataset: str, characters: int) -> Iterator[str]:
             return
 
 
-def calibrate(masked: PeftModel, inputs: torch.Tensor, samples: int, seed: int) -> None:
-    """Fill the starting mask from randomly chosen windows, int64 `[windows, seq_len]`, and note it in the adapter."""
-    chosen = inputs[torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))[:samples]]
+def calibrate(masked: PeftModel, ids: torch.Tensor, samples: int, seq_len: int, seed: int, text: str) -> None:
+    """Fill the starting mask from random windows of a text, int64 `[tokens]`, and note in the adapter which it was."""
     config = masked.peft_config["default"]
-    if config.init_mask == "wanda":
-        config.start |= {"calibration_windows": len(chosen), "calibration_seq_len": chosen.shape[1]}
-    initialize_masks(masked, [{"input_ids": batch} for batch in chosen.split(8)])
+    initialize_masks(masked, random_windows(ids, samples, seq_len, seed))
+    if needs_data(config.init_mask):
+        config.start["calibration"] |= {"text": text, "seed": seed}
 
 
 def show(figures: dict[str, Any], as_json: bool) -> None:

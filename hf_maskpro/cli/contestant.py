@@ -16,6 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from ..evaluation import perplexity, windows
+from ..initialization.calibration import SAMPLES as CALIBRATION_SAMPLES
+from ..initialization.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
 from ..trainer import MaskProTrainer, MaskProTrainingArguments
 from ..tuner import MaskProConfig, masked_layers
 from .common import calibrate, load_adapter, load_model, one_line_errors, read_text
@@ -24,7 +26,6 @@ from .train import save
 
 EVALUATIONS = 4
 PROBE_STEPS = 4
-CALIBRATION_WINDOWS, CALIBRATION_SEQ_LEN = 128, 256
 BATCH, SEQ_LEN = 8, 128
 LEAST_SECONDS = 60.0
 
@@ -139,8 +140,8 @@ def contestant(
         masked: Any = model
     elif method in ("magnitude", "wanda"):
         masked = get_peft_model(model, MaskProConfig(init_mask=method))
-        inputs = windows(tokenizer, read_text(calibration), CALIBRATION_SEQ_LEN)
-        calibrate(masked, inputs, CALIBRATION_WINDOWS, seed=0)
+        ids = windows(tokenizer, read_text(calibration), SEQ_LEN).flatten()
+        calibrate(masked, ids, CALIBRATION_SAMPLES, CALIBRATION_SEQ_LEN, seed=0, text=calibration.name)
     else:
         assert start is not None
         masked = load_adapter(model, str(start), is_trainable=True)

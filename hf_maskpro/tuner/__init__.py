@@ -1,6 +1,6 @@
 """The PEFT method: configuration, layer, model and registration. The only room that touches PEFT's internals."""
 
-from .config import MaskProConfig
+from .config import DATA_FREE, RULES, MaskProConfig, check_init_mask
 from .layer import SIMPLE_LOGIT_SCALE, MaskProLayer, logit_scale
 from .model import MaskProModel, evaluating, masked_layers
 from .registration import register
@@ -9,10 +9,13 @@ from .registration import register
 register(MaskProConfig, MaskProModel)
 
 __all__ = [
+    "DATA_FREE",
+    "RULES",
     "SIMPLE_LOGIT_SCALE",
     "MaskProConfig",
     "MaskProLayer",
     "MaskProModel",
+    "check_init_mask",
     "evaluating",
     "logit_scale",
     "masked_layers",

@@ -9,6 +9,23 @@ from .registration import add_peft_type
 
 FORMAT_VERSION = 1
 
+# The one-shot rules of `hf_maskpro.initialization`, and those of them whose masks are there at once.
+RULES = ("magnitude", "random", "wanda", "ria", "sparsegpt", "gblm", "pruner-zero")
+DATA_FREE = ("magnitude", "random")
+
+
+def check_init_mask(init_mask: str) -> None:
+    """
+    Raises:
+        `ValueError`: if it is neither a rule nor a path or Hub id.
+    """
+    rule = init_mask.removesuffix("+swaps")
+    if rule not in RULES and "/" not in rule and not rule.endswith((".npz", ".safetensors")):
+        raise ValueError(
+            f"init_mask is {init_mask!r}; use one of {', '.join(map(repr, RULES))}, a folder or Hub id with a slash, "
+            "or a .npz or .safetensors file; each may end in '+swaps'."
+        )
+
 
 @dataclass
 class MaskProConfig(PeftConfig):
@@ -28,7 +45,10 @@ class MaskProConfig(PeftConfig):
             Layers to leave dense, given in the same way.
         init_mask (`str`, defaults to `"magnitude"`):
             The starting mask. `"magnitude"` (largest absolute weights) and `"random"` need no data and are there at
-            once; `"wanda"` waits for [`initialize_masks`].
+            once. All others wait for [`initialize_masks`]: the rules `"wanda"`, `"ria"`, `"sparsegpt"`, `"gblm"` and
+            `"pruner-zero"`, or where a mask comes from, with a slash or a suffix in its name: an adapter or pruned
+            checkpoint (folder or Hub id), or a `.npz` or `.safetensors` file of masks. With `"+swaps"` at the end, as
+            in `"wanda+swaps"`, swaps within the groups then lower every layer's reconstruction error.
         logit_scale (`float`, *optional*):
             `C`: a kept member of the starting mask has the logit `C` more than a dropped one. The larger, the fewer
             groups change in a sample, about `(m - n) * exp(-C)` times 1 to `n`. `None` is the estimator's own default,
@@ -62,9 +82,7 @@ class MaskProConfig(PeftConfig):
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Layers to leave dense."}
     )
-    init_mask: Literal["magnitude", "random", "wanda"] = field(
-        default="magnitude", metadata={"help": "The starting mask."}
-    )
+    init_mask: str = field(default="magnitude", metadata={"help": "The starting mask."})
     logit_scale: float | None = field(default=None, metadata={"help": "Logit of the starting mask's members."})
     distribution: Distribution = field(
         default=None,  # type: ignore[arg-type]
@@ -91,13 +109,13 @@ class MaskProConfig(PeftConfig):
         if self.distribution is None:
             self.distribution = "plackett_luce" if self.n <= 2 else "conditional_poisson"
         for name, allowed in {
-            "init_mask": ("magnitude", "random", "wanda"),
             "distribution": ("plackett_luce", "conditional_poisson"),
             "logits_dtype": ("float32", "bfloat16"),
             "format_version": (None, FORMAT_VERSION),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, allowed))}.")
+        check_init_mask(self.init_mask)
         if self.logit_scale is not None and not 0 < self.logit_scale <= 40:
             raise ValueError(f"logit_scale is {self.logit_scale}, outside 0 to 40; 5 to 10 is usual.")
         self.target_modules = (

@@ -29,7 +29,7 @@ from ..subset import (
     theta_gradient,
     unpack_codes,
 )
-from .config import MaskProConfig
+from .config import DATA_FREE, MaskProConfig
 
 
 SIMPLE_LOGIT_SCALE = 5.0
@@ -146,7 +146,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         weight = self.out_in(self.get_base_layer().weight.detach())
         out_features, in_features = weight.shape
         shape = (out_features, config.m, in_features // config.m)
-        data_free = not config.awaits_file and config.init_mask in ("magnitude", "random") and not weight.is_meta
+        data_free = not config.awaits_file and config.init_mask in DATA_FREE and not weight.is_meta
         if data_free:
             scores = to_planes(weight.abs(), config.m) if config.init_mask == "magnitude" else torch.rand(shape)
             packed = pack_codes(codes_of(mode(scores.to(weight.device), config.n)), config.n, config.m)
@@ -228,7 +228,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             if config.awaits_file:
                 raise ValueError(f"adapter {adapter_name!r} has no mask for a layer: its file is missing a tensor.")
             raise ValueError(
-                f"init_mask={config.init_mask!r} needs calibration data: "
+                f"init_mask={config.init_mask!r} is not there yet: "
                 "call initialize_masks(model, dataloader) before using the model."
             )
         # Once for every content, since looking at the digits waits for the device.

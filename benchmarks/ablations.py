@@ -1,0 +1,167 @@
+"""
+What the settings of `simple` do: each is changed by itself, and held-out perplexity measured after as many steps. Runs
+that are in the file of results are not repeated, so an interrupted call goes on where it stopped.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import protocol
+import torch
+from transformers import TrainerCallback
+
+from hf_maskpro import MaskProTrainer, MaskProTrainingArguments, perplexity
+from hf_maskpro.cli.common import load_adapter, load_model
+from hf_maskpro.evaluation import windows
+
+
+BASE: dict[str, Any] = {
+    "start": "wanda",
+    "logit_scale": 5.0,
+    "learning_rate": 0.3,
+    "batch": 8,
+    "seq_len": 128,
+    "tokens": None,
+    "seed": 0,
+}
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"seed": 1},
+    {"seed": 2},
+    {"logit_scale": 4.0},
+    {"logit_scale": 6.0},
+    {"learning_rate": 0.15},
+    {"learning_rate": 0.6},
+    {"start": "sparsegpt"},
+    {"start": "wanda+swaps"},
+    {"start": "ria"},
+    {"start": "magnitude"},
+    {"batch": 4},
+    {"batch": 16},
+    {"batch": 16, "seq_len": 64},
+    {"batch": 4, "seq_len": 256},
+    {"tokens": 32_768},
+    {"tokens": 131_072},
+]
+MAX_TOKENS = 16_384
+
+
+class Evaluate(TrainerCallback):
+    """Perplexity of held-out and of calibration text at some steps."""
+
+    def __init__(self, steps: list[int], measure):
+        self.steps, self.measure = steps, measure
+        self.curve: list[dict[str, float]] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.steps or state.global_step == state.max_steps:
+            self.curve.append({"step": state.global_step, **self.measure()})
+
+
+def worker(settings: dict[str, Any], base: str, start: str, work: Path, steps: int, evaluate_at: list[int]) -> None:
+    """One run, in this process; prints its row."""
+    model, tokenizer = load_model(base)
+    masked = load_adapter(model, start, is_trainable=True)
+    masked.peft_config["default"].logit_scale = settings["logit_scale"]
+    calibration = (work / "calibration.txt").read_text(encoding="utf-8")
+    held_out = (work / "held_out.txt").read_text(encoding="utf-8")
+    inputs = windows(tokenizer, calibration, settings["seq_len"], settings["tokens"])
+
+    def measure() -> dict[str, float]:
+        texts = {"perplexity": held_out, "calibration_perplexity": calibration}
+        return {
+            name: perplexity(masked, tokenizer, text, protocol.SEQ_LEN, MAX_TOKENS) for name, text in texts.items()
+        }
+
+    args = MaskProTrainingArguments(
+        output_dir=tempfile.gettempdir(),  # where nothing is saved
+        estimator="simple",
+        max_steps=steps,
+        per_device_train_batch_size=settings["batch"],
+        learning_rate=settings["learning_rate"],
+        seed=settings["seed"],
+        save_strategy="no",
+        logging_steps=steps,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    callback = Evaluate(evaluate_at, measure)
+    dataset = [{"input_ids": row, "labels": row} for row in inputs]
+    trainer = MaskProTrainer(masked, args, train_dataset=dataset, callbacks=[callback])
+    begun = time.perf_counter()
+    trainer.train()
+    row = {
+        **settings,
+        "steps": steps,
+        "training_tokens": inputs.numel(),
+        "seconds": time.perf_counter() - begun,
+        "changed": trainer.changed_groups(),
+        "curve": callback.curve,
+        **callback.curve[-1],
+    }
+    del row["step"]
+    (work / "row.json").write_text(json.dumps(row))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", type=Path, required=True, help="WikiText-2's raw text")
+    parser.add_argument("--model", help="a local folder or a Hub id; SmolLM2-135M-Instruct if absent")
+    parser.add_argument("--work", type=Path, default=Path("ablations"), help="folder for starts and texts")
+    parser.add_argument("--results", type=Path, default=Path("docs/assets/ablations.json"))
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--evaluate-at", type=int, nargs="*", default=[], help="further steps to measure at")
+    parser.add_argument("--base-only", action="store_true", help="the settings that the others are changed from")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="one run with these settings")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON, not as a table")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        job = json.loads(args.worker)
+        worker(job["settings"], job["base"], job["start"], args.work, args.steps, args.evaluate_at)
+        return
+    base = protocol.prepare(args.text, args.model, args.work)
+    changes = CHANGES[:1] if args.base_only else CHANGES
+    if args.set:
+        pairs = [entry.split("=") for entry in args.set]
+        changes = [{name: type(BASE[name] or 0)(value) for name, value in pairs}]
+    rows = protocol.read(args.results)
+    for change in changes:
+        settings = BASE | change
+        if any(row["steps"] == args.steps and all(row[k] == v for k, v in settings.items()) for row in rows):
+            continue
+        start = protocol.start(base, settings["start"], args.work)
+        job = json.dumps({"settings": settings, "base": base, "start": str(start)})
+        command = [sys.executable, __file__, "--worker", job, "--text", str(args.text), "--work", str(args.work)]
+        command += ["--steps", str(args.steps), "--evaluate-at", *map(str, args.evaluate_at)]
+        subprocess.run(command, check=True, env=os.environ | protocol.KEEP_MEMORY)
+        # Others may have written meanwhile.
+        rows = [*protocol.read(args.results), json.loads((args.work / "row.json").read_text())]
+        protocol.write(args.results, rows)
+    if args.json:
+        print(json.dumps(rows))
+        return
+    print(protocol.describe(args.text, MAX_TOKENS) + "\n")
+    print(table(rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table, runs of as many steps together."""
+    names = [*BASE, "steps", "perplexity", "calibration_perplexity", "changed"]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in sorted(rows, key=lambda row: row["steps"]):
+        shown = row | {"tokens": f"{row['training_tokens']:,}", "changed": f"{row['changed']:.2%}"}
+        shown |= {name: f"{row[name]:.2f}" for name in ("perplexity", "calibration_perplexity")}
+        lines.append("| " + " | ".join(str(shown[name]) for name in names) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What the leaderboard and the ablations measure by: model, text, held-out perplexity, and a place for results."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hf_maskpro.cli.quickstart import write_smollm2
+
+
+SEQ_LEN = 512
+# glibc gives large blocks back to the system at every step and fetches them again: a third of a step on a CPU.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+
+
+def split(path: Path) -> tuple[str, str]:
+    """The first four fifths and the last fifth of WikiText, its tokenization undone."""
+    text = path.read_text(encoding="utf-8")
+    for mark in "-,.":
+        text = text.replace(f" @{mark}@ ", mark)
+    cut = text.index("\n", len(text) * 4 // 5)
+    return text[:cut], text[cut:]
+
+
+def prepare(text: Path, model: str | None, work: Path) -> str:
+    """Write `calibration.txt` and `held_out.txt` into the working folder; name the base model."""
+    work.mkdir(parents=True, exist_ok=True)
+    for name, part in zip(("calibration.txt", "held_out.txt"), split(text), strict=True):
+        (work / name).write_text(part, encoding="utf-8")
+    if model is not None:
+        return model
+    if not (work / "base").is_dir():
+        write_smollm2(work / "base")
+    return str(work / "base")
+
+
+def describe(text: Path, max_tokens: int | None) -> str:
+    tokens = "all of it" if max_tokens is None else f"{max_tokens:,} tokens"
+    return (
+        f"{text.name}, tokenization artefacts undone; calibrated and trained on its first four fifths; held-out: its "
+        f"last fifth, non-overlapping windows of {SEQ_LEN} tokens, {tokens}; bf16"
+    )
+
+
+def start(base: str, method: str, work: Path, *options: str) -> Path:
+    """The one-shot mask of a rule as an adapter, made unless it is there."""
+    folder = work / "starts" / method
+    if not folder.is_dir():
+        command = [sys.executable, "-m", "hf_maskpro.cli", "init", "--model", base, "--method", method]
+        command += ["--output", str(folder), *options]
+        if method not in ("magnitude", "random"):
+            command += ["--text", str(work / "calibration.txt")]
+        subprocess.run(command, check=True, env=os.environ | KEEP_MEMORY)
+    return folder
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(rows, file, indent=1)
+    Path(file.name).replace(path)

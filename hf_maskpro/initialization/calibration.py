@@ -1,0 +1,77 @@
+"""Calibration text as windows of tokens."""
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationMixin, PreTrainedTokenizerBase
+
+
+SAMPLES, SEQ_LEN = 128, 256
+# What the papers of all rules use, on C4.
+SOURCE_SAMPLES, SOURCE_SEQ_LEN = 128, 2048
+
+
+def random_windows(
+    ids: torch.Tensor, samples: int = SAMPLES, seq_len: int = SEQ_LEN, seed: int = 0
+) -> list[dict[str, torch.Tensor]]:
+    """
+    Windows that start anywhere in a text, as batches for [`initialize_masks`].
+
+    Args:
+        ids (`torch.Tensor`): The token ids of the text, int64 `[tokens]`.
+        samples (`int`, defaults to 128): Number of windows.
+        seq_len (`int`, defaults to 256): Length of a window, in tokens.
+        seed (`int`): Seed of their positions.
+
+    Returns:
+        `list[dict[str, torch.Tensor]]`: Batches of up to 8 windows.
+
+    Raises:
+        `ValueError`: if the text is shorter than one window.
+    """
+    if len(ids) < seq_len:
+        raise ValueError(
+            f"the text has {len(ids)} tokens, fewer than a calibration window of {seq_len}; lower seq_len."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(ids) - seq_len + 1, (samples, 1), generator=generator)
+    return [{"input_ids": batch} for batch in ids[starts + torch.arange(seq_len)].split(8)]
+
+
+@torch.no_grad()
+def generated_text(
+    model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, samples: int = SAMPLES, seq_len: int = SEQ_LEN
+) -> torch.Tensor:
+    """
+    Text that the model itself samples, for those who have none: every sequence from the start token on.
+
+    Draws from torch's own generator.
+
+    Args:
+        model (`GenerationMixin`): The dense model.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        samples (`int`, defaults to 128): Number of sequences.
+        seq_len (`int`, defaults to 256): Length of each, in tokens.
+
+    Returns:
+        `torch.Tensor`: int64 `[samples * seq_len]`.
+    """
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise ValueError("the tokenizer has neither a bos nor an eos token to start a text from; pass a text.")
+    sequences = []
+    for count in tqdm([32] * (samples // 32) + [samples % 32] * (samples % 32 > 0), desc="generating text"):
+        prompt = torch.full((count, 1), first, device=model.device)
+        # An end of text is a token like any other here: every sequence has the full length.
+        text = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=seq_len - 1,
+            max_new_tokens=seq_len - 1,
+            pad_token_id=first,
+        )
+        sequences.append(text.cpu())
+    return torch.cat(sequences).flatten()

@@ -1,0 +1,182 @@
+"""Starting masks that somebody else made: adapters, pruned checkpoints, mask files."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import nn
+
+from ..subset import mask_of, mode, mode_codes, unpack_codes
+from ..tuner import MaskProConfig, MaskProLayer, logit_scale, masked_layers
+from ..tuner.layer import to_planes
+
+
+MASKLLM_FILE = "mask_compressed.npz"
+
+# Gives the mask of a layer, bool `[out_features, m, groups]`, by its name in the base model.
+Reader = Callable[[str, MaskProLayer], torch.Tensor]
+Tensors = dict[str, Callable[[], torch.Tensor]]
+
+
+@torch.no_grad()
+def fill_masks(model: nn.Module, adapter_name: str, source: str) -> None:
+    """
+    Fill the starting masks of an adapter from a file or folder.
+
+    Args:
+        model (`torch.nn.Module`): A model with a mask adapter.
+        adapter_name (`str`): The adapter.
+        source (`str`): A folder or Hub id with a mask adapter, a pruned checkpoint (its zeros) or MaskLLM's
+            `mask_compressed.npz`; such an `.npz` file; or a `.safetensors` file with a bool or 0/1 tensor per
+            parameter, named like the parameter, with or without `.mask` at the end. Nothing is unpickled.
+
+    Raises:
+        `ValueError`: naming the first layer whose mask is missing, has another shape or violates the pattern; nothing
+            is filled then.
+    """
+    layers = masked_layers(model, adapter_name)
+    with ExitStack() as stack:
+        read = _reader(_locate(source), stack, layers, adapter_name)
+        masks = {name: read(name, layer) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.set_initial_mask(adapter_name, masks[name])
+
+
+def _locate(source: str) -> Path:
+    path = Path(source)
+    if path.exists():
+        return path
+    if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix in (".npz", ".safetensors"):
+        raise ValueError(f"{source} does not exist; pass a folder, a .npz or .safetensors file, or a Hub id.")
+    return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", MASKLLM_FILE]))
+
+
+def _reader(path: Path, stack: ExitStack, layers: dict[str, MaskProLayer], adapter_name: str) -> Reader:
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            return _adapter_reader(path, stack)
+        if (path / MASKLLM_FILE).is_file():
+            return _reader(path / MASKLLM_FILE, stack, layers, adapter_name)
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{path} has no adapter, no {MASKLLM_FILE} and no safetensors checkpoint.")
+        return _parameter_reader(_tensors(files, stack), adapter_name, _of_zeros, "weight")
+    if path.suffix == ".npz":
+        # Without pickles, which numpy would run.
+        arrays = stack.enter_context(np.load(path, allow_pickle=False))
+        masks: Tensors = {key.removesuffix(".mask"): partial(_array, arrays, key) for key in arrays.files}
+        return _parameter_reader(masks, adapter_name, _of_bits, "mask")
+    if path.suffix == ".safetensors":
+        masks = {key.removesuffix(".mask"): get for key, get in _tensors([path], stack).items()}
+        return _parameter_reader(masks, adapter_name, _of_numbers, "mask")
+    raise ValueError(f"{path} is neither .npz nor .safetensors; convert it, since pickled files are not read.")
+
+
+def _tensors(files: list[Path], stack: ExitStack) -> Tensors:
+    """What gives each tensor of some safetensors files."""
+    known: Tensors = {}
+    for file in files:
+        handle = stack.enter_context(safe_open(file, framework="pt"))
+        for key in handle.keys():  # noqa: SIM118, the handle is no dict
+            known[key] = partial(handle.get_tensor, key)
+    return known
+
+
+def _array(arrays: Any, key: str) -> torch.Tensor:
+    return torch.from_numpy(arrays[key])
+
+
+def _parameter_reader(
+    known: Tensors,
+    adapter_name: str,
+    interpret: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    what: str,
+) -> Reader:
+    """Reads what is kept by parameter; `interpret` makes scores of a tensor, in the parameter's shape."""
+
+    def read(name: str, layer: MaskProLayer) -> torch.Tensor:
+        weight, config = layer.get_base_layer().weight, layer.maskpro_config[adapter_name]
+        key = f"{name}.weight"
+        if key not in known:
+            raise ValueError(f"the source has no {what} for {key}.")
+        try:
+            scores = to_planes(layer.out_in(interpret(known[key](), weight)), config.m)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+        kept = (scores != 0).sum(1)
+        fits = kept == config.n if what == "mask" else kept <= config.n
+        if not fits.all():
+            raise ValueError(
+                f"{key}: {int((~fits).sum()):,} of {kept.numel():,} groups do not keep {config.n} of {config.m}; "
+                "pass the n and m of the source."
+            )
+        return mode(scores.float(), config.n).to(weight.device)
+
+    return read
+
+
+def _check_shape(tensor: torch.Tensor, weight: torch.Tensor) -> None:
+    if tensor.shape != weight.shape:
+        raise ValueError(f"the source has shape {list(tensor.shape)}, the model {list(weight.shape)}.")
+
+
+def _of_zeros(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A pruned weight: where fewer than n are left, a zero is kept, which changes nothing."""
+    _check_shape(tensor, weight)
+    return tensor.abs()
+
+
+def _of_numbers(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    _check_shape(tensor, weight)
+    if not ((tensor == 0) | (tensor == 1)).all():
+        raise ValueError("a mask is bool or holds nothing but 0 and 1.")
+    return tensor
+
+
+def _of_bits(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """MaskLLM's: the bits of the flattened mask, highest bit first, padded to a byte."""
+    size = -(-weight.numel() // 8)
+    if tensor.dtype != torch.uint8 or tensor.shape != (size,):
+        raise ValueError(
+            f"the source has {tensor.dtype} of shape {list(tensor.shape)}, and {weight.numel():,} weights need "
+            f"{size:,} packed bytes."
+        )
+    shifts = torch.arange(7, -1, -1)
+    return ((tensor.unsqueeze(1) >> shifts) & 1).flatten()[: weight.numel()].view(weight.shape)
+
+
+def _adapter_reader(folder: Path, stack: ExitStack) -> Reader:
+    """The learned mask of a saved mask adapter."""
+    config = MaskProConfig.from_pretrained(str(folder))
+    if not isinstance(config, MaskProConfig):
+        raise ValueError(f"{folder} is a {config.peft_type.value} adapter, not a mask adapter.")
+    tensors = _tensors([folder / "adapter_model.safetensors"], stack)
+
+    def read(name: str, layer: MaskProLayer) -> torch.Tensor:
+        key = f"base_model.model.{name}.maskpro_"
+        if f"{key}mask" not in tensors:
+            raise ValueError(f"the source has no mask for {name}.weight.")
+        own: Any = next(iter(layer.maskpro_config.values()))
+        if (config.n, config.m) != (own.n, own.m):
+            raise ValueError(
+                f"the source is {config.pattern} and the adapter {own.pattern}; pass the source's n and m."
+            )
+        packed = tensors[f"{key}mask"]()
+        device = layer.get_base_layer().weight.device
+        try:
+            codes = unpack_codes(packed, config.n, config.m, layer.in_features)
+        except ValueError as error:
+            raise ValueError(f"{name}.weight: {error}") from error
+        if len(codes) != layer.out_features:
+            raise ValueError(f"{name}.weight: the source has {len(codes)} rows, the model {layer.out_features}.")
+        if f"{key}theta" in tensors:
+            codes = mode_codes(tensors[f"{key}theta"](), packed, logit_scale(config), config.n)
+        return mask_of(codes, config.m).to(device)
+
+    return read

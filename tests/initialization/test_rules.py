@@ -1,0 +1,133 @@
+"""Every rule against a slow second way, element by element or with explicit inverses."""
+
+import itertools
+
+import pytest
+import torch
+
+from hf_maskpro.initialization import gblm, magnitude, pruner_zero, ria, sparsegpt, swaps, wanda
+from hf_maskpro.initialization.walk import Calibration, Inputs
+from hf_maskpro.subset import mode
+from hf_maskpro.tuner.layer import to_planes
+
+
+def random_layer(out_features=6, in_features=16, sequences=3, tokens=20):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    # Features that differ in size and go together, as they do in a model.
+    mix = torch.randn(in_features, in_features, generator=generator)
+    inputs = torch.randn(sequences, tokens, in_features, generator=generator) @ mix
+    gathered = Inputs(in_features, torch.device("cpu"), with_gram=True)
+    for sequence in inputs:
+        gathered.update(sequence.unsqueeze(0), 1)
+    gradient = torch.rand(out_features, in_features, generator=generator)
+    return weight, inputs.flatten(0, 1), Calibration(gathered, gradient)
+
+
+def by_element(formula, weight):
+    return torch.tensor([[formula(i, j) for j in range(weight.shape[1])] for i in range(weight.shape[0])])
+
+
+def test_inputs_add_up_over_batches():
+    _, inputs, calibration = random_layer()
+    plain = Inputs(16, torch.device("cpu"), with_gram=False)
+    plain.update(inputs.view(3, 20, 16), 3)
+    assert plain.sequences == calibration.inputs.sequences == 3
+    torch.testing.assert_close(plain.squares, calibration.inputs.squares)
+    torch.testing.assert_close(
+        calibration.inputs.gram.double(), inputs.double().T @ inputs.double(), rtol=1e-5, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
+def test_scores_and_masks(n, m):
+    weight, inputs, calibration = random_layer()
+    w, x, g = weight.double(), inputs.double(), calibration.gradient.double()
+    norm = [sum(row[j] ** 2 for row in x) ** 0.5 for j in range(16)]
+    low, high = min(g.flatten().tolist()), max(g.flatten().tolist())
+    formulas = {
+        magnitude: lambda i, j: abs(w[i, j]),
+        wanda: lambda i, j: abs(w[i, j]) * norm[j],
+        ria: lambda i, j: (
+            (abs(w[i, j]) / sum(abs(v) for v in w[i]) + abs(w[i, j]) / sum(abs(v) for v in w[:, j])) * norm[j] ** 0.5
+        ),
+        gblm: lambda i, j: abs(w[i, j]) * (norm[j] / 3**0.5 + 100 * g[i, j]),
+        pruner_zero: lambda i, j: w[i, j] ** 2 * (g[i, j] - low) / (high - low),
+    }
+    for rule, formula in formulas.items():
+        expected = by_element(formula, weight)
+        scores = rule.scores(weight, calibration)
+        torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-8)
+        by_group = expected.view(6, -1, m)
+        keep = torch.zeros_like(by_group, dtype=torch.bool).scatter(2, by_group.topk(n, dim=2).indices, True)
+        assert torch.equal(mode(to_planes(scores, m), n), keep.transpose(1, 2))
+
+
+@pytest.mark.parametrize("rule", [ria, gblm, pruner_zero])
+def test_zeros_do_not_become_nan(rule):
+    weight, _, calibration = random_layer()
+    weight[0], weight[:, 0] = 0, 0
+    calibration.inputs.squares = torch.zeros(16)
+    calibration.gradient.zero_()
+    assert rule.scores(weight, calibration).isfinite().all()
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4)])
+def test_sparsegpt_is_the_optimal_brain_surgeon(n, m):
+    """Column by column with the inverse of what is left of H, in float64, as its derivation says."""
+    weight, _, calibration = random_layer(in_features=24)
+    hessian = calibration.inputs.gram.double()
+    hessian = hessian + torch.eye(24) * 0.01 * hessian.diagonal().mean()
+    w, keep = weight.double(), torch.zeros(6, 24, dtype=torch.bool)
+    for j in range(24):
+        # With the columns before j settled, the problem is that of the columns from j on.
+        if j % m == 0:
+            variances = [torch.linalg.inv(hessian[k:, k:])[0, 0] for k in range(j, j + m)]
+            scores = w[:, j : j + m] ** 2 / torch.stack(variances)
+            keep[:, j : j + m].scatter_(1, scores.topk(n, dim=1).indices, True)
+        inverse = torch.linalg.inv(hessian[j:, j:])
+        error = torch.where(keep[:, j], 0, w[:, j]) / inverse[0, 0]
+        w[:, j:] -= error.unsqueeze(1) * inverse[0]
+    mine = sparsegpt.mask(weight, calibration, n, m)
+    assert torch.equal(mine, keep.view(6, -1, m).transpose(1, 2))
+
+
+def test_sparsegpt_over_several_blocks_and_with_unused_features(monkeypatch):
+    weight, _, calibration = random_layer(in_features=24)
+    calibration.inputs.gram[5], calibration.inputs.gram[:, 5] = 0, 0
+    before = weight.clone()
+    whole = sparsegpt.mask(weight, calibration, 2, 4)
+    monkeypatch.setattr(sparsegpt, "BLOCK", 8)
+    assert torch.equal(sparsegpt.mask(weight, calibration, 2, 4), whole)
+    assert torch.equal(weight, before)
+    assert not whole[:, 1, 1].any()
+
+
+def errors(weight, inputs, mask):
+    """By the outputs themselves."""
+    dropped = torch.where(mask.transpose(1, 2).flatten(1), 0, weight).double()
+    return (inputs.double() @ dropped.T).square().sum(0)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4)])
+def test_swaps_end_in_a_local_optimum(n, m):
+    weight, inputs, calibration = random_layer()
+    generator = torch.Generator().manual_seed(1)
+    start = torch.rand(6, m, 16 // m, generator=generator).argsort(1).argsort(1) < n
+    refined = swaps.refine(weight, start, calibration.inputs.gram)
+    assert (refined.sum(1) == n).all()
+    before, after = errors(weight, inputs, start), errors(weight, inputs, refined)
+    gram = calibration.inputs.gram
+    torch.testing.assert_close(swaps.reconstruction_error(weight, refined, gram), after, rtol=1e-4, atol=0)
+    assert (after < before).all()
+    for group, out, into in itertools.product(range(16 // m), range(m), range(m)):
+        neighbour = refined.clone()
+        neighbour[:, out, group], neighbour[:, into, group] = refined[:, into, group], refined[:, out, group]
+        assert (errors(weight, inputs, neighbour) >= after * (1 - 1e-5)).all()
+
+
+def test_swaps_leave_an_optimum_alone():
+    weight, _, calibration = random_layer()
+    start = torch.rand(6, 4, 4).argsort(1).argsort(1) < 2
+    refined = swaps.refine(weight, start, calibration.inputs.gram)
+    assert torch.equal(swaps.refine(weight, refined, calibration.inputs.gram), refined)

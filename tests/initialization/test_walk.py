@@ -1,0 +1,243 @@
+"""The calibration walk, on every family of models that it must know."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen3Config,
+)
+
+from hf_maskpro import MaskProConfig, initialize_masks
+from hf_maskpro.initialization import random_windows, swaps
+from hf_maskpro.initialization.gradients import gradient_norms
+from hf_maskpro.initialization.walk import walk
+from hf_maskpro.subset import mask_of
+from hf_maskpro.tuner import masked_layers
+
+from ..conftest import tiny_gpt2, tiny_llama
+
+
+def batches(ids):
+    return [{"input_ids": ids[:2], "labels": ids[:2]}, {"input_ids": ids[2:]}]
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
+def test_every_layer_sees_what_the_masked_layers_before_it_produce(make, ids, n, m):
+    """Against a slow second way: hooks on whole forward passes, one decoder layer masked after another."""
+    model = get_peft_model(make(), MaskProConfig(n=n, m=m, init_mask="wanda"))
+    initialize_masks(model, batches(ids))
+    layers = masked_layers(model)
+
+    reference = get_peft_model(make(), MaskProConfig(n=n, m=m)).eval()
+    theirs = masked_layers(reference)
+    for block in range(2):
+        squares = {}
+        handles = []
+        for name, layer in theirs.items():
+            layer.enable_adapters(f".{block}." not in name and any(f".{b}." in name for b in range(block)))
+            if f".{block}." in name:
+
+                def add(module, args, name=name, squares=squares):
+                    squares[name] = squares.get(name, 0) + args[0].flatten(0, -2).square().sum(0)
+
+                handles.append(layer.register_forward_pre_hook(add))
+        with torch.no_grad():
+            reference(input_ids=ids)
+        for handle in handles:
+            handle.remove()
+        for name, square in squares.items():
+            layer = theirs[name]
+            rows = layer.out_in(layer.get_base_layer().weight.detach()).abs() * square.sqrt()
+            keep = torch.zeros_like(rows, dtype=torch.bool).view(len(rows), -1, m)
+            keep.scatter_(2, rows.view(len(rows), -1, m).topk(n, dim=-1).indices, True)
+            layer.set_initial_mask("default", keep.transpose(1, 2))
+            mine = mask_of(layers[name].initial_codes("default"), m)
+            assert torch.equal(mine, keep.transpose(1, 2)), name
+        for layer in theirs.values():
+            layer.enable_adapters(True)
+
+
+def test_every_decoder_layer_gets_its_own_arguments(ids):
+    """Models that mix sliding and full attention give each layer another mask and other positions."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=34,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+    model = get_peft_model(Gemma3ForCausalLM(config).eval(), MaskProConfig(init_mask="wanda"))
+    seen, outputs = [], []
+    block = model.base_model.model.model.layers[2]
+    block.register_forward_hook(lambda module, args, output: seen.append(output))
+    initialize_masks(model, [{"input_ids": ids}])
+    walked = seen[-1]
+    block.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert torch.equal(walked, outputs[0])
+
+
+def test_a_second_adapter_on_fewer_layers(ids):
+    model = get_peft_model(tiny_llama(), MaskProConfig())
+    model.add_adapter("narrow", MaskProConfig(init_mask="wanda", target_modules=["up_proj"]))
+    model.set_adapter("narrow")
+    initialize_masks(model, batches(ids))
+    assert len(masked_layers(model, "narrow")) == 2
+
+
+def test_layers_in_eval_mode_stay_there(ids):
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="wanda"))
+    initialize_masks(model, batches(ids))
+    assert not any(layer.training for layer in masked_layers(model).values())
+
+
+def test_state_is_left_as_it_was(ids):
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="wanda")).train()
+    initialize_masks(model, batches(ids))
+    assert model.training
+    for layer in masked_layers(model).values():
+        assert layer.training
+        assert not layer.disable_adapters
+        assert layer.maskpro_theta["default"].requires_grad
+        assert not layer._forward_pre_hooks
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_data_free_masks_are_left_alone(ids):
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="random"))
+    before = [layer.maskpro_mask["default"].clone() for layer in masked_layers(model).values()]
+    initialize_masks(model)
+    after = [layer.maskpro_mask["default"] for layer in masked_layers(model).values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_bad_input():
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="wanda"))
+    with pytest.raises(ValueError, match="needs calibration text"):
+        initialize_masks(model)
+    with pytest.raises(ValueError, match="calibration data is empty"):
+        initialize_masks(model, [])
+
+
+SIZES = {
+    "vocab_size": 34,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+FAMILIES = [
+    LlamaConfig(**SIZES),
+    Qwen3Config(**SIZES),
+    MistralConfig(**SIZES),
+    Gemma3TextConfig(**SIZES, layer_types=["sliding_attention", "full_attention"], sliding_window=4),
+    PhiConfig(**SIZES),
+    GPT2Config(vocab_size=34, n_embd=16, n_layer=2, n_head=2, n_positions=64),
+    OPTConfig(**SIZES, ffn_dim=32, word_embed_proj_dim=16),
+]
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.model_type)
+@pytest.mark.parametrize("rule", ["wanda", "ria", "sparsegpt", "gblm", "pruner-zero", "random+swaps"])
+def test_families(config, rule, ids):
+    """In bfloat16, every rule gives every layer of every family a mask, and leaves the model as it was."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = get_peft_model(base, MaskProConfig(init_mask=rule))
+    initialize_masks(model, batches(ids))
+    for layer in masked_layers(model).values():
+        assert (mask_of(layer.initial_codes("default"), 4).sum(1) == 2).all()
+        assert not layer.dense
+        assert not layer.get_base_layer().weight.requires_grad
+    model.unload()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    assert model.peft_config["default"].start["calibration"] == {"sequences": 4, "tokens": 48}
+
+
+def test_layers_with_the_same_input_share_what_is_gathered(ids):
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="wanda"))
+    seen = {}
+    walk(model, "default", batches(ids), True, lambda name, layer, inputs: choose(seen, name, layer, inputs))
+    first = {name.split(".")[-1]: inputs for name, inputs in seen.items() if ".0." in name}
+    assert first["q_proj"] is first["k_proj"] is first["v_proj"]
+    assert first["gate_proj"] is first["up_proj"]
+    assert len(set(map(id, first.values()))) == 4
+    assert all(inputs.sequences == 4 for inputs in first.values())
+
+
+def choose(seen, name, layer, inputs):
+    seen[name] = inputs
+    layer.set_initial_mask(
+        "default", torch.ones(layer.out_features, 4, 1).cumsum(1).expand(-1, -1, layer.in_features // 4) <= 2
+    )
+
+
+@pytest.mark.parametrize("rule", ["magnitude", "wanda", "sparsegpt"])
+def test_swaps_lower_the_error_of_every_layer(rule, ids):
+    """Of the first decoder layer, whose inputs are the same before and after."""
+    masks = {}
+    for method in (rule, f"{rule}+swaps"):
+        model = get_peft_model(tiny_llama(), MaskProConfig(init_mask=method))
+        initialize_masks(model, batches(ids))
+        layers = masked_layers(model)
+        masks[method] = {name: mask_of(layer.initial_codes("default"), 4) for name, layer in layers.items()}
+    left = model.peft_config["default"].start["error_left"]
+    assert 0 < left["median"] <= left["largest"] <= 1
+
+    def measure(name, layer, inputs):
+        weight = layer.get_base_layer().weight.detach()
+        before, after = (swaps.reconstruction_error(weight, masks[m][name], inputs.gram).sum() for m in masks)
+        if ".0." in name:
+            assert after < before, name
+        layer.set_initial_mask("default", masks[f"{rule}+swaps"][name])
+
+    walk(model, "default", batches(ids), True, measure)
+
+
+def test_gradients_are_those_of_single_sequences(ids):
+    for make in (tiny_llama, tiny_gpt2):
+        model = get_peft_model(make(), MaskProConfig(init_mask="random"))
+        norms = gradient_norms(model, "default", [{"input_ids": ids[:3]}, {"input_ids": ids[3:]}])
+        dense = make()
+        squares = {}
+        for row in ids:
+            dense.zero_grad()
+            dense(input_ids=row[None], labels=row[None]).loss.backward()
+            for name, parameter in dense.named_parameters():
+                squares[name] = squares.get(name, 0) + parameter.grad.square()
+        for name, layer in masked_layers(model).items():
+            torch.testing.assert_close(norms[name], layer.out_in(squares[f"{name}.weight"]).sqrt())
+
+
+def test_windows_start_anywhere_and_by_the_seed():
+    ids = torch.arange(100)
+    windows = torch.cat([batch["input_ids"] for batch in random_windows(ids, samples=50, seq_len=10, seed=1)])
+    assert windows.shape == (50, 10)
+    assert torch.equal(windows - windows[:, :1], torch.arange(10).expand(50, 10))
+    assert len({int(start) % 10 for start in windows[:, 0]}) > 5
+    again = torch.cat([batch["input_ids"] for batch in random_windows(ids, samples=50, seq_len=10, seed=1)])
+    other = torch.cat([batch["input_ids"] for batch in random_windows(ids, samples=50, seq_len=10, seed=2)])
+    assert torch.equal(windows, again)
+    assert not torch.equal(windows, other)
+    assert len(random_windows(ids, 1, 100)[0]["input_ids"]) == 1
+    with pytest.raises(ValueError, match="100 tokens, fewer than a calibration window of 101"):
+        random_windows(ids, 1, 101)
