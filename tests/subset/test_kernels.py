@@ -44,20 +44,26 @@ def rows_of(mask):
     return mask.transpose(1, 2).flatten(1)
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("n", "m", "distribution"),
+    ("compiled", "n", "m", "distribution"),
     [
-        (2, 4, "plackett_luce"),
-        (2, 4, "conditional_poisson"),
-        (1, 4, "plackett_luce"),
-        (2, 3, "plackett_luce"),
-        (4, 8, "plackett_luce"),
-        (4, 8, "conditional_poisson"),
+        (False, 2, 4, "plackett_luce"),
+        (False, 2, 4, "conditional_poisson"),
+        (False, 1, 4, "plackett_luce"),
+        (False, 2, 3, "plackett_luce"),
+        (False, 4, 8, "plackett_luce"),
+        (False, 4, 8, "conditional_poisson"),
+        (True, 2, 4, "plackett_luce"),
+        (True, 2, 4, "conditional_poisson"),
+        pytest.param(True, 4, 8, "conditional_poisson", marks=SLOW),
+        pytest.param(True, 1, 4, "plackett_luce", marks=SLOW),
     ],
+    indirect=["compiled"],
 )
 def test_sample_and_update(compiled, n, m, distribution):
-    if compiled and (n, m) != (2, 4) and distribution == "plackett_luce":
-        pytest.skip("compiling takes long")
     theta, packed, weight, logits = layer(n, m)
     assert torch.equal(mask_of(kernels.mode_codes(theta, packed, 2.0, n), m), mode(logits, n))
     assert torch.equal(kernels.mode_and_apply(weight, theta, packed, 2.0, n) != 0, rows_of(mode(logits, n)))
@@ -107,6 +113,7 @@ def test_eight_of_sixteen():
     torch.testing.assert_close(moved, theta + score(logits, drawn, "conditional_poisson"), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=SLOW)], indirect=True)
 def test_theta_in_any_memory_order(compiled):
     theta, packed, weight, _ = layer(2, 4)
     other = theta.contiguous()
