@@ -1,0 +1,171 @@
+"""
+Every one-shot rule, and both learners from the best of them, on one model, text and protocol. Each row is made by the
+command line in a process of its own. Rows that are in the file of results are not made again, so an interrupted call
+goes on where it stopped.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import protocol
+
+from hf_maskpro.tuner import RULES
+
+
+REFINED = ("wanda+swaps", "sparsegpt+swaps")
+
+
+def run(arguments: list[str]) -> tuple[str, float, int]:
+    """Output, seconds and peak memory of one command."""
+    command = [sys.executable, "-W", "ignore", "-m", "hf_maskpro.cli", *arguments]
+    begun = time.perf_counter()
+    process = subprocess.Popen(command, env=os.environ | protocol.KEEP_MEMORY, stdout=subprocess.PIPE, text=True)
+    output: list[str] = []
+    # Read beside, since wait4, which tells the memory of this child alone, comes before the rest of its output.
+    reader = threading.Thread(target=lambda: output.append(process.stdout.read()))
+    reader.start()
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
+    reader.join()
+    if status:
+        raise SystemExit(f"{' '.join(arguments)} failed; its message is above.")
+    return output[0], time.perf_counter() - begun, usage.ru_maxrss * 1024
+
+
+def evaluate(base: str, held_out: Path, max_tokens: int | None, adapter: Path | None) -> tuple[float, int]:
+    command = ["eval", "--model", base, "--text", str(held_out), "--seq-len", str(protocol.SEQ_LEN), "--json"]
+    command += ["--adapter", str(adapter)] if adapter else []
+    command += ["--max-tokens", str(max_tokens)] if max_tokens else []
+    output, _, peak = run(command)
+    return json.loads(output)["perplexity"], peak
+
+
+def bits(base: str, adapter: Path | None) -> float | None:
+    if adapter is None:
+        return None
+    return json.loads(run(["inspect", str(adapter), "--json"])[0])["bits_per_weight"]
+
+
+def one_shot(method: str, base: str, work: Path, options: list[str]) -> tuple[Path, dict[str, Any]]:
+    adapter = work / method
+    command = ["init", "--model", base, "--method", method, "--output", str(adapter), "--overwrite", *options]
+    command += ["--text", str(work / "calibration.txt")]
+    _, seconds, peak = run(command)
+    lineage = json.loads((adapter / "adapter_config.json").read_text())["lineage"][0]
+    return adapter, {"seconds": seconds, "peak_bytes": peak, "steps": 0, "error_left": lineage.get("error_left")}
+
+
+def learned(
+    estimator: str, start: Path, base: str, work: Path, steps: int, options: list[str]
+) -> tuple[Path, dict[str, Any]]:
+    adapter = work / estimator
+    command = ["train", "--model", base, "--adapter", str(start), "--estimator", estimator, "--output", str(adapter)]
+    command += ["--text", str(work / "calibration.txt"), "--max-steps", str(steps), "--json", *options]
+    command += ["--resume"] if list(adapter.glob("checkpoint-*")) else ["--overwrite"]
+    output, seconds, peak = run(command)
+    figures = json.loads(output.splitlines()[-1])
+    return adapter, {"seconds": seconds, "peak_bytes": peak, "steps": steps, "changed": figures["changed"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", type=Path, required=True, help="WikiText-2's raw text")
+    parser.add_argument("--model", help="a local folder or a Hub id; SmolLM2-135M-Instruct if absent")
+    parser.add_argument("--work", type=Path, default=Path("leaderboard"), help="folder for texts and adapters")
+    parser.add_argument("--results", type=Path, default=Path("docs/assets/leaderboard.json"))
+    parser.add_argument("--plot", type=Path, default=Path("docs/assets/leaderboard.png"))
+    parser.add_argument(
+        "--seconds", type=float, default=900, help="time budget of each learner, which decides its steps"
+    )
+    parser.add_argument("--max-tokens", type=int, help="use no more of the held-out text than this, in tokens")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON, not as a table")
+    args = parser.parse_args()
+    base = protocol.prepare(args.text, args.model, args.work)
+    held_out = args.work / "held_out.txt"
+    rows = protocol.read(args.results)
+
+    def add(method: str, make) -> None:
+        if any(row["method"] == method for row in rows):
+            return
+        print(method, file=sys.stderr)
+        adapter, figures = make()
+        value, peak = evaluate(base, held_out, args.max_tokens, adapter)
+        figures = {"peak_bytes": peak, "seconds": 0.0, "steps": 0} | figures
+        rows.append({"method": method, "perplexity": value, "bits_per_weight": bits(base, adapter), **figures})
+        protocol.write(args.results, rows)
+
+    add("dense", lambda: (None, {}))
+    for method in (*RULES, *REFINED):
+        add(method, lambda method=method: one_shot(method, base, args.work, []))
+    best = min((row for row in rows if row["steps"] == 0 and row["method"] != "dense"), key=lambda r: r["perplexity"])
+    for estimator in ("simple", "residual"):
+        name = f"{estimator} from {best['method']}"
+        if not any(row["method"] == name for row in rows):
+            steps = planned_steps(estimator, args.work / best["method"], base, args.work, args.seconds)
+            start = args.work / best["method"]
+            add(name, lambda e=estimator, s=steps, a=start: learned(e, a, base, args.work, s, []))
+    plot(rows, args.plot)
+    if args.json:
+        print(json.dumps(rows))
+        return
+    print(protocol.describe(args.text, args.max_tokens) + "\n")
+    print(table(rows))
+
+
+def planned_steps(estimator: str, start: Path, base: str, work: Path, seconds: float) -> int:
+    """How many steps the budget holds, by a trial of a few; its start and first step, which compiles, do not count."""
+    planned = work / f"{estimator}-steps.json"
+    if not planned.is_file():
+        trial = work / "trial"
+        taken = []
+        for steps in (2, 8):
+            command = ["train", "--model", base, "--adapter", str(start), "--estimator", estimator, "--json"]
+            command += ["--text", str(work / "calibration.txt"), "--max-steps", str(steps), "--output", str(trial)]
+            taken.append(json.loads(run([*command, "--overwrite"])[0].splitlines()[-1])["seconds"])
+        step = (taken[1] - taken[0]) / 6
+        planned.write_text(json.dumps(max(1, int((seconds - taken[0]) / step))))
+    return json.loads(planned.read_text())
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        if row["method"] == "dense":
+            axes.axhline(row["perplexity"], linestyle="--", color="gray", label="dense")
+        else:
+            axes.scatter(row["seconds"], row["perplexity"])
+            axes.annotate(
+                row["method"], (row["seconds"], row["perplexity"]), xytext=(5, 3), textcoords="offset points"
+            )
+    axes.set(xlabel="seconds", ylabel="held-out perplexity", xscale="log", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    names = ["method", "perplexity", "against dense", "seconds", "steps", "peak memory, MiB", "bits per weight"]
+    lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
+    dense = next(row["perplexity"] for row in rows if row["method"] == "dense")
+    for row in sorted(rows, key=lambda row: -row["perplexity"]):
+        width = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}"
+        cells = [row["method"], f"{row['perplexity']:,.2f}", f"{row['perplexity'] / dense:.2f}"]
+        cells += [f"{row['seconds']:.0f}", f"{row['steps']:,}", f"{row['peak_bytes'] / 2**20:,.0f}", width]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
