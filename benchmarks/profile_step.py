@@ -1,7 +1,6 @@
 """Where the time of a training step of `residual` goes, with either baseline, on a real model."""
 
 import argparse
-import gc
 import json
 import statistics
 import tempfile
@@ -75,7 +74,6 @@ class StepTimes(TrainerCallback):
 
 
 def profile(model_name: str | None, logits_dtype: str, baseline: str, steps: int) -> dict[str, float]:
-    gc.collect()
     forget_peak()
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation import windows
-from ..initialization import initialize_masks, needs_data, random_windows
+from ..initialization import initialize_masks, needs_data
+from ..tuner import RULES
 
 
 console = Console()
@@ -128,12 +129,17 @@ def _documents(dataset: str, characters: int) -> Iterator[str]:
             return
 
 
-def calibrate(masked: PeftModel, ids: torch.Tensor, samples: int, seq_len: int, seed: int, text: str) -> None:
-    """Fill the starting mask from random windows of a text, int64 `[tokens]`, and note in the adapter which it was."""
+def calibrate(masked: PeftModel, batches: list[dict[str, torch.Tensor]], text: str, seed: int) -> None:
+    """Fill the starting mask, and note in the adapter what it was calibrated on."""
     config = masked.peft_config["default"]
-    initialize_masks(masked, random_windows(ids, samples, seq_len, seed))
+    initialize_masks(masked, batches)
     if needs_data(config.init_mask):
         config.start["calibration"] |= {"text": text, "seed": seed}
+
+
+def init_mask(name: str) -> str:
+    """A starting mask as the configuration takes it, where a folder has a slash in its name."""
+    return f"./{name}" if name not in RULES and "/" not in name and Path(name).is_dir() else name
 
 
 def show(figures: dict[str, Any], as_json: bool) -> None:

@@ -16,8 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from ..evaluation import perplexity, windows
-from ..initialization.calibration import SAMPLES as CALIBRATION_SAMPLES
-from ..initialization.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
+from ..initialization import random_windows
 from ..trainer import MaskProTrainer, MaskProTrainingArguments
 from ..tuner import MaskProConfig, masked_layers
 from .common import calibrate, load_adapter, load_model, one_line_errors, read_text
@@ -141,7 +140,7 @@ def contestant(
     elif method in ("magnitude", "wanda"):
         masked = get_peft_model(model, MaskProConfig(init_mask=method))
         ids = windows(tokenizer, read_text(calibration), SEQ_LEN).flatten()
-        calibrate(masked, ids, CALIBRATION_SAMPLES, CALIBRATION_SEQ_LEN, seed=0, text=calibration.name)
+        calibrate(masked, random_windows(ids, seed=0), calibration.name, seed=0)
     else:
         assert start is not None
         masked = load_adapter(model, str(start), is_trainable=True)

@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..deploy import check_free
+from ..initialization import random_windows
 from ..initialization.calibration import SAMPLES, SEQ_LEN
 from ..trainer import MaskProTrainer, MaskProTrainingArguments
 from ..tuner import MaskProConfig
@@ -30,6 +31,7 @@ from .common import (
     show,
     text_name,
 )
+from .common import init_mask as source_or_rule
 
 
 Estimator = Annotated[Literal["residual", "simple"], typer.Option(help="Who moves the logits.")]
@@ -75,7 +77,7 @@ def train(
     config = MaskProConfig(
         n=known.n if n is None else n,
         m=known.m if m is None else m,
-        init_mask=init_mask or known.init_mask,
+        init_mask=known.init_mask if init_mask is None else source_or_rule(init_mask),
         logit_scale=logit_scale,
     )
     args = MaskProTrainingArguments(
@@ -102,8 +104,8 @@ def train(
         masked = get_peft_model(base, config)
         # A resumed run takes its starting mask from the checkpoint, together with the logits.
         if checkpoint is None:
-            window = min(SEQ_LEN, inputs.numel())
-            calibrate(masked, inputs.flatten(), SAMPLES, window, seed, text_name(text, dataset))
+            batches = random_windows(inputs.flatten(), SAMPLES, min(SEQ_LEN, inputs.numel()), seed)
+            calibrate(masked, batches, text_name(text, dataset), seed)
     else:
         masked = load_adapter(base, adapter, is_trainable=True)
         config = masked.peft_config["default"]

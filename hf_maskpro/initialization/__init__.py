@@ -1,13 +1,14 @@
 """Starting masks: one file per rule, the layer-by-layer walk that they share, refinement, and masks from elsewhere."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..subset import mask_of, mode
-from ..tuner import DATA_FREE, RULES, MaskProConfig, MaskProLayer
+from ..tuner import DATA_FREE, RULES, MaskProConfig, MaskProLayer, masked_layers, one_adapter, split_init_mask
 from ..tuner.layer import to_planes
 from . import gblm, magnitude, pruner_zero, ria, sparsegpt, swaps, wanda
 from .calibration import generated_text, random_windows
@@ -29,8 +30,8 @@ _SCORES = {
 
 def needs_data(init_mask: str) -> bool:
     """Whether a starting mask needs calibration text."""
-    rule = init_mask.removesuffix("+swaps")
-    return rule != init_mask or rule in set(RULES) - set(DATA_FREE)
+    rule, refined = split_init_mask(init_mask)
+    return refined or (rule in RULES and rule not in DATA_FREE)
 
 
 def initialize_masks(model: nn.Module, dataloader: Iterable[dict[str, Any]] | None = None) -> None:
@@ -42,7 +43,8 @@ def initialize_masks(model: nn.Module, dataloader: Iterable[dict[str, Any]] | No
     Args:
         model (`torch.nn.Module`): A model with a mask adapter.
         dataloader (`Iterable[dict]`, *optional*): Batches of calibration text, the arguments of the model's forward,
-            for instance from [`random_windows`]. Needed by every rule but these two, and by `"+swaps"`.
+            for instance from [`random_windows`]. Needed by every rule but these two, and by `"+swaps"`. Padding, by
+            the batch's `attention_mask`, does not count.
 
     Raises:
         `ValueError`: if the method needs data and there is none, or a mask from elsewhere does not fit.
@@ -58,44 +60,74 @@ def initialize_masks(model: nn.Module, dataloader: Iterable[dict[str, Any]] | No
     for name, config in adapters.items():
         if needs_data(config.init_mask) and batches is None:
             raise ValueError(f"init_mask={config.init_mask!r} needs calibration text; pass a dataloader.")
-        _initialize(model, name, config, batches or [])
+        with one_adapter(model, name):
+            _initialize(model, name, config, batches or [])
 
 
 def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batches: list[dict[str, Any]]) -> None:
-    rule = config.init_mask.removesuffix("+swaps")
-    refine = rule != config.init_mask
+    with_data = needs_data(config.init_mask)
+    rule, refined = split_init_mask(config.init_mask)
     if rule not in RULES:
         fill_masks(model, adapter_name, rule)
-    if not needs_data(config.init_mask):
+        if Path(rule).exists():
+            # The adapter may be shared: of a path it says no more than the last name.
+            config.init_mask = f"./{Path(rule).name}" + "+swaps" * refined
+            config.start["init_mask"] = config.init_mask
+    if not with_data:
         return
     gradients = gradient_norms(model, adapter_name, batches) if rule in ("gblm", "pruner-zero") else {}
     error_left: list[float] = []
 
-    def choose(name: str, layer: MaskProLayer, inputs: Inputs) -> None:
+    def choose(name: str, layer: MaskProLayer, inputs: Inputs | None) -> None:
         weight = layer.out_in(layer.get_base_layer().weight.detach()).float()
-        calibration = Calibration(inputs, gradients.get(name))
-        if rule == "sparsegpt":
-            mask = sparsegpt.mask(weight, calibration, config.n, config.m)
-        elif rule in _SCORES:
-            mask = mode(to_planes(_SCORES[rule](weight, calibration), config.m), config.n)
-        elif rule == "random":
-            mask = mode(to_planes(torch.rand_like(weight), config.m), config.n)
-        else:
+        calibration = Calibration(inputs, gradients.pop(name, None))
+        mask = _mask_by_rule(rule, weight, calibration, config, name)
+        if mask is None:
             mask = mask_of(layer.initial_codes(adapter_name), config.m)
-        if refine:
+        if refined:
+            assert inputs is not None
             assert inputs.gram is not None
-            before = swaps.reconstruction_error(weight, mask, inputs.gram).sum()
+            before = swaps.reconstruction_error(weight, mask, inputs.gram).sum().item()
             mask = swaps.refine(weight, mask, inputs.gram)
-            after = swaps.reconstruction_error(weight, mask, inputs.gram).sum()
-            error_left.append((after / before).item())
+            after = swaps.reconstruction_error(weight, mask, inputs.gram).sum().item()
+            error_left.append(after / before if before > 0 else 1.0)
         layer.set_initial_mask(adapter_name, mask)
 
-    walk(model, adapter_name, batches, refine or rule == "sparsegpt", choose)
+    if rule == "pruner-zero" and not refined:
+        # It looks at no inputs.
+        for name, layer in masked_layers(model, adapter_name).items():
+            choose(name, layer, None)
+    else:
+        walk(model, adapter_name, batches, refined or rule == "sparsegpt", choose)
     config.start["calibration"] = {
         "sequences": sum(len(batch["input_ids"]) for batch in batches),
         "tokens": sum(batch["input_ids"].numel() for batch in batches),
     }
-    if refine:
+    if refined:
         # Of what every layer's outputs lose, the share that the swaps left: median and worst layer.
         left = torch.tensor(error_left)
         config.start["error_left"] = {"median": left.median().item(), "largest": left.max().item()}
+
+
+def _mask_by_rule(
+    rule: str, weight: torch.Tensor, calibration: Calibration, config: MaskProConfig, name: str
+) -> torch.Tensor | None:
+    """A layer's mask, bool `[out_features, m, groups]`; `None` if it comes from a source."""
+    if rule not in RULES:
+        return None
+    if rule == "random":
+        # As a random mask is drawn where no data is needed: on the CPU, whatever the model's device.
+        draws = torch.rand(weight.shape[0], config.m, weight.shape[1] // config.m, device="cpu")
+        return mode(draws.to(weight.device), config.n)
+    inputs = calibration.inputs
+    if inputs is not None and not inputs.squares.any():
+        # Of a layer that has seen nothing the inputs tell nothing.
+        rule = "magnitude"
+    if rule == "sparsegpt":
+        try:
+            return sparsegpt.mask(weight, calibration, config.n, config.m)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"{name}: the Hessian of its inputs is not positive definite; calibrate on more or other text."
+            ) from error
+    return mode(to_planes(_SCORES[rule](weight, calibration), config.m), config.n)

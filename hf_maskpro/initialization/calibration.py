@@ -2,7 +2,7 @@
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationMixin, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
 
 SAMPLES, SEQ_LEN = 128, 256
@@ -40,7 +40,7 @@ def random_windows(
 @torch.no_grad()
 def generated_text(
     model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, samples: int = SAMPLES, seq_len: int = SEQ_LEN
-) -> torch.Tensor:
+) -> list[dict[str, torch.Tensor]]:
     """
     Text that the model itself samples, for those who have none: every sequence from the start token on.
 
@@ -53,25 +53,23 @@ def generated_text(
         seq_len (`int`, defaults to 256): Length of each, in tokens.
 
     Returns:
-        `torch.Tensor`: int64 `[samples * seq_len]`.
+        `list[dict[str, torch.Tensor]]`: Batches for [`initialize_masks`].
+
+    Raises:
+        `ValueError`: if the tokenizer has neither a start nor an end token.
     """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise ValueError("the tokenizer has neither a bos nor an eos token to start a text from; pass a text.")
-    sequences = []
-    for count in tqdm([32] * (samples // 32) + [samples % 32] * (samples % 32 > 0), desc="generating text"):
-        prompt = torch.full((count, 1), first, device=model.device)
-        # An end of text is a token like any other here: every sequence has the full length.
-        text = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            min_new_tokens=seq_len - 1,
-            max_new_tokens=seq_len - 1,
-            pad_token_id=first,
-        )
-        sequences.append(text.cpu())
-    return torch.cat(sequences).flatten()
+    # No end token, so that every sequence has the full length, and nothing of the model's own taste in sampling.
+    settings = GenerationConfig(do_sample=True, max_new_tokens=seq_len - 1, top_k=0, pad_token_id=first)
+    before, model.generation_config = model.generation_config, settings
+    try:
+        batches = []
+        for count in tqdm([8] * (samples // 8) + [samples % 8] * (samples % 8 > 0), desc="generating text"):
+            prompt = torch.full((count, 1), first, device=model.device)
+            text = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+            batches.append({"input_ids": text.cpu()})
+        return batches
+    finally:
+        model.generation_config = before

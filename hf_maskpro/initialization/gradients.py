@@ -1,6 +1,5 @@
 """Gradients of the dense model's loss, for the rules that look at them."""
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -8,10 +7,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..tuner import evaluating, masked_layers
+from ..tuner import MaskProLayer, evaluating, masked_layers
 
 
-def gradient_norms(model: nn.Module, adapter_name: str, batches: Iterable[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def gradient_norms(model: nn.Module, adapter_name: str, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """
     L2 norm over the sequences of the gradient of every masked layer's weight, in the dense model.
 
@@ -21,44 +20,57 @@ def gradient_norms(model: nn.Module, adapter_name: str, batches: Iterable[dict[s
     Args:
         model (`torch.nn.Module`): A model with a mask adapter.
         adapter_name (`str`): The adapter whose layers are looked at.
-        batches (`Iterable[dict]`): Batches for the model's forward; without labels a text is its own.
+        batches (`list[dict]`): Batches for the model's forward; a text without labels is its own.
 
     Returns:
         `dict[str, torch.Tensor]`: float32 `[out_features, in_features]` by layer.
     """
     layers = masked_layers(model, adapter_name)
-    squares = {
-        name: torch.zeros_like(layer.get_base_layer().weight, dtype=torch.float32) for name, layer in layers.items()
-    }
-
-    def add(name: str, weight: torch.Tensor) -> None:
-        assert weight.grad is not None
-        squares[name] += weight.grad.float().square()
-        weight.grad = None
-
-    handles, trained = [], []
-    for name, layer in layers.items():
-        weight = layer.get_base_layer().weight
-        if not weight.requires_grad:
-            trained.append(weight.requires_grad_(True))
-        handles.append(weight.register_post_accumulate_grad_hook(partial(add, name)))
-        layer.dense = True
-    device = next(model.parameters()).device
-    sequences = [
-        {key: value[i : i + 1].to(device) for key, value in batch.items()}
-        for batch in batches
-        for i in range(len(batch["input_ids"]))
-    ]
+    weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+    # Layers may share a weight, which then has one gradient.
+    squares = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights.values()}
+    every_layer = [module for module in model.modules() if isinstance(module, MaskProLayer)]
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    handles = []
     try:
+        for parameter in trained:
+            parameter.requires_grad_(parameter in squares)
+        for weight, square in squares.items():
+            handles.append(weight.register_post_accumulate_grad_hook(partial(_add_and_free, square)))
+        for layer in every_layer:
+            layer.dense = True
+        device = next(model.parameters()).device
+        sequences = [
+            {key: value[i : i + 1] for key, value in batch.items()}
+            for batch in batches
+            for i in range(len(batch["input_ids"]))
+        ]
         with evaluating(model), torch.enable_grad():
             for sequence in tqdm(sequences, desc="gradients"):
-                labels = {} if "labels" in sequence else {"labels": sequence["input_ids"]}
-                model(**sequence, **labels, use_cache=False).loss.backward()
+                sequence = {key: value.to(device) for key, value in sequence.items()}
+                model(**_with_labels(sequence), use_cache=False).loss.backward()
     finally:
         for handle in handles:
             handle.remove()
-        for weight in trained:
-            weight.requires_grad_(False)
-        for layer in layers.values():
+        for parameter, required in trained.items():
+            parameter.requires_grad_(required)
+        for layer in every_layer:
             layer.dense = False
-    return {name: layer.out_in(squares[name]).sqrt() for name, layer in layers.items()}
+    for square in squares.values():
+        square.sqrt_()
+    return {name: layer.out_in(squares[weights[name]]) for name, layer in layers.items()}
+
+
+def _add_and_free(square: torch.Tensor, weight: torch.Tensor) -> None:
+    assert weight.grad is not None
+    square += weight.grad.float().square()
+    weight.grad = None
+
+
+def _with_labels(sequence: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if "labels" in sequence:
+        return sequence
+    labels = sequence["input_ids"]
+    if "attention_mask" in sequence:
+        labels = labels.masked_fill(sequence["attention_mask"] == 0, -100)
+    return {**sequence, "labels": labels}

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 
-from ..subset import mask_of, mode, mode_codes, unpack_codes
+from ..subset import mask_of, mode, mode_codes, pack, unpack, unpack_codes
 from ..tuner import MaskProConfig, MaskProLayer, logit_scale, masked_layers
 from ..tuner.layer import to_planes
 
@@ -43,9 +43,12 @@ def fill_masks(model: nn.Module, adapter_name: str, source: str) -> None:
     layers = masked_layers(model, adapter_name)
     with ExitStack() as stack:
         read = _reader(_locate(source), stack, layers, adapter_name)
-        masks = {name: read(name, layer) for name, layer in layers.items()}
+        # Packed, since all of them are held until the last one is known to fit.
+        config = next(iter(layers.values())).maskpro_config[adapter_name]
+        packed = {name: pack(read(name, layer), config.n, config.m) for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.set_initial_mask(adapter_name, masks[name])
+        mask = unpack(packed[name], config.n, config.m, layer.in_features)
+        layer.set_initial_mask(adapter_name, mask)
 
 
 def _locate(source: str) -> Path:
@@ -60,7 +63,7 @@ def _locate(source: str) -> Path:
 def _reader(path: Path, stack: ExitStack, layers: dict[str, MaskProLayer], adapter_name: str) -> Reader:
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
-            return _adapter_reader(path, stack)
+            return _adapter_reader(path, stack, adapter_name)
         if (path / MASKLLM_FILE).is_file():
             return _reader(path / MASKLLM_FILE, stack, layers, adapter_name)
         files = sorted(path.glob("*.safetensors"))
@@ -98,7 +101,7 @@ def _parameter_reader(
     interpret: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     what: str,
 ) -> Reader:
-    """Reads what is kept by parameter; `interpret` makes scores of a tensor, in the parameter's shape."""
+    """Reads what is kept by parameter; `interpret` tells of every weight whether the source keeps it."""
 
     def read(name: str, layer: MaskProLayer) -> torch.Tensor:
         weight, config = layer.get_base_layer().weight, layer.maskpro_config[adapter_name]
@@ -106,17 +109,20 @@ def _parameter_reader(
         if key not in known:
             raise ValueError(f"the source has no {what} for {key}.")
         try:
-            scores = to_planes(layer.out_in(interpret(known[key](), weight)), config.m)
+            keeps = to_planes(layer.out_in(interpret(known[key](), weight)), config.m).to(weight.device)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
-        kept = (scores != 0).sum(1)
+        kept = keeps.sum(1)
         fits = kept == config.n if what == "mask" else kept <= config.n
         if not fits.all():
             raise ValueError(
                 f"{key}: {int((~fits).sum()):,} of {kept.numel():,} groups do not keep {config.n} of {config.m}; "
                 "pass the n and m of the source."
             )
-        return mode(scores.float(), config.n).to(weight.device)
+        # Where a pruned group has fewer weights left, it may have kept a zero; else the largest of the dropped joins.
+        size = to_planes(layer.out_in(weight.detach()), config.m).float().abs()
+        size = size.masked_fill(size == 0, torch.finfo(torch.float32).max)
+        return mode(size.masked_fill(keeps, torch.inf), config.n)
 
     return read
 
@@ -127,16 +133,15 @@ def _check_shape(tensor: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 def _of_zeros(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A pruned weight: where fewer than n are left, a zero is kept, which changes nothing."""
     _check_shape(tensor, weight)
-    return tensor.abs()
+    return tensor != 0
 
 
 def _of_numbers(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     _check_shape(tensor, weight)
     if not ((tensor == 0) | (tensor == 1)).all():
         raise ValueError("a mask is bool or holds nothing but 0 and 1.")
-    return tensor
+    return tensor != 0
 
 
 def _of_bits(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -148,10 +153,10 @@ def _of_bits(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             f"{size:,} packed bytes."
         )
     shifts = torch.arange(7, -1, -1)
-    return ((tensor.unsqueeze(1) >> shifts) & 1).flatten()[: weight.numel()].view(weight.shape)
+    return ((tensor.unsqueeze(1) >> shifts) & 1 == 1).flatten()[: weight.numel()].view(weight.shape)
 
 
-def _adapter_reader(folder: Path, stack: ExitStack) -> Reader:
+def _adapter_reader(folder: Path, stack: ExitStack, adapter_name: str) -> Reader:
     """The learned mask of a saved mask adapter."""
     config = MaskProConfig.from_pretrained(str(folder))
     if not isinstance(config, MaskProConfig):
@@ -162,7 +167,7 @@ def _adapter_reader(folder: Path, stack: ExitStack) -> Reader:
         key = f"base_model.model.{name}.maskpro_"
         if f"{key}mask" not in tensors:
             raise ValueError(f"the source has no mask for {name}.weight.")
-        own: Any = next(iter(layer.maskpro_config.values()))
+        own = layer.maskpro_config[adapter_name]
         if (config.n, config.m) != (own.n, own.m):
             raise ValueError(
                 f"the source is {config.pattern} and the adapter {own.pattern}; pass the source's n and m."
@@ -176,7 +181,10 @@ def _adapter_reader(folder: Path, stack: ExitStack) -> Reader:
         if len(codes) != layer.out_features:
             raise ValueError(f"{name}.weight: the source has {len(codes)} rows, the model {layer.out_features}.")
         if f"{key}theta" in tensors:
-            codes = mode_codes(tensors[f"{key}theta"](), packed, logit_scale(config), config.n)
+            theta = tensors[f"{key}theta"]()
+            if theta.shape != (len(codes), config.m, codes.shape[1]):
+                raise ValueError(f"{name}.weight: the source's theta has shape {list(theta.shape)}.")
+            codes = mode_codes(theta, packed, logit_scale(config), config.n)
         return mask_of(codes, config.m).to(device)
 
     return read

@@ -28,7 +28,8 @@ def mask(weight: torch.Tensor, calibration: Calibration, n: int, m: int) -> torc
     """
     assert calibration.inputs is not None
     assert calibration.inputs.gram is not None
-    weight, hessian = weight.clone(), calibration.inputs.gram.clone()
+    # The inverse of what massive activations make of H is beyond float32.
+    weight, hessian = weight.clone(), calibration.inputs.gram.double()
     diagonal = hessian.diagonal()
     # A feature that is always zero can be dropped at no cost.
     unused = diagonal == 0
@@ -36,7 +37,7 @@ def mask(weight: torch.Tensor, calibration: Calibration, n: int, m: int) -> torc
     diagonal[unused] = 1
     diagonal += DAMPING * diagonal.mean()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
     groups = weight.shape[1] // m
     keep = torch.zeros(weight.shape[0], m, groups, dtype=torch.bool, device=weight.device)
     # The columns beyond a block are updated once per block, by one product.

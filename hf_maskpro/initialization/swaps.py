@@ -45,7 +45,8 @@ def refine(weight: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor) -> torc
     diagonal = gram.diagonal()
     keep = mask.transpose(1, 2).flatten(1).clone()
     product = weight.masked_fill(keep, 0) @ gram
-    tolerance = _LEAST_GAIN * (product * weight.masked_fill(keep, 0)).sum(1)
+    # Rounding can make the error of a row whose inputs are all but zero negative.
+    tolerance = _LEAST_GAIN * (product * weight.masked_fill(keep, 0)).sum(1).clamp(min=0)
     # G_pq within the groups, `[groups, m, m]`.
     inner = gram.view(groups, m, groups, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     pairs = [(p, q) for p in range(m) for q in range(m) if p != q]

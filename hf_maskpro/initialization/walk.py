@@ -1,6 +1,6 @@
 """The calibration walk: decoder layer by decoder layer, each seeing what the masked layers before it produce."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +28,9 @@ class Inputs:
         self.gram = torch.zeros(in_features, in_features, device=device) if with_gram else None
         self.sequences = 0
 
-    def update(self, inputs: torch.Tensor, sequences: int) -> None:
-        rows = inputs.flatten(0, -2).float()
+    def update(self, rows: torch.Tensor, sequences: int) -> None:
+        """Add inputs `[tokens, in_features]`."""
+        rows = rows.float()
         self.sequences += sequences
         if self.gram is None:
             self.squares += rows.square().sum(0)
@@ -53,6 +54,27 @@ class Calibration:
     gradient: torch.Tensor | None = None
 
 
+@dataclass
+class _Batch:
+    """What enters the first decoder layer, the other arguments of every decoder layer, and which tokens are none."""
+
+    hidden: torch.Tensor
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    attention_mask: torch.Tensor | None
+
+    def run(self, block: nn.Module, index: int) -> torch.Tensor:
+        args, kwargs = self.arguments[index]
+        output = block(self.hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def rows(self, inputs: torch.Tensor) -> torch.Tensor:
+        """A layer's inputs without padding; what is no longer one row a token, as in an expert, is left as it is."""
+        rows = inputs.flatten(0, -2)
+        if self.attention_mask is None or len(rows) != self.attention_mask.numel():
+            return rows
+        return rows[self.attention_mask.flatten() != 0]
+
+
 class _StopForward(Exception):
     """Raised where the last decoder layer would run: nothing after it is wanted."""
 
@@ -61,75 +83,66 @@ class _StopForward(Exception):
 def walk(
     model: nn.Module,
     adapter_name: str,
-    batches: Iterable[dict[str, Any]],
+    batches: list[dict[str, Any]],
     with_gram: bool,
     choose: Callable[[str, MaskProLayer, Inputs], None],
 ) -> None:
     """
     Visit the masked layers in order: gather what their inputs add up to, then choose their masks.
 
-    Every decoder layer runs twice, dense to gather and masked to hand its outputs on, as in the code of Wanda, RIA and
-    SparseGPT, so that one layer's activations are in memory at a time. Layers that are given the same tensor, as q, k
-    and v are, share one [`Inputs`].
+    After a pass through the dense model, which captures the arguments of the decoder layers, each of these runs twice:
+    dense to gather and masked to hand its outputs on, as in the code of Wanda, RIA and SparseGPT, so that one layer's
+    activations are in memory at a time. Layers that are given the same tensor, as q, k and v are, share [`Inputs`].
 
     Args:
-        model (`torch.nn.Module`): A model with a mask adapter.
-        adapter_name (`str`): The adapter whose masks are chosen.
-        batches (`Iterable[dict]`): Batches for the model's forward.
+        model (`torch.nn.Module`): A model with one active mask adapter.
+        adapter_name (`str`): The adapter, whose masks are chosen.
+        batches (`list[dict]`): Batches for the model's forward.
         with_gram (`bool`): Gather X^T X too.
         choose (`Callable`): Sets the mask of a layer, given its name and its inputs.
 
     Raises:
-        `ValueError`: if there is no batch, or the masked layers lie outside the decoder layers.
+        `ValueError`: if there is no batch, or a masked layer lies outside the decoder layers.
     """
     names = {layer: name for name, layer in masked_layers(model, adapter_name).items()}
-    blocks = _decoder_layers(model, list(names))
+    blocks = _decoder_layers(model, names)
     with evaluating(model):
-        hidden, arguments = _capture(model, blocks, batches)
-        for block, block_arguments in zip(tqdm(blocks, desc="calibration"), arguments, strict=True):
+        captured = _capture(model, blocks, batches)
+        for index, block in enumerate(tqdm(blocks, desc="calibration")):
             inside = [layer for layer in block.modules() if layer in names]
-            gathered = _gather(block, inside, hidden, block_arguments, with_gram)
+            gathered = _gather(block, index, inside, captured, with_gram)
             for layer in inside:
                 choose(names[layer], layer, gathered[layer])
-            hidden = [
-                _hidden(block(states, *args, **kwargs))
-                for states, (args, kwargs) in zip(hidden, block_arguments, strict=True)
-            ]
+            for batch in captured:
+                batch.hidden = batch.run(block, index)
             for layer in inside:
                 layer.forget_masked_weight()
 
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
 def _gather(
-    block: nn.Module,
-    inside: list[MaskProLayer],
-    hidden: list[torch.Tensor],
-    arguments: list[Arguments],
-    with_gram: bool,
+    block: nn.Module, index: int, inside: list[MaskProLayer], batches: list[_Batch], with_gram: bool
 ) -> dict[MaskProLayer, Inputs]:
     """Run a decoder layer dense, and add up the inputs of the masked layers inside."""
     gathered: dict[MaskProLayer, Inputs] = {}
     # The inputs of one batch, held so that no other tensor takes a freed one's identity.
     seen: list[tuple[torch.Tensor, Inputs]] = []
 
-    def record(layer: MaskProLayer, args: tuple[torch.Tensor, ...], sequences: int) -> None:
+    def record(layer: MaskProLayer, args: tuple[torch.Tensor, ...], batch: _Batch) -> None:
         tensor = args[0]
         shared = next((inputs for other, inputs in seen if other is tensor), None)
         if layer not in gathered:
             gathered[layer] = shared or Inputs(tensor.shape[-1], tensor.device, with_gram)
-        if shared is None:
-            gathered[layer].update(tensor, sequences)
+        if shared is not gathered[layer]:
+            gathered[layer].update(batch.rows(tensor), len(batch.hidden))
             seen.append((tensor, gathered[layer]))
 
     for layer in inside:
         layer.dense = True
     try:
-        for states, (args, kwargs) in zip(hidden, arguments, strict=True):
-            handles = [layer.register_forward_pre_hook(partial(_with, record, len(states))) for layer in inside]
+        for batch in batches:
+            handles = [layer.register_forward_pre_hook(partial(record, batch=batch)) for layer in inside]
             try:
-                block(states, *args, **kwargs)
+                batch.run(block, index)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -145,65 +158,56 @@ def _nothing(layer: MaskProLayer, with_gram: bool) -> Inputs:
     return Inputs(layer.in_features, layer.get_base_layer().weight.device, with_gram)
 
 
-def _with(record: Callable[..., None], sequences: int, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-    record(layer, args, sequences)
-
-
-def _hidden(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _decoder_layers(model: nn.Module, layers: list[MaskProLayer]) -> list[nn.Module]:
-    """The longest `nn.ModuleList` that holds every masked layer."""
-    wanted = {id(layer) for layer in layers}
+def _decoder_layers(model: nn.Module, names: dict[MaskProLayer, str]) -> list[nn.Module]:
+    """The outermost `nn.ModuleList` that holds every masked layer."""
+    outside = list(names.values())
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and wanted <= {id(inner) for inner in module.modules()}:
-            return list(module)
-    raise ValueError("calibration needs every masked layer inside the decoder layers; narrow target_modules.")
+        if isinstance(module, nn.ModuleList):
+            inner = set(module.modules())
+            left = [name for layer, name in names.items() if layer not in inner]
+            if not left:
+                return list(module)
+            outside = min(outside, left, key=len)
+    raise ValueError(
+        f"calibration goes by decoder layers, and {outside[0]} lies outside of them; name it in exclude_modules."
+    )
 
 
-def _capture(
-    model: nn.Module, blocks: list[nn.Module], batches: Iterable[dict[str, Any]]
-) -> tuple[list[torch.Tensor], list[list[Arguments]]]:
+def _capture(model: nn.Module, blocks: list[nn.Module], batches: list[dict[str, Any]]) -> list[_Batch]:
     """
-    The hidden states that enter the first decoder layer, for every batch, and the other arguments of every decoder
-    layer: models that mix kinds of attention give each its own mask and positions.
+    What every decoder layer of the dense model is given: models that mix kinds of attention give each its own mask and
+    positions.
     """
-    hidden: list[torch.Tensor] = []
-    arguments: list[list[Arguments]] = [[] for _ in blocks]
+    captured: list[_Batch] = []
 
     def capture(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> None:
         states, args = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
-        arguments[index].append((args, {name: value for name, value in kwargs.items() if name != "hidden_states"}))
         if index == 0:
-            hidden.append(states)
+            captured.append(_Batch(states, [], None))
+        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        captured[-1].arguments.append((args, others))
         if index == len(blocks) - 1:
             raise _StopForward
 
     device = next(model.parameters()).device
     layers = [module for module in model.modules() if isinstance(module, MaskProLayer)]
     handles = [
-        block.register_forward_pre_hook(partial(_with_index, capture, index), with_kwargs=True)
+        block.register_forward_pre_hook(partial(capture, index=index), with_kwargs=True)
         for index, block in enumerate(blocks)
     ]
     for layer in layers:
         layer.dense = True
     try:
-        for batch in batches:
-            batch = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        for batch in tqdm(batches, desc="reading the calibration text"):
+            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
             with suppress(_StopForward):
-                model(**batch, use_cache=False)
+                model(**inputs, use_cache=False)
+            captured[-1].attention_mask = inputs.get("attention_mask")
     finally:
         for handle in handles:
             handle.remove()
         for layer in layers:
             layer.dense = False
-    if not hidden:
-        raise ValueError("the calibration data is empty.")
-    return hidden, arguments
-
-
-def _with_index(
-    capture: Callable[..., None], index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    capture(block, args, kwargs, index)
+    if not captured:
+        raise ValueError("the calibration data is empty; pass at least one batch.")
+    return captured

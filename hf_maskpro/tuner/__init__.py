@@ -1,8 +1,8 @@
 """The PEFT method: configuration, layer, model and registration. The only room that touches PEFT's internals."""
 
-from .config import DATA_FREE, RULES, MaskProConfig, check_init_mask
+from .config import DATA_FREE, RULES, MaskProConfig, split_init_mask
 from .layer import SIMPLE_LOGIT_SCALE, MaskProLayer, logit_scale
-from .model import MaskProModel, evaluating, masked_layers
+from .model import MaskProModel, evaluating, masked_layers, one_adapter
 from .registration import register
 
 
@@ -15,8 +15,9 @@ __all__ = [
     "MaskProConfig",
     "MaskProLayer",
     "MaskProModel",
-    "check_init_mask",
     "evaluating",
     "logit_scale",
     "masked_layers",
+    "one_adapter",
+    "split_init_mask",
 ]

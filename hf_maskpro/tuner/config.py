@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftConfig
@@ -14,17 +15,22 @@ RULES = ("magnitude", "random", "wanda", "ria", "sparsegpt", "gblm", "pruner-zer
 DATA_FREE = ("magnitude", "random")
 
 
-def check_init_mask(init_mask: str) -> None:
+def split_init_mask(init_mask: str) -> tuple[str, bool]:
     """
+    The rule or source of a starting mask, and whether swaps refine it.
+
     Raises:
-        `ValueError`: if it is neither a rule nor a path or Hub id.
+        `ValueError`: if it is neither a rule nor looks like a path or Hub id.
     """
-    rule = init_mask.removesuffix("+swaps")
+    # A folder may be called so itself.
+    refined = init_mask.endswith("+swaps") and not Path(init_mask).exists()
+    rule = init_mask.removesuffix("+swaps") if refined else init_mask
     if rule not in RULES and "/" not in rule and not rule.endswith((".npz", ".safetensors")):
         raise ValueError(
             f"init_mask is {init_mask!r}; use one of {', '.join(map(repr, RULES))}, a folder or Hub id with a slash, "
             "or a .npz or .safetensors file; each may end in '+swaps'."
         )
+    return rule, refined
 
 
 @dataclass
@@ -115,7 +121,7 @@ class MaskProConfig(PeftConfig):
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, allowed))}.")
-        check_init_mask(self.init_mask)
+        split_init_mask(self.init_mask)
         if self.logit_scale is not None and not 0 < self.logit_scale <= 40:
             raise ValueError(f"logit_scale is {self.logit_scale}, outside 0 to 40; 5 to 10 is usual.")
         self.target_modules = (

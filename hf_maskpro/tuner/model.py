@@ -204,6 +204,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.forget_masked_weight()
 
 
+@contextmanager
+def one_adapter(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Let no other mask adapter be active, without touching what is trained."""
+    layers = [module for module in model.modules() if isinstance(module, MaskProLayer)]
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = [adapter_name]
+    try:
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter = active
+
+
 def _bare(name: str) -> str:
     return name.removeprefix("base_model.model.")
 

@@ -143,8 +143,9 @@ def test_init_on_text_that_the_model_generates(checkpoint, tmp_path):
 
 
 def test_settings_of_the_sources(checkpoint, text, tmp_path):
-    line = fails("init", "--model", checkpoint, "--text", text, "--source-settings", "--output", tmp_path / "a")
-    assert "2000 tokens, fewer than one window of 2048" in line
+    init = ["init", "--model", checkpoint, "--text", text, "--source-settings", "--output", tmp_path / "a"]
+    assert "2000 tokens, fewer than one window of 2048" in fails(*init)
+    assert "drop the one or the other" in fails(*init, "--samples", 8)
 
 
 def test_import(checkpoint, adapter, tmp_path, monkeypatch):
@@ -157,6 +158,9 @@ def test_import(checkpoint, adapter, tmp_path, monkeypatch):
     run("merge", "--model", checkpoint, "--adapter", adapter, "--output", tmp_path / "merged")
     monkeypatch.chdir(tmp_path)
     assert imported("merged", "b") == known
+    for rule in ("magnitude", "wanda", "./merged+swaps"):
+        line = fails("import", rule, "--model", checkpoint, "--output", tmp_path / "c")
+        assert f"use hf-maskpro init --method {rule}" in line
     assert "use one of" in fails("import", "nothing", "--model", checkpoint, "--output", tmp_path / "c")
     missing = tmp_path / "missing.npz"
     assert "does not exist" in fails("import", missing, "--model", checkpoint, "--output", tmp_path / "c")

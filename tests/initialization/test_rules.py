@@ -19,7 +19,7 @@ def random_layer(out_features=6, in_features=16, sequences=3, tokens=20):
     inputs = torch.randn(sequences, tokens, in_features, generator=generator) @ mix
     gathered = Inputs(in_features, torch.device("cpu"), with_gram=True)
     for sequence in inputs:
-        gathered.update(sequence.unsqueeze(0), 1)
+        gathered.update(sequence, 1)
     gradient = torch.rand(out_features, in_features, generator=generator)
     return weight, inputs.flatten(0, 1), Calibration(gathered, gradient)
 
@@ -31,7 +31,7 @@ def by_element(formula, weight):
 def test_inputs_add_up_over_batches():
     _, inputs, calibration = random_layer()
     plain = Inputs(16, torch.device("cpu"), with_gram=False)
-    plain.update(inputs.view(3, 20, 16), 3)
+    plain.update(inputs, 3)
     assert plain.sequences == calibration.inputs.sequences == 3
     torch.testing.assert_close(plain.squares, calibration.inputs.squares)
     torch.testing.assert_close(

@@ -101,7 +101,58 @@ def test_a_pruned_checkpoint_may_hold_fewer_weights(tmp_path):
     model, masks = random_adapter(tiny_llama, 1, 4)
     model.merge_and_unload().save_pretrained(tmp_path / "pruned")
     wider = masks_of(imported(tiny_llama, tmp_path / "pruned", 2, 4))
-    assert all((wider[name] | ~masks[name]).all() for name in masks)
+    layers = masked_layers(random_adapter(tiny_llama)[0])
+    for name, mask in masks.items():
+        # Beside the one that is left the largest of the others.
+        size = (
+            layers[name]
+            .get_base_layer()
+            .weight.detach()
+            .abs()
+            .unflatten(1, (-1, 4))
+            .transpose(1, 2)
+            .masked_fill(mask, 0)
+        )
+        assert torch.equal(wider[name], mask | (size == size.amax(1, keepdim=True)))
+
+
+def test_a_kept_zero_stays_kept(tmp_path):
+    base = tiny_llama()
+    model = get_peft_model(base, MaskProConfig())
+    layer = next(iter(masked_layers(model).values()))
+    # The last two of every group, one of them zero by itself: ties would go to the first.
+    layer.get_base_layer().weight.data[:, 3::4] = 0
+    mask = torch.zeros(16, 4, 4, dtype=torch.bool)
+    mask[:, 2:] = True
+    layer.set_initial_mask("default", mask)
+    pruned = {name: tensor.clone() for name, tensor in model.merge_and_unload().state_dict().items()}
+    save_file(pruned, tmp_path / "model.safetensors")
+    again = tiny_llama()
+    again.model.layers[0].self_attn.q_proj.weight.data[:, 3::4] = 0
+    other = get_peft_model(again, MaskProConfig(init_mask=f"{tmp_path}/"))
+    initialize_masks(other)
+    assert torch.equal(next(iter(masks_of(other).values())), mask)
+
+
+def test_a_path_is_not_published_and_may_end_like_a_refinement(tmp_path):
+    model, masks = random_adapter(tiny_llama)
+    model.save_pretrained(tmp_path / "wanda+swaps")
+    other = imported(tiny_llama, tmp_path / "wanda+swaps")
+    assert same(masks_of(other), masks)
+    other.save_pretrained(tmp_path / "saved")
+    assert str(tmp_path) not in (tmp_path / "saved" / "adapter_config.json").read_text()
+    assert MaskProConfig.from_pretrained(tmp_path / "saved").lineage[0]["init_mask"] == "./wanda+swaps"
+
+
+def test_the_pattern_is_that_of_the_adapter_to_fill(tmp_path):
+    wide, masks = random_adapter(tiny_llama, 4, 8)
+    wide.save_pretrained(tmp_path / "wide")
+    model = get_peft_model(tiny_llama(), MaskProConfig())
+    model.add_adapter("wide", MaskProConfig(n=4, m=8, init_mask=f"{tmp_path}/wide"))
+    model.set_adapter("wide")
+    initialize_masks(model)
+    for name, layer in masked_layers(model, "wide").items():
+        assert torch.equal(mask_of(layer.initial_codes("wide"), 8), masks[name])
 
 
 def test_a_source_is_refined(ids, tmp_path):

@@ -191,6 +191,58 @@ def choose(seen, name, layer, inputs):
     )
 
 
+@pytest.mark.parametrize("rule", ["wanda", "sparsegpt", "gblm"])
+def test_padding_does_not_count(rule, ids):
+    """Texts of different lengths, padded into one batch, against each by itself."""
+    mask = torch.ones_like(ids)
+    mask[1, 8:], mask[3, 5:] = 0, 0
+    padded = {"input_ids": ids.where(mask == 1, 0), "attention_mask": mask}
+    single = [{"input_ids": row[None, :length]} for row, length in zip(ids, mask.sum(1), strict=True)]
+    masks = []
+    for data in ([padded], single):
+        model = get_peft_model(tiny_llama(), MaskProConfig(init_mask=rule))
+        initialize_masks(model, data)
+        masks.append([layer.initial_codes("default") for layer in masked_layers(model).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+
+
+def test_two_active_adapters_are_calibrated_by_themselves(ids):
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="gblm", target_modules=["up_proj", "q_proj"]))
+    model.add_adapter("second", MaskProConfig(init_mask="wanda", target_modules=["down_proj", "q_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    initialize_masks(model, batches(ids))
+    for name, config in (("default", model.peft_config["default"]), ("second", model.peft_config["second"])):
+        alone = get_peft_model(
+            tiny_llama(), MaskProConfig(init_mask=config.init_mask, target_modules=config.target_modules)
+        )
+        initialize_masks(alone, batches(ids))
+        expected = masked_layers(alone)
+        for layer_name, layer in masked_layers(model, name).items():
+            assert torch.equal(layer.initial_codes(name), expected[layer_name].initial_codes("default"))
+            assert layer.active_adapters == ["default", "second"]
+
+
+def test_gradients_of_others_are_left_alone(ids):
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="gblm", modules_to_save=["lm_head"]))
+    required = {name: p.requires_grad for name, p in model.named_parameters()}
+    initialize_masks(model, batches(ids))
+    assert required == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_layer_outside_the_decoder_layers_is_named(ids):
+    torch.manual_seed(0)
+    config = OPTConfig(**SIZES, ffn_dim=32, word_embed_proj_dim=8)
+    base = AutoModelForCausalLM.from_config(config).eval()
+    model = get_peft_model(base, MaskProConfig(init_mask="wanda"))
+    with pytest.raises(ValueError, match="project_out lies outside of them; name it in exclude_modules"):
+        initialize_masks(model, batches(ids))
+    model = get_peft_model(
+        model.unload(), MaskProConfig(init_mask="wanda", exclude_modules=["project_in", "project_out"])
+    )
+    initialize_masks(model, batches(ids))
+
+
 @pytest.mark.parametrize("rule", ["magnitude", "wanda", "sparsegpt"])
 def test_swaps_lower_the_error_of_every_layer(rule, ids):
     """Of the first decoder layer, whose inputs are the same before and after."""
