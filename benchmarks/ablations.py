@@ -65,8 +65,10 @@ class Evaluate(TrainerCallback):
             self.curve.append({"step": state.global_step, **self.measure()})
 
 
-def worker(settings: dict[str, Any], base: str, start: str, work: Path, steps: int, evaluate_at: list[int]) -> None:
-    """One run, in this process; prints its row."""
+def worker(
+    settings: dict[str, Any], base: str, start: str, work: Path, steps: int, evaluate_at: list[int], result: Path
+) -> None:
+    """One run, in this process; writes its row."""
     model, tokenizer = load_model(base)
     masked = load_adapter(model, start, is_trainable=True)
     masked.peft_config["default"].logit_scale = settings["logit_scale"]
@@ -107,7 +109,7 @@ def worker(settings: dict[str, Any], base: str, start: str, work: Path, steps: i
         **callback.curve[-1],
     }
     del row["step"]
-    (work / "row.json").write_text(json.dumps(row))
+    result.write_text(json.dumps(row))
 
 
 def main() -> None:
@@ -125,30 +127,37 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         job = json.loads(args.worker)
-        worker(job["settings"], job["base"], job["start"], args.work, args.steps, args.evaluate_at)
+        settings, result = job["settings"], Path(job["result"])
+        worker(settings, job["base"], job["start"], args.work, args.steps, args.evaluate_at, result)
         return
     base = protocol.prepare(args.text, args.model, args.work)
     changes = CHANGES[:1] if args.base_only else CHANGES
     if args.set:
         pairs = [entry.split("=") for entry in args.set]
+        if unknown := {name for name, _ in pairs} - set(BASE):
+            parser.error(f"--set knows {', '.join(BASE)}, not {unknown.pop()}.")
         changes = [{name: type(BASE[name] or 0)(value) for name, value in pairs}]
-    rows = protocol.read(args.results)
+    described = protocol.describe(args.text, args.model, MAX_TOKENS)
+    rows = protocol.read(args.results, described)
     for change in changes:
         settings = BASE | change
         if any(row["steps"] == args.steps and all(row[k] == v for k, v in settings.items()) for row in rows):
             continue
         start = protocol.start(base, settings["start"], args.work)
-        job = json.dumps({"settings": settings, "base": base, "start": str(start)})
-        command = [sys.executable, __file__, "--worker", job, "--text", str(args.text), "--work", str(args.work)]
-        command += ["--steps", str(args.steps), "--evaluate-at", *map(str, args.evaluate_at)]
-        subprocess.run(command, check=True, env=os.environ | protocol.KEEP_MEMORY)
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder) / "row.json"
+            job = json.dumps({"settings": settings, "base": base, "start": str(start), "result": str(result)})
+            command = [sys.executable, __file__, "--worker", job, "--text", str(args.text), "--work", str(args.work)]
+            command += ["--steps", str(args.steps), "--evaluate-at", *map(str, args.evaluate_at)]
+            subprocess.run(command, check=True, env=os.environ | protocol.KEEP_MEMORY)
+            row = json.loads(result.read_text()) | {"protocol": described}
         # Others may have written meanwhile.
-        rows = [*protocol.read(args.results), json.loads((args.work / "row.json").read_text())]
+        rows = [*protocol.read(args.results, described), row]
         protocol.write(args.results, rows)
     if args.json:
         print(json.dumps(rows))
         return
-    print(protocol.describe(args.text, MAX_TOKENS) + "\n")
+    print(described + "\n")
     print(table(rows))
 
 

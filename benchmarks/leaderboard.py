@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -42,10 +43,10 @@ def run(arguments: list[str]) -> tuple[str, float, int]:
     return output[0], time.perf_counter() - begun, usage.ru_maxrss * 1024
 
 
-def evaluate(base: str, held_out: Path, max_tokens: int | None, adapter: Path | None) -> tuple[float, int]:
+def evaluate(base: str, held_out: Path, max_tokens: int, adapter: Path | None) -> tuple[float, int]:
     command = ["eval", "--model", base, "--text", str(held_out), "--seq-len", str(protocol.SEQ_LEN), "--json"]
     command += ["--adapter", str(adapter)] if adapter else []
-    command += ["--max-tokens", str(max_tokens)] if max_tokens else []
+    command += ["--max-tokens", str(max_tokens)]
     output, _, peak = run(command)
     return json.loads(output)["perplexity"], peak
 
@@ -72,7 +73,15 @@ def learned(
     command = ["train", "--model", base, "--adapter", str(start), "--estimator", estimator, "--output", str(adapter)]
     command += ["--text", str(work / "calibration.txt"), "--max-steps", str(steps), "--json", *options]
     command += ["--resume"] if list(adapter.glob("checkpoint-*")) else ["--overwrite"]
-    output, seconds, peak = run(command)
+    # What was spent before an interruption counts.
+    spent = work / f"{estimator}-seconds.json"
+    before = json.loads(spent.read_text()) if spent.is_file() else 0.0
+    begun = time.perf_counter()
+    try:
+        output, _, peak = run(command)
+    finally:
+        seconds = before + time.perf_counter() - begun
+        spent.write_text(json.dumps(seconds))
     figures = json.loads(output.splitlines()[-1])
     return adapter, {"seconds": seconds, "peak_bytes": peak, "steps": steps, "changed": figures["changed"]}
 
@@ -87,12 +96,13 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=900, help="time budget of each learner, which decides its steps"
     )
-    parser.add_argument("--max-tokens", type=int, help="use no more of the held-out text than this, in tokens")
+    parser.add_argument("--max-tokens", type=int, default=16_384, help="of the held-out text")
     parser.add_argument("--json", action="store_true", help="print the results as JSON, not as a table")
     args = parser.parse_args()
     base = protocol.prepare(args.text, args.model, args.work)
     held_out = args.work / "held_out.txt"
-    rows = protocol.read(args.results)
+    described = protocol.describe(args.text, args.model, args.max_tokens)
+    rows = protocol.read(args.results, described)
 
     def add(method: str, make) -> None:
         if any(row["method"] == method for row in rows):
@@ -101,7 +111,8 @@ def main() -> None:
         adapter, figures = make()
         value, peak = evaluate(base, held_out, args.max_tokens, adapter)
         figures = {"peak_bytes": peak, "seconds": 0.0, "steps": 0} | figures
-        rows.append({"method": method, "perplexity": value, "bits_per_weight": bits(base, adapter), **figures})
+        row = {"method": method, "perplexity": value, "bits_per_weight": bits(base, adapter), **figures}
+        rows.append(row | {"protocol": described})
         protocol.write(args.results, rows)
 
     add("dense", lambda: (None, {}))
@@ -118,7 +129,7 @@ def main() -> None:
     if args.json:
         print(json.dumps(rows))
         return
-    print(protocol.describe(args.text, args.max_tokens) + "\n")
+    print(described + "\n")
     print(table(rows))
 
 
@@ -126,12 +137,13 @@ def planned_steps(estimator: str, start: Path, base: str, work: Path, seconds: f
     """How many steps the budget holds, by a trial of a few; its start and first step, which compiles, do not count."""
     planned = work / f"{estimator}-steps.json"
     if not planned.is_file():
-        trial = work / "trial"
         taken = []
         for steps in (2, 8):
             command = ["train", "--model", base, "--adapter", str(start), "--estimator", estimator, "--json"]
-            command += ["--text", str(work / "calibration.txt"), "--max-steps", str(steps), "--output", str(trial)]
-            taken.append(json.loads(run([*command, "--overwrite"])[0].splitlines()[-1])["seconds"])
+            command += ["--text", str(work / "calibration.txt"), "--max-steps", str(steps)]
+            with tempfile.TemporaryDirectory(dir=work) as folder:
+                output, _, _ = run([*command, "--output", f"{folder}/trial"])
+            taken.append(json.loads(output.splitlines()[-1])["seconds"])
         step = (taken[1] - taken[0]) / 6
         planned.write_text(json.dumps(max(1, int((seconds - taken[0]) / step))))
     return json.loads(planned.read_text())

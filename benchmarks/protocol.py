@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_maskpro.cli.quickstart import write_smollm2
+from hf_maskpro.deploy import new_folder
+from hf_maskpro.initialization.calibration import SAMPLES
+from hf_maskpro.initialization.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
 
 
 SEQ_LEN = 512
@@ -33,15 +36,16 @@ def prepare(text: Path, model: str | None, work: Path) -> str:
     if model is not None:
         return model
     if not (work / "base").is_dir():
-        write_smollm2(work / "base")
+        with new_folder(work / "base") as folder:
+            write_smollm2(folder)
     return str(work / "base")
 
 
-def describe(text: Path, max_tokens: int | None) -> str:
-    tokens = "all of it" if max_tokens is None else f"{max_tokens:,} tokens"
+def describe(text: Path, model: str | None, max_tokens: int) -> str:
     return (
-        f"{text.name}, tokenization artefacts undone; calibrated and trained on its first four fifths; held-out: its "
-        f"last fifth, non-overlapping windows of {SEQ_LEN} tokens, {tokens}; bf16"
+        f"{model or 'SmolLM2-135M-Instruct'} on {text.name}, tokenization artefacts undone. Calibration: {SAMPLES} "
+        f"windows of {CALIBRATION_SEQ_LEN} tokens of its first four fifths, on which learners train, too. Held-out: "
+        f"its last fifth, non-overlapping windows of {SEQ_LEN} tokens, {max_tokens:,} tokens."
     )
 
 
@@ -57,8 +61,16 @@ def start(base: str, method: str, work: Path, *options: str) -> Path:
     return folder
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text()) if path.is_file() else []
+def read(path: Path, protocol: str) -> list[dict[str, Any]]:
+    """The rows of a file of results, which must all have been obtained by this protocol."""
+    rows = json.loads(path.read_text()) if path.is_file() else []
+    for row in rows:
+        if row["protocol"] != protocol:
+            raise SystemExit(
+                f"{path} was obtained by another protocol: {row['protocol']} "
+                f"This call's: {protocol} Name another --results."
+            )
+    return rows
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
