@@ -57,21 +57,20 @@ def bits(base: str, adapter: Path | None) -> float | None:
     return json.loads(run(["inspect", str(adapter), "--json"])[0])["bits_per_weight"]
 
 
-def one_shot(method: str, base: str, work: Path, options: list[str]) -> tuple[Path, dict[str, Any]]:
+def one_shot(method: str, base: str, work: Path) -> tuple[Path, dict[str, Any]]:
     adapter = work / method
-    command = ["init", "--model", base, "--method", method, "--output", str(adapter), "--overwrite", *options]
+    command = ["init", "--model", base, "--method", method, "--output", str(adapter), "--overwrite"]
     command += ["--text", str(work / "calibration.txt")]
     _, seconds, peak = run(command)
     lineage = json.loads((adapter / "adapter_config.json").read_text())["lineage"][0]
     return adapter, {"seconds": seconds, "peak_bytes": peak, "steps": 0, "error_left": lineage.get("error_left")}
 
 
-def learned(
-    estimator: str, start: Path, base: str, work: Path, steps: int, options: list[str]
-) -> tuple[Path, dict[str, Any]]:
+def learned(estimator: str, start: Path, base: str, work: Path, steps: int) -> tuple[Path, dict[str, Any]]:
     adapter = work / estimator
     command = ["train", "--model", base, "--adapter", str(start), "--estimator", estimator, "--output", str(adapter)]
-    command += ["--text", str(work / "calibration.txt"), "--max-steps", str(steps), "--json", *options]
+    command += ["--text", str(work / "calibration.txt"), "--max-steps", str(steps), "--json"]
+    command += ["--logging-steps", str(min(10, steps))]
     command += ["--resume"] if list(adapter.glob("checkpoint-*")) else ["--overwrite"]
     # What was spent before an interruption counts.
     spent = work / f"{estimator}-seconds.json"
@@ -117,14 +116,14 @@ def main() -> None:
 
     add("dense", lambda: (None, {}))
     for method in (*RULES, *REFINED):
-        add(method, lambda method=method: one_shot(method, base, args.work, []))
+        add(method, lambda method=method: one_shot(method, base, args.work))
     best = min((row for row in rows if row["steps"] == 0 and row["method"] != "dense"), key=lambda r: r["perplexity"])
     for estimator in ("simple", "residual"):
         name = f"{estimator} from {best['method']}"
         if not any(row["method"] == name for row in rows):
             steps = planned_steps(estimator, args.work / best["method"], base, args.work, args.seconds)
             start = args.work / best["method"]
-            add(name, lambda e=estimator, s=steps, a=start: learned(e, a, base, args.work, s, []))
+            add(name, lambda e=estimator, s=steps, a=start: learned(e, a, base, args.work, s))
     plot(rows, args.plot)
     if args.json:
         print(json.dumps(rows))
@@ -134,18 +133,18 @@ def main() -> None:
 
 
 def planned_steps(estimator: str, start: Path, base: str, work: Path, seconds: float) -> int:
-    """How many steps the budget holds, by a trial of a few; its start and first step, which compiles, do not count."""
+    """How many steps the budget holds, by the difference of two short trials after one that compiles."""
     planned = work / f"{estimator}-steps.json"
     if not planned.is_file():
         taken = []
-        for steps in (2, 8):
+        for steps in (2, 2, 10):
             command = ["train", "--model", base, "--adapter", str(start), "--estimator", estimator, "--json"]
             command += ["--text", str(work / "calibration.txt"), "--max-steps", str(steps)]
             with tempfile.TemporaryDirectory(dir=work) as folder:
                 output, _, _ = run([*command, "--output", f"{folder}/trial"])
             taken.append(json.loads(output.splitlines()[-1])["seconds"])
-        step = (taken[1] - taken[0]) / 6
-        planned.write_text(json.dumps(max(1, int((seconds - taken[0]) / step))))
+        step = (taken[2] - taken[1]) / 8
+        planned.write_text(json.dumps(max(1, int((seconds - taken[1]) / step))))
     return json.loads(planned.read_text())
 
 
