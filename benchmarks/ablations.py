@@ -149,7 +149,7 @@ def main() -> None:
             job = json.dumps({"settings": settings, "base": base, "start": str(start), "result": str(result)})
             command = [sys.executable, __file__, "--worker", job, "--text", str(args.text), "--work", str(args.work)]
             command += ["--steps", str(args.steps), "--evaluate-at", *map(str, args.evaluate_at)]
-            subprocess.run(command, check=True, env=os.environ | protocol.KEEP_MEMORY)
+            subprocess.run(command, check=True, env=protocol.KEEP_MEMORY | os.environ)
             row = json.loads(result.read_text()) | {"protocol": described}
         # Others may have written meanwhile.
         rows = [*protocol.read(args.results, described), row]

@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> tuple[str, float, int]:
     """Output, seconds and peak memory of one command."""
     command = [sys.executable, "-W", "ignore", "-m", "hf_maskpro.cli", *arguments]
     begun = time.perf_counter()
-    process = subprocess.Popen(command, env=os.environ | protocol.KEEP_MEMORY, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=protocol.KEEP_MEMORY | os.environ, stdout=subprocess.PIPE, text=True)
     output: list[str] = []
     # Read beside, since wait4, which tells the memory of this child alone, comes before the rest of its output.
     reader = threading.Thread(target=lambda: output.append(process.stdout.read()))

@@ -8,15 +8,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hf_maskpro.cli.quickstart import write_smollm2
+from hf_maskpro.cli.quickstart import KEEP_MEMORY, write_smollm2
 from hf_maskpro.deploy import new_folder
 from hf_maskpro.initialization.calibration import SAMPLES
 from hf_maskpro.initialization.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
 
 
 SEQ_LEN = 512
-# glibc gives large blocks back to the system at every step and fetches them again: a third of a step on a CPU.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 
 
 def split(path: Path) -> tuple[str, str]:
@@ -57,7 +55,7 @@ def start(base: str, method: str, work: Path, *options: str) -> Path:
         command += ["--output", str(folder), *options]
         if method not in ("magnitude", "random"):
             command += ["--text", str(work / "calibration.txt")]
-        subprocess.run(command, check=True, env=os.environ | KEEP_MEMORY)
+        subprocess.run(command, check=True, env=KEEP_MEMORY | os.environ)
     return folder
 
 
