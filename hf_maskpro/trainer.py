@@ -60,7 +60,7 @@ class MaskProTrainingArguments(TrainingArguments):
         lr_scheduler_type (`str`, *optional*):
             Default `"constant"` for `residual`; for `simple` 10 warm-up steps and a linear decay to a tenth.
         warmup_steps (`float`, *optional*):
-            Default 0 for `residual`, 10 for `simple`.
+            Default 0 for `residual`; for `simple` 10, or a fifth of `max_steps` below 50.
         adam_beta2 (`float`, *optional*):
             Default 0.98: gradients of logits change quickly. `residual` has no optimizer state.
         max_grad_norm (`float`, defaults to 0):
@@ -75,7 +75,7 @@ class MaskProTrainingArguments(TrainingArguments):
     modules_to_save_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of modules_to_save."})
     learning_rate: float | None = field(default=None, metadata={"help": "50 for `residual`, 0.3 for `simple`."})
     lr_scheduler_type: str | None = field(default=None, metadata={"help": "constant for `residual`, else linear."})
-    warmup_steps: float | None = field(default=None, metadata={"help": "0 for `residual`, 10 for `simple`."})
+    warmup_steps: float | None = field(default=None, metadata={"help": "0 for `residual`, up to 10 for `simple`."})
     adam_beta2: float | None = field(default=None, metadata={"help": "0.98 unless given."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "No clipping unless given."})
 
@@ -89,7 +89,9 @@ class MaskProTrainingArguments(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = 0.3 if simple else 50.0
         if self.warmup_steps is None:
-            self.warmup_steps = 10 if simple else 0
+            # In a short run the rest of the schedule needs steps, too.
+            short = simple and 0 < self.max_steps < 50
+            self.warmup_steps = self.max_steps // 5 if short else 10 if simple else 0
         if self.adam_beta2 is None:
             self.adam_beta2 = 0.98
         if self.lr_scheduler_type is None:

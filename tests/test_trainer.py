@@ -417,3 +417,12 @@ def test_refusals(tmp_path, llama):
     frozen = PeftModel.from_pretrained(llama, tmp_path / "a")
     with pytest.raises(ValueError, match="is_trainable=True"):
         MaskProTrainer(frozen, arguments(tmp_path, "simple"), train_dataset=rows())
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+def test_a_run_as_short_as_the_warmup(tmp_path, llama, steps):
+    """transformers' schedule divides by the steps that the warm-up leaves."""
+    model = get_peft_model(llama, MaskProConfig())
+    args = MaskProTrainingArguments(str(tmp_path), estimator="simple", max_steps=steps, report_to=[])
+    data = [{"input_ids": row, "labels": row} for row in torch.randint(2, 34, (8, 12))]
+    assert MaskProTrainer(model, args, train_dataset=data).train().global_step == steps

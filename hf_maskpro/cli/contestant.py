@@ -75,7 +75,6 @@ def learn(
             output_dir=str(scratch),
             estimator=estimator,
             max_steps=steps,
-            warmup_steps=min(10, steps // 5) if estimator == "simple" else 0,
             per_device_train_batch_size=BATCH,
             logging_steps=max(1, steps // 20) if estimator == "simple" else 5,
             save_strategy="no",
