@@ -116,7 +116,7 @@ def step(layers: list, part: str | None = None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--model", help="a local folder or a Hub id; SmolLM2-135M's shape with random weights if absent"
+        "--model", help="a local folder or Hub id whose shape to take, with random weights; SmolLM2-135M's if absent"
     )
     parser.add_argument("--seven-b", action="store_true", help="the shape of a 7B Llama with random weights")
     parser.add_argument("--patterns", nargs="+", default=["2:4", "4:8", "8:16"])

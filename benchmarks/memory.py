@@ -75,7 +75,7 @@ def worker(job: str, dtype: str, layers: int, pattern: str) -> None:
         for _ in range(2):
             forget_peak()
             with torch.no_grad():
-                model(input_ids=ids.to(model.device), labels=ids.to(model.device))
+                model(input_ids=ids.to(model.device), labels=ids.to(model.device), use_cache=False)
     else:
         n, m = map(int, pattern.split(":"))
         model = get_peft_model(model, MaskProConfig(n=n, m=m, init_mask="random", logits_dtype=dtype))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import forget_peak, peak_bytes
+from memory import ForgetFirstStep, forget_peak, peak_bytes
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -96,7 +96,7 @@ def profile(model_name: str | None, logits_dtype: str, baseline: str, steps: int
     data = [{"input_ids": row, "labels": row} for row in ids]
     clock = Clock()
     times = StepTimes(clock)
-    trainer = MaskProTrainer(model, args, train_dataset=data, callbacks=[times])
+    trainer = MaskProTrainer(model, args, train_dataset=data, callbacks=[times, ForgetFirstStep()])
     # It writes the metrics of the run to standard output, where the figures belong.
     trainer.remove_callback(ProgressCallback)
     losses = trainer._micro_batch_loss

@@ -44,9 +44,10 @@ class _Kernel:
 
     compiles = True
 
-    def __init__(self, function: Callable[..., Any], name: str):
+    def __init__(self, function: Callable[..., Any], n: int, m: int, job: str):
         self.function = function
-        self.name = name
+        self.name = name = f"{n}:{m} {job}"
+        self.layout = word_layout(n, m)
         # torch.compile counts recompilations by code object, and kernels of several patterns would share one.
         function.__code__ = function.__code__.replace(co_name=name)
         self.compiled: Callable[..., Any] | None = torch.compile(function, dynamic=True, fullgraph=True)
@@ -57,9 +58,9 @@ class _Kernel:
         if not _Kernel.compiles or not self.compiled or groups < SMALLEST_COMPILED:
             return self.function(*args)
         timer = None
-        if (shape_class := _shape_class(args)) not in self.met:
+        if (shape_class := self._shape_class(groups, args)) not in self.met:
             self.met.add(shape_class)
-            line = f"compiling the mask kernel {self.name}, once for this machine: this can take a minute ..."
+            line = f"compiling the mask kernel {self.name} (up to a minute), or loading it from an earlier run ..."
             timer = Timer(_SECONDS_OF_SILENCE, logger.warning, [line])
             timer.start()
         try:
@@ -70,17 +71,19 @@ class _Kernel:
         except (torch._dynamo.exc.BackendCompilerFailed, torch._inductor.exc.InductorError) as error:
             _Kernel.compiles = False
             reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"masks are computed without torch.compile, about 10x slower: {reason}", stacklevel=3)
+            warnings.warn(f"masks are computed without torch.compile, about 20x slower: {reason}", stacklevel=3)
         finally:
             if timer is not None:
                 timer.cancel()
         return self.function(*args)
 
-
-def _shape_class(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What one compiled kernel has in common: all but sizes."""
-    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    return tuple((tensor.dtype, tensor.device, tensor.is_contiguous()) for tensor in tensors)
+    def _shape_class(self, groups: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the calls that one compiled kernel serves have in common: all but sizes, and padding of rows."""
+        tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg]) if isinstance(t, torch.Tensor)]
+        digits, size = self.layout
+        packed = next(tensor for tensor in tensors if tensor.dtype == torch.uint8)
+        padded = packed.numel() // size * digits != groups
+        return (padded, *((tensor.dtype, tensor.device, tensor.is_contiguous()) for tensor in tensors))
 
 
 def _reader(n: int, m: int) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
@@ -157,7 +160,7 @@ def _apply_kernel(n: int, m: int) -> _Kernel:
         groups = rows.shape[1] if rows.dtype == torch.int64 else rows.shape[1] // m
         return _select(rows, read(packed, table, groups), m)
 
-    return _Kernel(apply, f"{n}:{m} apply")
+    return _Kernel(apply, n, m, "apply")
 
 
 def apply_packed(rows: torch.Tensor, packed: torch.Tensor, n: int, m: int) -> torch.Tensor:
@@ -183,7 +186,7 @@ def _mode_kernel(n: int, m: int, select: bool) -> _Kernel:
         codes = join(mode_of(_planes(initial, theta.unbind(1), scale), n))
         return codes if rows is None else _select(rows, codes, m)
 
-    return _Kernel(mode, f"{n}:{m} mode{' and apply' if select else ''}")
+    return _Kernel(mode, n, m, "mode and apply" if select else "mode")
 
 
 def _mode(theta: torch.Tensor, packed: torch.Tensor, scale: float, n: int, rows: torch.Tensor | None) -> torch.Tensor:
@@ -224,7 +227,7 @@ def _sample_kernel(n: int, m: int, distribution: Distribution, select: bool) -> 
         codes = draw(weights, n, _words(theta[:, 0], first, second, draws(n, distribution)), distribution)
         return codes if rows is None else _select(rows, codes, m)
 
-    return _Kernel(sample, f"{n}:{m} sample{' and apply' if select else ''}")
+    return _Kernel(sample, n, m, "sample and apply" if select else "sample")
 
 
 def _sample(
@@ -312,7 +315,7 @@ def _update_kernel(n: int, m: int, distribution: Distribution, dtype: torch.dtyp
         for member, value in zip(theta, moved, strict=True):
             member.copy_(value)
 
-    return _Kernel(update, f"{n}:{m} update")
+    return _Kernel(update, n, m, "update")
 
 
 def _round_at_random(planes: list[torch.Tensor], words: torch.Tensor) -> list[torch.Tensor]:
@@ -340,8 +343,8 @@ def score_and_update(
     distribution: Distribution = "plackett_luce",
 ) -> None:
     """
-    `theta += step * score(mask)` in place, with the mask of [`sample_codes`] up to the rounding of exp; bfloat16 is
-    rounded at random.
+    `theta += step * score(mask)` in place, with the mask of [`sample_codes`] (beyond n = 2 up to the rounding of exp);
+    bfloat16 is rounded at random.
 
     Args:
         step (`float`): Minus the learning rate times the advantage.
@@ -392,7 +395,7 @@ def _gradient_kernel(n: int, m: int, as_words: bool) -> _Kernel:
         planes = marginal_gradient(weights_of(_planes(initial, theta.unbind(1), scale), n, dtype), worth, n)
         return torch.stack([plane.to(theta.dtype) for plane in planes]).transpose(0, 1)
 
-    return _Kernel(gradient, f"{n}:{m} marginal gradient")
+    return _Kernel(gradient, n, m, "marginal gradient")
 
 
 def theta_gradient(

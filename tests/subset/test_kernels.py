@@ -77,16 +77,35 @@ def test_sample_and_update(compiled, n, m, distribution):
 
 
 @pytest.mark.parametrize("scale", [2.0, 10.0])
-def test_compiled_masks_are_the_eager_masks(scale):
-    """Bit for bit: what decides a 2:4 mask is exactly rounded."""
+@pytest.mark.parametrize(
+    ("n", "distribution"),
+    [(2, "plackett_luce"), (2, "conditional_poisson"), pytest.param(1, "plackett_luce", marks=SLOW)],
+)
+def test_compiled_masks_are_the_eager_masks(scale, n, distribution):
+    """Bit for bit up to n = 2: what decides a mask is exactly rounded."""
     theta = 3 * torch.randn(4, 512, 384, generator=torch.Generator().manual_seed(0)).transpose(0, 1)
-    packed = pack(mode(torch.rand(512, 4, 384), 2), 2, 4)
+    packed = pack(mode(torch.rand(512, 4, 384), n), n, 4)
     for seed in range(8):
-        eager = kernels._sample_kernel(2, 4, "plackett_luce", False).function
-        arguments = (code_table(2, 4, theta.device), kernels._number(scale, theta.device))
-        words = kernels._keys(seed, 3, theta.device)
-        drawn = kernels.sample_codes(theta, packed, scale, 2, seed, 3)
-        assert torch.equal(drawn, eager(theta, packed, *arguments, *words, None))
+        assert differing(theta, packed, scale, n, seed, distribution) == 0
+
+
+@SLOW
+@pytest.mark.parametrize("m", [8, 16])
+def test_how_often_compiled_masks_differ_beyond_n_of_two(m):
+    """Where exp in float64 decides: not once in a million groups."""
+    theta = 3 * torch.randn(m, 512, 256, generator=torch.Generator().manual_seed(0)).transpose(0, 1)
+    packed = pack(mode(torch.rand(512, m, 256), m // 2), m // 2, m)
+    assert sum(differing(theta, packed, 5.0, m // 2, seed, "conditional_poisson") for seed in range(8)) == 0
+
+
+def differing(theta, packed, scale, n, seed, distribution):
+    """How many groups the compiled kernel draws otherwise than the same function run eagerly."""
+    m = theta.shape[1]
+    eager = kernels._sample_kernel(n, m, distribution, False).function
+    arguments = (code_table(n, m, theta.device), kernels._number(scale, theta.device))
+    words = kernels._keys(seed, 3, theta.device)
+    drawn = kernels.sample_codes(theta, packed, scale, n, seed, 3, distribution)
+    return (drawn != eager(theta, packed, *arguments, *words, None)).sum().item()
 
 
 @pytest.mark.parametrize("distribution", ["plackett_luce", "conditional_poisson"])
@@ -193,11 +212,13 @@ def test_one_kernel_serves_all_shapes(compiled):
 def test_a_long_compilation_is_announced(monkeypatch, caplog):
     monkeypatch.setattr(kernels, "SMALLEST_COMPILED", 1)
     monkeypatch.setattr(kernels, "_SECONDS_OF_SILENCE", 0.0)
-    theta, packed, _, _ = layer(2, 4)
     kernels._mode_kernel.cache_clear()
-    for _ in range(2):
-        kernels.mode_codes(theta, packed, 2.0, 2)
-    assert sum("compiling the mask kernel 2:4 mode" in record.message for record in caplog.records) == 1
+    # The first has padded rows, which are compiled for by themselves.
+    for groups in (40, 60):
+        theta, packed, _, _ = layer(2, 4, groups=groups)
+        for _ in range(2):
+            kernels.mode_codes(theta, packed, 2.0, 2)
+    assert sum("compiling the mask kernel 2:4 mode" in record.message for record in caplog.records) == 2
 
 
 def test_without_a_compiler_there_is_one_warning_and_the_same_result(tmp_path):
