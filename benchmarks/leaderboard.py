@@ -151,18 +151,16 @@ def planned_steps(estimator: str, start: Path, base: str, work: Path, seconds: f
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for row in rows:
-        if row["method"] == "dense":
-            axes.axhline(row["perplexity"], linestyle="--", color="gray", label="dense")
-        else:
-            axes.scatter(row["seconds"], row["perplexity"])
-            axes.annotate(
-                row["method"], (row["seconds"], row["perplexity"]), xytext=(5, 3), textcoords="offset points"
-            )
-    axes.set(xlabel="seconds", ylabel="held-out perplexity", xscale="log", yscale="log")
-    axes.legend()
+    dense = next(row["perplexity"] for row in rows if row["method"] == "dense")
+    axes.axhline(dense, linestyle="--", color="gray", label="dense")
+    for row, marker in zip(rows[1:], "os^vD<>pP*Xh", strict=False):
+        # What has collapsed would hide the differences between the others.
+        if row["perplexity"] < 20 * dense:
+            axes.scatter(row["seconds"], row["perplexity"], marker=marker, label=row["method"], s=60)
+    axes.set(xlabel="seconds of the command", ylabel="held-out perplexity", ylim=(0, None))
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 
