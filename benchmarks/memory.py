@@ -8,6 +8,7 @@ import argparse
 import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -107,7 +108,7 @@ def slope(job: str, dtype: str, pattern: str, repeats: int, bar: tqdm) -> tuple[
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             runs.append(json.loads(done.stdout.strip().splitlines()[-1]))
             bar.update()
-        peaks.append(min(run["peak"] for run in runs))
+        peaks.append(statistics.median(run["peak"] for run in runs))
         sizes.append(runs[0]["weights"])
     x, y = torch.tensor(sizes).double(), torch.tensor(peaks).double()
     centred = x - x.mean()
