@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
 from hf_maskpro.tuner import MaskProLayer, masked_layers
@@ -317,6 +317,25 @@ def test_8_bit_optimizers(tmp_path, optim):
     pytest.importorskip("bitsandbytes" if "bnb" in optim else "torchao")
     before, after = recover(tmp_path, optim=optim)
     assert after < 0.6 * before
+
+
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "adamw_torch_8bit"])
+@pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
+def test_moments_of_8_bit_optimizers(tmp_path, optim, logits_dtype):
+    """In layers of 4,096 logits: of smaller ones both libraries keep the moments as they are."""
+    pytest.importorskip("bitsandbytes" if "bnb" in optim else "torchao")
+    config = tiny_llama().config
+    config.hidden_size, config.intermediate_size, config.head_dim = 64, 64, 32
+    model = get_peft_model(LlamaForCausalLM(config), MaskProConfig(logits_dtype=logits_dtype))
+    args = arguments(tmp_path, "simple", max_steps=3, optim=optim)
+    trainer = MaskProTrainer(model, args, train_dataset=rows())
+    trainer.train()
+    for theta in trainer._thetas():
+        assert theta.abs().max() > 0
+        state = [t for t in trainer.optimizer.state[theta].values() if isinstance(t, torch.Tensor)]
+        moments = [t for t in state if t.numel() == theta.numel()]
+        assert len(moments) == 2
+        assert all(t.dtype == torch.uint8 or type(t).__name__ == "OptimState8bit" for t in moments)
 
 
 def test_gradient_checkpointing_with_accumulation(tmp_path):
