@@ -25,7 +25,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SEQ_LEN, MAX_TOKENS = 512, 8192
 HELD_OUT_EVERY = 8
 MERGE_SECONDS = 20
-# glibc gives large blocks back to the system at every step and fetches them again: up to a third of a step on a CPU.
+# glibc gives large blocks back to the system at every step and fetches them again: a quarter of a step on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 
 
