@@ -51,6 +51,8 @@ CHANGES: list[dict[str, Any]] = [
     {"tokens": 131_072},
 ]
 MAX_TOKENS = 16_384
+# The windows that learners train on unless told otherwise.
+SHORT = 128
 
 
 class Evaluate(TrainerCallback):
@@ -77,9 +79,13 @@ def worker(
     inputs = windows(tokenizer, calibration, settings["seq_len"], settings["tokens"])
 
     def measure() -> dict[str, float]:
-        texts = {"perplexity": held_out, "calibration_perplexity": calibration}
+        how = {
+            "perplexity": (held_out, protocol.SEQ_LEN),
+            "short_perplexity": (held_out, SHORT),
+            "calibration_perplexity": (calibration, protocol.SEQ_LEN),
+        }
         return {
-            name: perplexity(masked, tokenizer, text, protocol.SEQ_LEN, MAX_TOKENS) for name, text in texts.items()
+            name: perplexity(masked, tokenizer, text, seq_len, MAX_TOKENS) for name, (text, seq_len) in how.items()
         }
 
     args = MaskProTrainingArguments(
@@ -163,11 +169,12 @@ def main() -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table, runs of as many steps together."""
-    names = [*BASE, "steps", "perplexity", "calibration_perplexity", "changed"]
+    measured = ["perplexity", "short_perplexity", "calibration_perplexity"]
+    names = [*BASE, "steps", *measured, "changed"]
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in sorted(rows, key=lambda row: row["steps"]):
         shown = row | {"tokens": f"{row['training_tokens']:,}", "changed": f"{row['changed']:.2%}"}
-        shown |= {name: f"{row[name]:.2f}" for name in ("perplexity", "calibration_perplexity")}
+        shown |= {name: f"{row[name]:.2f}" for name in measured}
         lines.append("| " + " | ".join(str(shown[name]) for name in names) + " |")
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from . import hub
 from .deploy import check_sparsity
 from .evaluation import perplexity
 from .initialization import initialize_masks
@@ -16,6 +17,7 @@ __all__ = [
     "MaskProTrainer",
     "MaskProTrainingArguments",
     "check_sparsity",
+    "hub",
     "initialize_masks",
     "perplexity",
 ]

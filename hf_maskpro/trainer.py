@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from math import exp
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -30,6 +32,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from .tuner import SIMPLE_LOGIT_SCALE, MaskProConfig, MaskProLayer, masked_layers
+from .tuner.card import PLOT
 
 
 logger = logging.get_logger(__name__)
@@ -372,7 +375,48 @@ class MaskProTrainer(Trainer):
                 f"tried once in {1 / share:,.0f} steps; plan for that many forward passes or more (the paper runs "
                 "10,000 steps). Where a backward pass fits, estimator='simple' needs a few hundred."
             )
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        self._record_training()
+        if self.is_world_process_zero() and find_spec("matplotlib") is not None:
+            plot_run(self.state.log_history, Path(self.args.output_dir) / PLOT)
+        return output
+
+    def _record_training(self) -> None:
+        """Note in the adapter how its mask was learned."""
+        self.config.start["training"] = {
+            "estimator": self.args.estimator,
+            "steps": self.state.global_step,
+            "sequences_per_step": self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size,
+            "learning_rate": self.args.learning_rate,
+            "logit_scale": self.config.logit_scale,
+            "seed": self.args.seed,
+        }
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        self._record_training()
+        super()._save(*args, **kwargs)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add to the card that saving the adapter wrote, where a `Trainer` would put a draft in its place."""
+        if not self.is_world_process_zero():
+            return
+        path = Path(self.args.output_dir) / "README.md"
+        card = ModelCard.load(path)
+        card.data.language = language or card.data.language
+        card.data.license = license or card.data.license
+        card.data.datasets = dataset or card.data.datasets
+        more = [tags] if isinstance(tags, str) else tags or []
+        card.data.tags = [*card.data.tags, *(tag for tag in more if tag not in card.data.tags)]
+        card.save(path)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         save_logits, self.config.save_logits = self.config.save_logits, True
@@ -402,6 +446,24 @@ class MaskProTrainer(Trainer):
             if not state.is_file():
                 raise ValueError(f"{checkpoint} is not a checkpoint of estimator='residual'; start a new run from it.")
             self.tracker = json.loads(state.read_text())["tracker"]
+
+
+def plot_run(history: list[dict[str, float]], path: Path) -> None:
+    """Plot the loss of sampled masks, and the share of groups whose mode has left the start, against steps."""
+    from matplotlib.figure import Figure
+
+    logs = [entry for entry in history if "loss" in entry]
+    if not logs:
+        return
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    steps = [entry["step"] for entry in logs]
+    axes.plot(steps, [entry["loss"] for entry in logs])
+    axes.set(xlabel="step", ylabel="loss of sampled masks")
+    changed = axes.twinx()
+    changed.plot(steps, [100 * entry["changed"] for entry in logs], color="tab:orange")
+    changed.set(ylabel="groups changed, %")
+    figure.savefig(path, dpi=120)
 
 
 _INDEX = "example_index"

@@ -24,6 +24,7 @@ app.command()(train.train)
 app.command("eval")(adapters.evaluate)
 app.command()(adapters.merge)
 app.command()(adapters.inspect)
+app.command()(adapters.push)
 
 
 def main() -> None:

@@ -1,20 +1,17 @@
 """The verbs that make, measure, merge and look into adapters."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel, get_peft_model
-from safetensors import safe_open
 
-from .. import deploy, evaluation
+from .. import deploy, evaluation, hub
 from ..initialization import generated_text, initialize_masks, needs_data, random_windows
 from ..initialization.calibration import SAMPLES, SEQ_LEN, SOURCE_SAMPLES, SOURCE_SEQ_LEN
-from ..subset import unpack_codes
-from ..subset.codec import word_layout
 from ..tuner import RULES, MaskProConfig
 from .common import (
     Dataset,
@@ -25,6 +22,8 @@ from .common import (
     Overwrite,
     PatternM,
     PatternN,
+    Revision,
+    Subfolder,
     Text,
     calibrate,
     init_mask,
@@ -180,20 +179,27 @@ def inspect(
     source: Annotated[str, typer.Argument(help="An adapter or a checkpoint: a local folder or a Hub id.")],
     n: Annotated[int, typer.Option(help="Pattern to check a checkpoint for: weights kept.")] = 2,
     m: Annotated[int, typer.Option(help="Pattern to check a checkpoint for: size of a group.")] = 4,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
     as_json: Json = False,
 ) -> None:
     """Show what an adapter or checkpoint holds."""
-    folder = Path(source)
+    folder = Path(source) / (subfolder or "")
     if not folder.is_dir():
         if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise ValueError(f"{source} is not a folder; pass an adapter's or checkpoint's folder or a Hub id.")
-        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+            raise ValueError(f"{folder} is not a folder; pass an adapter's or checkpoint's folder or a Hub id.")
+        try:
+            return show(hub.inspect_adapter(source, revision, subfolder), as_json)
+        except EntryNotFoundError:
+            patterns = ["*.json", "*.safetensors"]
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns)) / (subfolder or "")
     if (folder / "adapter_config.json").is_file():
-        show(_inspect_adapter(folder), as_json)
+        show(hub.inspect_adapter(str(folder)), as_json)
     elif (folder / "config.json").is_file():
         show(_inspect_checkpoint(folder, n, m), as_json)
     else:
         raise ValueError(f"{source} holds neither adapter_config.json nor config.json.")
+    return None
 
 
 def _inspect_checkpoint(folder: Path, n: int, m: int) -> dict[str, Any]:
@@ -205,36 +211,26 @@ def _inspect_checkpoint(folder: Path, n: int, m: int) -> dict[str, Any]:
     return {"kind": "checkpoint", "pattern": f"{n}:{m}", "layers": len(report), "zeros": zeros}
 
 
-def _inspect_adapter(folder: Path) -> dict[str, Any]:
-    raw = json.loads((folder / "adapter_config.json").read_text())
-    if raw.get("peft_type") != "MASKPRO":
-        raise ValueError(f"{folder} is a {raw.get('peft_type')} adapter, not a mask adapter.")
-    config = MaskProConfig.from_pretrained(str(folder))
-    file = folder / "adapter_model.safetensors"
-    digits, size = word_layout(config.n, config.m)
-    masked = []
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118, the handle is no dict
-            if name.endswith(".maskpro_mask"):
-                packed = tensors.get_tensor(name)
-                try:
-                    unpack_codes(packed, config.n, config.m, packed.shape[-1] // size * digits * config.m)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
-                masked.append(name.removeprefix("base_model.model.").removesuffix(".maskpro_mask"))
-    lineage = config.lineage or []
-    if lineage and (missing := sorted(set(lineage[-1]["groups_changed"]) - set(masked))):
-        raise ValueError(f"the adapter file has no mask for {missing[0]}.")
-    changed = [sum(stage["groups_changed"].values()) / len(stage["groups_changed"]) for stage in lineage]
-    return {
-        "kind": "mask adapter",
-        "pattern": config.pattern,
-        "base_model": config.base_model_name_or_path,
-        "layers": len(masked),
-        "target_weights": config.target_weights,
-        "file_bytes": file.stat().st_size,
-        "bits_per_weight": 8 * file.stat().st_size / config.target_weights if config.target_weights else None,
-        "holds_logits": config.save_logits,
-        "started_from": [stage["init_mask"] for stage in lineage],
-        "groups_changed": changed,
-    }
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of an adapter, or of a merged checkpoint.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository, USER/NAME; made if there is none.")],
+    subfolder: Annotated[str | None, typer.Option(help="Folder of the repository to push to.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to, made if there is none.")] = None,
+    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    commit_message: Annotated[
+        str, typer.Option(help="First line of the commit's message.")
+    ] = "Upload with hf-maskpro",
+    as_json: Json = False,
+) -> None:
+    """Push an adapter or a merged checkpoint to the Hub."""
+    commit = hub.push_folder(
+        folder,
+        repo_id,
+        subfolder,
+        revision=revision,
+        private=private,
+        create_pr=create_pr,
+        commit_message=commit_message,
+    )
+    show({"repository": commit.repo_url.repo_id, "commit": commit.oid, "url": commit.commit_url}, as_json)

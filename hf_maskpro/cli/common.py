@@ -30,6 +30,8 @@ Dataset = Annotated[
 ]
 PatternN = Annotated[int, typer.Option("--n", help="Weights kept in every group.")]
 PatternM = Annotated[int, typer.Option("--m", help="Size of a group.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the adapter's repository.")]
+Subfolder = Annotated[str | None, typer.Option(help="The adapter's folder in its repository.")]
 Output = Annotated[Path, typer.Option(help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is in use.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -74,12 +76,18 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
     return AutoTokenizer.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
 
 
-def load_adapter(base: PreTrainedModel, adapter: str, is_trainable: bool = False) -> PeftModel:
+def load_adapter(
+    base: PreTrainedModel,
+    adapter: str,
+    is_trainable: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> PeftModel:
     """A mask adapter over a base model."""
-    path = Path(adapter)
+    path = Path(adapter) / (subfolder or "")
     if path.is_dir() and not (path / "adapter_config.json").is_file():
-        raise ValueError(f"{adapter} has no adapter_config.json; pass a mask adapter's folder or a Hub id.")
-    return PeftModel.from_pretrained(base, adapter, is_trainable=is_trainable)
+        raise ValueError(f"{path} has no adapter_config.json; pass a mask adapter's folder or a Hub id.")
+    return PeftModel.from_pretrained(base, adapter, is_trainable=is_trainable, revision=revision, subfolder=subfolder)
 
 
 def read_text(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 import tempfile
 from pathlib import Path
-from shutil import rmtree
+from shutil import copy, rmtree
 from typing import Annotated, Literal
 
 import torch
@@ -11,10 +11,12 @@ from peft import PeftModel, get_peft_model
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..deploy import check_free
+from ..hub import CARD_FILE
 from ..initialization import random_windows
 from ..initialization.calibration import SAMPLES, SEQ_LEN
 from ..trainer import MaskProTrainer, MaskProTrainingArguments
 from ..tuner import MaskProConfig
+from ..tuner.card import PLOT
 from .common import (
     Dataset,
     GgufFile,
@@ -129,6 +131,9 @@ def train(
 def save(masked: PeftModel, output: Path) -> None:
     """Write the adapter into the output folder, every file complete or not at all."""
     with tempfile.TemporaryDirectory(dir=output, prefix=".") as folder:
+        for name in (CARD_FILE, PLOT):
+            if (output / name).is_file():
+                copy(output / name, folder)
         masked.save_pretrained(folder)
         for file in Path(folder).iterdir():
             file.replace(output / file.name)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from peft import PeftConfig
 
 from ..subset import Distribution
+from .card import write_card
 from .registration import add_peft_type
 
 
@@ -75,6 +76,11 @@ class MaskProConfig(PeftConfig):
             learned mask changed, per layer.
         target_weights (`int`, *optional*):
             Written when saving: how many weights are masked or kept, over all layers.
+        base_fingerprint (`dict[str, str]`, *optional*):
+            Written when the adapter is added: a short hash of every masked layer's weights.
+        check_base (`bool`, defaults to `True`):
+            Refuse to attach a loaded mask to other weights than those that it was learned for. Never saved: to go on
+            nevertheless, load the configuration, set it to `False`, and pass `config=` to `from_pretrained`.
         format_version (`int`, *optional*):
             Written when saving. A configuration that has it expects its mask from a file.
 
@@ -99,6 +105,8 @@ class MaskProConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
     lineage: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Written when saving."})
     target_weights: int | None = field(default=None, metadata={"help": "Written when saving."})
+    base_fingerprint: dict[str, str] | None = field(default=None, metadata={"help": "Written by adding the adapter."})
+    check_base: bool = field(default=True, metadata={"help": "Refuse weights that the mask was not learned for."})
     format_version: int | None = field(default=None, metadata={"help": "Written when saving."})
 
     def __post_init__(self):
@@ -134,9 +142,11 @@ class MaskProConfig(PeftConfig):
         # A file with theta continues its last stage; one without it starts a stage from the mask that it holds.
         self._earlier = list(self.lineage or [])
         self._groups_changed: dict[str, float] | None = None
+        self._file_bytes = 0
         self.start: dict[str, Any] = {"init_mask": "adapter" if self.awaits_file else self.init_mask}
         if self.awaits_file and self.save_logits and self._earlier:
-            self.start = {key: value for key, value in self._earlier.pop().items() if key != "groups_changed"}
+            last = self._earlier.pop()
+            self.start = {key: value for key, value in last.items() if key not in ("groups_changed", "evaluations")}
 
     @property
     def pattern(self) -> str:
@@ -148,19 +158,29 @@ class MaskProConfig(PeftConfig):
         """Whether the mask of an adapter with this configuration comes from a file."""
         return self.format_version is not None
 
-    def record_stage(self, groups_changed: dict[str, float], target_weights: int) -> None:
+    def record_stage(self, groups_changed: dict[str, float], target_weights: int, file_bytes: int) -> None:
         """
         Note how far the mask is from where this stage of its training started, for [`save_pretrained`].
 
         Args:
             groups_changed (`dict[str, float]`): Share of the groups whose mask changed, by layer.
             target_weights (`int`): Weights of those layers together.
+            file_bytes (`int`): Bytes of the tensors that are saved.
         """
-        self._groups_changed = groups_changed
+        self._groups_changed, self._file_bytes = groups_changed, file_bytes
         self.target_weights = target_weights
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+        known = super().to_dict()
+        del known["check_base"]
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in known.items()}
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        known = super().from_json_file(path_json_file, **kwargs)
+        # A file has no say in whether it is checked.
+        known.pop("check_base", None)
+        return known
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         version, lineage = self.format_version, self.lineage
@@ -170,5 +190,8 @@ class MaskProConfig(PeftConfig):
             self.lineage = self._earlier + [{**self.start, "groups_changed": self._groups_changed}] * moved
         try:
             super().save_pretrained(save_directory, **kwargs)
+            if self._groups_changed is not None:
+                self.auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping  # type: ignore[has-type]
+                write_card(Path(save_directory), self, self._file_bytes)
         finally:
             self.format_version, self.lineage = version, lineage

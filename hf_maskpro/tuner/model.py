@@ -1,9 +1,13 @@
+import hashlib
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -14,10 +18,16 @@ from peft.tuners.tuners_utils import (
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedModel
 
 from ..subset import mode_codes, pack_codes, unpack_codes
+from .card import hub_id
 from .config import MaskProConfig
 from .layer import MaskProLayer, has_memory, layer_class, logit_scale, members_first
+
+
+# Weights of a layer that its fingerprint looks at, at least.
+_FINGERPRINTED = 4096
 
 
 class MaskProModel(BaseTuner):
@@ -49,13 +59,20 @@ class MaskProModel(BaseTuner):
         _maybe_include_all_linear_layers(peft_config, model)
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         problems: dict[str, list[str]] = {}
+        weights: dict[str, torch.Tensor] = {}
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and check_target_module_exists(peft_config, name):
                 problem = _why_not(module, peft_config, embeddings)
                 if problem:
                     problems.setdefault(problem, []).append(name)
+                else:
+                    base = module.get_base_layer() if isinstance(module, MaskProLayer) else module
+                    weights[name] = cast(torch.Tensor, base.weight).detach()
         for problem, names in problems.items():
             raise ValueError(f"cannot mask {_listed(names)}: {problem}.")
+        if isinstance(model, PreTrainedModel) and peft_config.revision is None and not peft_config.awaits_file:
+            peft_config.revision = _cached_commit(model.name_or_path)
+        _check_base(peft_config, weights)
 
     def _create_and_replace(
         self,
@@ -123,7 +140,7 @@ class MaskProModel(BaseTuner):
                 result |= {mask_key: packed, theta_key: theta.contiguous()}
             else:
                 result[mask_key] = pack_codes(learned, config.n, config.m)
-        config.record_stage(changed, weights)
+        config.record_stage(changed, weights, sum(tensor.nbytes for tensor in result.values()))
         return result
 
     @classmethod
@@ -248,6 +265,45 @@ def _why_not(module: nn.Module, config: MaskProConfig, embeddings: set[int]) -> 
     if in_features % config.m:
         return f"in_features {in_features} is not a multiple of m = {config.m}; exclude it with exclude_modules"
     return None
+
+
+def _cached_commit(name: str) -> str | None:
+    """The commit at which a model's main branch is in the Hub's cache, from which it was loaded."""
+    repo = hub_id(name)
+    file = try_to_load_from_cache(repo, "config.json") if repo else None
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
+def fingerprint(weight: torch.Tensor) -> str:
+    """
+    A hash of a few thousand weights spread over a matrix, as bfloat16: the same for a float32 copy of it.
+
+    Args:
+        weight (`torch.Tensor`): Of any shape, float32 or bfloat16.
+    """
+    values = weight.flatten()
+    sample = values[:: max(1, len(values) // _FINGERPRINTED)].to("cpu", torch.bfloat16).view(torch.int16)
+    return hashlib.blake2b(f"{list(weight.shape)}".encode() + sample.numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def _check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
+    """Record which weights a new mask is for; refuse other weights than those that a loaded mask was learned for."""
+    known = config.base_fingerprint
+    if any(weight.is_meta or weight.dtype == torch.float16 for weight in weights.values()):
+        if config.awaits_file:
+            warnings.warn("float16 weights cannot be compared with those that the mask was learned for.", stacklevel=2)
+        return
+    found = {name: fingerprint(weight) for name, weight in weights.items()}
+    if config.awaits_file and known is None:
+        warnings.warn("the adapter does not say which weights it was learned for; they are not checked.", stacklevel=2)
+    elif config.awaits_file and config.check_base:
+        other = [name for name, value in found.items() if (known or {}).get(name, value) != value]
+        if other:
+            raise ValueError(
+                f"the mask was learned for other weights than this model has, in {len(other)} of {len(found)} layers: "
+                f"{_listed(other)}. Load the base model that it names, or pass a config= with check_base = False."
+            )
+    config.base_fingerprint = found
 
 
 def _refuse_fused_experts(model: nn.Module, inside: tuple[str, ...]) -> None:

@@ -1,0 +1,135 @@
+"""An adapter is anybody's data: whatever its bytes, it is read as a valid mask or refused with our error."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+from hf_maskpro import MaskProConfig
+from hf_maskpro.hub import CONFIG_FILE, MASK_FILE, read_masks
+from hf_maskpro.subset import keep_of, unpack_codes
+from hf_maskpro.subset.codec import word_layout
+from hf_maskpro.tuner import masked_layers
+
+from .conftest import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory):
+    """The bytes of a small adapter's two files, and a folder to write altered ones to."""
+    folder = tmp_path_factory.mktemp("adapter")
+    config = MaskProConfig(target_modules=["q_proj", "down_proj"], n=3, m=8)
+    get_peft_model(tiny_llama(), config).save_pretrained(folder)
+    return {name: (folder / name).read_bytes() for name in (CONFIG_FILE, MASK_FILE)}, folder
+
+
+@st.composite
+def alterations(draw):
+    """Changes of a file: bytes replaced, a part cut out, bytes put in, the end cut off."""
+    where = st.floats(0, 1)
+    changes = []
+    for _ in range(draw(st.integers(1, 4))):
+        kind = draw(st.sampled_from(["replace", "cut", "insert", "truncate"]))
+        changes.append((kind, draw(where), draw(st.binary(min_size=1, max_size=8)), draw(st.integers(1, 64))))
+    # The header is where structure is, so half of the changes go to the first bytes.
+    return changes, draw(st.booleans())
+
+
+def altered(data: bytes, changes, head: bool) -> bytes:
+    for kind, where, new, length in changes:
+        at = int(where * (min(len(data), 600) if head else len(data)))
+        if kind == "replace":
+            data = data[:at] + new + data[at + len(new) :]
+        elif kind == "insert":
+            data = data[:at] + new + data[at:]
+        elif kind == "cut":
+            data = data[:at] + data[at + length :]
+        else:
+            data = data[:at]
+    return data
+
+
+def check_reader(valid, file, alteration):
+    files, folder = valid
+    content = files | {file: altered(files[file], *alteration)}
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            config, masks = read_masks(folder)
+        except ValueError:
+            return
+    for mask in masks.values():
+        codes = unpack_codes(mask, config.n, config.m, _inputs(mask, config))
+        assert (keep_of(codes, config.m).unflatten(1, (-1, config.m)).sum(-1) == config.n).all()
+
+
+def _inputs(mask, config):
+    digits, size = word_layout(config.n, config.m)
+    return mask.shape[1] // size * digits * config.m
+
+
+files = st.sampled_from([MASK_FILE, MASK_FILE, CONFIG_FILE])
+fixtures = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+
+@settings(max_examples=2_000, deadline=None, database=None, suppress_health_check=fixtures)
+@given(file=files, alteration=alterations())
+def test_altered_bytes(valid, file, alteration):
+    check_reader(valid, file, alteration)
+
+
+@pytest.mark.slow
+@settings(max_examples=100_000, deadline=None, database=None, suppress_health_check=fixtures)
+@given(file=files, alteration=alterations())
+def test_many_altered_bytes(valid, file, alteration):
+    check_reader(valid, file, alteration)
+
+
+@pytest.mark.parametrize("load", ["peft", "transformers"])
+@settings(max_examples=100, deadline=None, database=None, suppress_health_check=fixtures)
+@given(alteration=alterations())
+def test_no_loading_path_breaks_the_pattern(valid, load, alteration):
+    files, folder = valid
+    (folder / CONFIG_FILE).write_bytes(files[CONFIG_FILE])
+    (folder / MASK_FILE).write_bytes(altered(files[MASK_FILE], *alteration))
+    base = tiny_llama()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if load == "peft":
+                model = PeftModel.from_pretrained(base, folder)
+            else:
+                base.load_adapter(str(folder))
+                model = base
+            weights = {name: layer.masked_weight() for name, layer in masked_layers(model).items()}
+        # What is not a safetensors file is refused by the libraries, in words of their own.
+        except (ValueError, SafetensorError, RuntimeError, OSError, KeyError, TypeError):
+            return
+    for weight in weights.values():
+        assert ((weight.unflatten(1, (-1, 8)) != 0).sum(-1) <= 3).all()
+
+
+def test_unknown_keys_of_a_configuration_are_ignored(valid):
+    files, folder = valid
+    config = json.loads(files[CONFIG_FILE]) | {"from_the_future": 1}
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    (folder / MASK_FILE).write_bytes(files[MASK_FILE])
+    with pytest.warns(UserWarning, match="from_the_future"):
+        read_masks(folder)
+
+
+def test_pickles_are_not_read(checkpoint, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), MaskProConfig())
+    model.save_pretrained(tmp_path)
+    (tmp_path / MASK_FILE).rename(tmp_path / "kept")
+    torch.save({}, tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match="not a file of masks"):
+        read_masks(tmp_path)

@@ -1,0 +1,94 @@
+import json
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from hf_maskpro import MaskProConfig, hub
+from hf_maskpro.tuner.card import BEGIN, END, hub_id, split_card
+
+
+@pytest.fixture
+def adapter(checkpoint, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), MaskProConfig())
+    model.peft_config["default"].start["calibration"] = {"sequences": 4, "tokens": 2048, "text": "my.txt", "seed": 1}
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_card_says_what_the_adapter_is(adapter):
+    card = ModelCard.load(adapter / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data["base_model_relation"] == "adapter"
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.tags == ["peft", "maskpro", "n-m-sparsity", "2:4"]
+    # Another reader of YAML than the one that wrote it takes a bare 2:4 for the number 124.
+    assert "'2:4'" in card.content.partition("\n---")[0]
+    assert yaml.safe_load(card.content.partition("\n---")[0])["tags"][3] == "2:4"
+    for words in (
+        "A 2:4 mask",
+        "my.txt, 2,048 tokens",
+        "magnitude",
+        "import hf_maskpro",
+        "merge_and_unload",
+        "down_proj",
+    ):
+        assert words in card.text
+    size = next(line for line in card.text.splitlines() if "Size of the masks" in line)
+    tensors = hub.read_masks(adapter)[1].values()
+    assert f"{sum(mask.numel() for mask in tensors):,} bytes" in size
+    assert str(adapter.parent) not in card.content
+
+
+def test_a_users_text_and_metadata_survive(adapter, checkpoint):
+    card = ModelCard.load(adapter / "README.md")
+    before, made, after = split_card(card.text)
+    card.text = f"{before}# My own title\n\n{made}{after}\nWritten by hand.\n"
+    card.data["license"] = "mit"
+    card.save(adapter / "README.md")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), adapter)
+    model.save_pretrained(adapter)
+    again = ModelCard.load(adapter / "README.md")
+    assert again.data.license == "mit"
+    assert again.text.count(BEGIN) == again.text.count(END) == 1
+    assert again.text.index("# My own title") < again.text.index(BEGIN)
+    assert again.text.rstrip().endswith("Written by hand.")
+    assert (adapter / "README.md").read_text() == again.content
+
+
+def test_results_come_and_go_with_the_mask(adapter, checkpoint):
+    hub.record_evaluation(adapter, "wikitext", "perplexity", 30.0, "windows of 512 tokens")
+    hub.record_evaluation(adapter, "wikitext", "perplexity", 25.5, "windows of 512 tokens")
+    hub.record_evaluation(adapter, "wikitext", "perplexity", 40.0, "windows of 128 tokens")
+    card = ModelCard.load(adapter / "README.md")
+    assert {(r.dataset_config, r.metric_value) for r in card.data.eval_results} == {
+        ("windows of 512 tokens", 25.5),
+        ("windows of 128 tokens", 40.0),
+    }
+    assert "| wikitext | perplexity | 25.5 | windows of 512 tokens |" in card.text
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), adapter, is_trainable=True)
+    model.save_pretrained(adapter)
+    assert len(ModelCard.load(adapter / "README.md").data.eval_results) == 2
+    for name, parameter in model.named_parameters():
+        if "maskpro_theta" in name:
+            torch.nn.init.normal_(parameter, std=10)
+    model.save_pretrained(adapter)
+    assert ModelCard.load(adapter / "README.md").data.eval_results is None
+    assert "windows of 512" not in (adapter / "README.md").read_text()
+    assert len(json.loads((adapter / "adapter_config.json").read_text())["lineage"]) == 2
+
+
+def test_no_card_without_a_mask(tmp_path):
+    MaskProConfig().save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+def test_names_of_repositories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me").mkdir()
+    assert hub_id("me/llama") == "me/llama"
+    assert [hub_id(name) for name in (None, "", "me", "/a/b", "a/b/c", str(tmp_path))] == [None] * 6
