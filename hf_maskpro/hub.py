@@ -161,7 +161,12 @@ def read_config(path: Path) -> MaskProConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw.get("peft_type") != NAME:
             raise ValueError(f"it is of a {raw.get('peft_type')} adapter")
-        return MaskProConfig.from_pretrained(str(path.parent))
+        config = MaskProConfig.from_pretrained(str(path.parent))
+        stages = [(stage["init_mask"], dict.items(stage["groups_changed"])) for stage in config.lineage or []]
+        shares = [share for _, layers in stages for _, share in layers]
+        if not all(isinstance(value, (int, float)) for value in [*shares, config.target_weights or 0]):
+            raise ValueError("a share or count in it is not a number")
+        return config
     # The file is anybody's, and PEFT builds the configuration without looking at types.
     except Exception as error:
         raise ValueError(f"{path} is not the configuration of a mask adapter: {error}.") from error

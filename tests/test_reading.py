@@ -31,17 +31,15 @@ def valid(tmp_path_factory):
 
 @st.composite
 def alterations(draw):
-    """Changes of a file: bytes replaced, a part cut out, bytes put in, the end cut off."""
-    where = st.floats(0, 1)
-    changes = []
-    for _ in range(draw(st.integers(1, 4))):
-        kind = draw(st.sampled_from(["replace", "cut", "insert", "truncate"]))
-        changes.append((kind, draw(where), draw(st.binary(min_size=1, max_size=8)), draw(st.integers(1, 64))))
-    # The header is where structure is, so half of the changes go to the first bytes.
-    return changes, draw(st.booleans())
+    """Changes of a file: mostly bytes replaced, which leaves its structure; also parts put in, cut out, cut off."""
+    kinds = st.sampled_from(["replace"] * 5 + ["cut", "insert", "truncate"])
+    new = st.binary(min_size=1, max_size=4) | st.text('0123456789-.,:"[]{}nul', min_size=1, max_size=3).map(str.encode)
+    change = st.tuples(kinds, st.floats(0, 1), new, st.integers(1, 64))
+    return draw(st.lists(change, min_size=1, max_size=3)), draw(st.booleans())
 
 
 def altered(data: bytes, changes, head: bool) -> bytes:
+    """The changes made, all of them in the first bytes, where a header is, or anywhere."""
     for kind, where, new, length in changes:
         at = int(where * (min(len(data), 600) if head else len(data)))
         if kind == "replace":
@@ -123,6 +121,28 @@ def test_unknown_keys_of_a_configuration_are_ignored(valid):
     (folder / CONFIG_FILE).write_text(json.dumps(config))
     (folder / MASK_FILE).write_bytes(files[MASK_FILE])
     with pytest.warns(UserWarning, match="from_the_future"):
+        read_masks(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lineage": [5]},
+        {"lineage": [{"init_mask": "wanda", "groups_changed": {"a": "much"}}]},
+        {"lineage": [{}]},
+        {"target_weights": "many"},
+        {"n": "2"},
+        {"m": 1e300},
+        {"peft_type": "LORA"},
+        {"peft_type": None},
+        {"init_mask": 3},
+    ],
+)
+def test_a_configuration_of_other_types_is_refused(valid, change):
+    files, folder = valid
+    (folder / CONFIG_FILE).write_text(json.dumps(json.loads(files[CONFIG_FILE]) | change))
+    (folder / MASK_FILE).write_bytes(files[MASK_FILE])
+    with pytest.raises(ValueError, match="is not the configuration of a mask adapter"):
         read_masks(folder)
 
 
