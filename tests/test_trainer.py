@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
@@ -445,3 +446,23 @@ def test_a_run_as_short_as_the_warmup(tmp_path, llama, steps):
     args = MaskProTrainingArguments(str(tmp_path), estimator="simple", max_steps=steps, report_to=[])
     data = [{"input_ids": row, "labels": row} for row in torch.randint(2, 34, (8, 12))]
     assert MaskProTrainer(model, args, train_dataset=data).train().global_step == steps
+
+
+def test_the_card_tells_of_the_run(tmp_path, llama):
+    model = get_peft_model(llama, MaskProConfig())
+    args = arguments(tmp_path, "simple", max_steps=4, per_device_train_batch_size=8, logging_steps=2, seed=7)
+    trainer = MaskProTrainer(model, args, train_dataset=rows())
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(tags=["mine"], license="mit", model_name="a-name")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (
+        "| Estimator | simple, steps 4, sequences per step 8, learning rate 0.3, logit scale 5.0, seed 7 |"
+        in card.text
+    )
+    assert card.data.tags == ["peft", "maskpro", "n-m-sparsity", "2:4", "mine"]
+    assert card.data.license == "mit"
+    assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")
+    assert "![The run](learning.png)" in card.text
+    training = json.loads((tmp_path / "adapter_config.json").read_text())["lineage"][0]["training"]
+    assert training["steps"] == 4
