@@ -10,7 +10,7 @@ from torch import nn
 from ..subset import mask_of, mode
 from ..tuner import DATA_FREE, RULES, MaskProConfig, MaskProLayer, masked_layers, one_adapter, split_init_mask
 from ..tuner.layer import to_planes
-from . import gblm, magnitude, pruner_zero, ria, sparsegpt, swaps, wanda
+from . import gblm, magnitude, pruner_zero, random, ria, sparsegpt, swaps, wanda
 from .calibration import generated_text, random_windows
 from .gradients import gradient_norms
 from .sources import fill_masks
@@ -21,6 +21,7 @@ __all__ = ["generated_text", "initialize_masks", "needs_data", "random_windows"]
 
 _SCORES = {
     "magnitude": magnitude.scores,
+    "random": random.scores,
     "wanda": wanda.scores,
     "ria": ria.scores,
     "gblm": gblm.scores,
@@ -115,12 +116,8 @@ def _mask_by_rule(
     """A layer's mask, bool `[out_features, m, groups]`; `None` if it comes from a source."""
     if rule not in RULES:
         return None
-    if rule == "random":
-        # As a random mask is drawn where no data is needed: on the CPU, whatever the model's device.
-        draws = torch.rand(weight.shape[0], config.m, weight.shape[1] // config.m, device="cpu")
-        return mode(draws.to(weight.device), config.n)
     inputs = calibration.inputs
-    if inputs is not None and not inputs.squares.any():
+    if rule not in DATA_FREE and inputs is not None and not inputs.squares.any():
         # Of a layer that has seen nothing the inputs tell nothing.
         rule = "magnitude"
     if rule == "sparsegpt":
