@@ -12,13 +12,10 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
@@ -27,11 +24,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 
-# As the Hub: what is binary or large goes by LFS, whatever else is found large is added to .gitattributes.
-LFS_ATTRIBUTES = "".join(
-    f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth")
-)
+# Files that go by LFS: these, and all that are larger; the latter are added to .gitattributes, as the Hub does.
+LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 LFS_SIZE = 1 << 20
+BY_LFS = "filter=lfs diff=lfs merge=lfs -text\n"
+ATTRIBUTES = "".join(f"*{suffix} {BY_LFS}" for suffix in LFS_SUFFIXES)
 POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (\d+)\n")
 GIT_ENVIRONMENT = {
     "GIT_CONFIG_GLOBAL": os.devnull,
@@ -58,9 +55,8 @@ class HubError(Exception):
 
 
 class Entry(NamedTuple):
-    """A file or folder of a tree; for an LFS file, the hash and size of its object."""
+    """A file or folder of a tree: its git object, and for an LFS file the object that its pointer names."""
 
-    path: str
     kind: str
     oid: str
     size: int
@@ -68,116 +64,88 @@ class Entry(NamedTuple):
 
 
 class Repository:
-    """A git repository on disk with the LFS objects beside its own."""
+    """A git repository on disk, with its LFS objects where git-lfs keeps them."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.objects = path / "lfs" / "objects"
 
-    def git(self, *arguments: str, input: bytes = b"", index: str | None = None) -> bytes:
-        environment = os.environ | GIT_ENVIRONMENT | ({} if index is None else {"GIT_INDEX_FILE": index})
+    def git(self, *arguments: str, input: bytes = b"", **environment: str) -> bytes:
         command = ["git", "--git-dir", str(self.path), *arguments]
+        environment = os.environ | GIT_ENVIRONMENT | environment
         return subprocess.run(command, input=input, env=environment, check=True, capture_output=True).stdout
+
+    def line(self, *arguments: str, **options) -> str:
+        return self.git(*arguments, **options).decode().strip()
 
     def create(self) -> None:
         subprocess.run(["git", "init", "--quiet", "--initial-branch=main", str(self.path.parent)], check=True)
-        self.objects.mkdir(parents=True)
-        blob = self.blob(LFS_ATTRIBUTES.encode())
-        tree = self.git("mktree", input=f"100644 blob {blob}\t.gitattributes\n".encode()).decode().strip()
-        commit = self.git("commit-tree", tree, input=b"initial commit").decode().strip()
-        self.git("update-ref", "refs/heads/main", commit, "0" * 40)
+        tree = self.line("mktree", input=f"100644 blob {self.blob(ATTRIBUTES)}\t.gitattributes\n".encode())
+        self.git("update-ref", "refs/heads/main", self.line("commit-tree", tree, input=b"initial commit"), "0" * 40)
 
-    def blob(self, content: bytes) -> str:
-        return self.git("hash-object", "-w", "--stdin", input=content).decode().strip()
+    def blob(self, content: str | bytes) -> str:
+        content = content.encode() if isinstance(content, str) else content
+        return self.line("hash-object", "-w", "--stdin", input=content)
+
+    def object(self, sha256: str) -> Path:
+        return self.path / "lfs" / "objects" / sha256[:2] / sha256[2:4] / sha256
 
     def head(self, revision: str = "main") -> str:
         try:
-            return self.git("rev-parse", "--verify", "--end-of-options", revision + "^{commit}").decode().strip()
+            return self.line("rev-parse", "--verify", "--end-of-options", revision + "^{commit}")
         except subprocess.CalledProcessError as error:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound") from error
 
-    def tree(self, commit: str, path: str = "", recursive: bool = True) -> list[Entry]:
-        options = ["-r", "-t"] if recursive else []
-        lines = self.git("ls-tree", "-z", "-l", *options, commit, *([f"{path.rstrip('/')}/"] if path else []))
-        return [self._entry(line) for line in lines.decode().split("\0")[:-1]]
+    def entries(self, commit: str) -> dict[str, Entry]:
+        """All files and folders, by path."""
+        entries = {}
+        for line in self.git("ls-tree", "-z", "-r", "-t", "-l", commit).decode().split("\0")[:-1]:
+            attributes, path = line.split("\t", 1)
+            _, kind, oid, size = attributes.split()
+            small = kind == "blob" and int(size) < 200
+            if small and (pointer := POINTER.fullmatch(self.git("cat-file", "blob", oid))):
+                entries[path] = Entry(kind, oid, int(pointer[2]), pointer[1].decode())
+            else:
+                entries[path] = Entry(kind, oid, 0 if kind == "tree" else int(size), None)
+        return entries
 
-    def _entry(self, line: str) -> Entry:
-        attributes, path = line.split("\t", 1)
-        _, kind, oid, size = attributes.split()
-        if kind == "tree":
-            return Entry(path, "directory", oid, 0, None)
-        pointer = POINTER.fullmatch(self.git("cat-file", "blob", oid)) if int(size) < 200 else None
-        if pointer is None:
-            return Entry(path, "file", oid, int(size), None)
-        return Entry(path, "file", oid, int(pointer[2]), pointer[1].decode())
-
-    def files(self, commit: str) -> dict[str, Entry]:
-        return {entry.path: entry for entry in self.tree(commit) if entry.kind == "file"}
-
-    def object(self, sha256: str) -> Path:
-        return self.objects / sha256[:2] / sha256[2:4] / sha256
-
-    @contextmanager
-    def index(self, commit: str) -> Iterator[str]:
-        with tempfile.TemporaryDirectory() as folder:
-            index = f"{folder}/index"
-            self.git("read-tree", commit, index=index)
-            yield index
-
-    def by_lfs(self, index: str, paths: list[str]) -> set[str]:
-        """Those of the paths that .gitattributes says are kept by LFS."""
-        answer = self.git(
-            "check-attr", "--cached", "-z", "--stdin", "filter", input="\0".join(paths).encode(), index=index
-        )
-        fields = answer.decode().split("\0")
-        return {path for path, value in zip(fields[::3], fields[2::3], strict=False) if value == "lfs"}
-
-    def commit(self, branch: str, operations: list[dict]) -> str:
+    def commit(self, branch: str, header: dict, operations: list[dict]) -> str:
         """Check every operation, then move the branch; what is left of a commit that fails is never seen."""
         head = self.head(f"refs/heads/{branch}")
-        header = operations[0]["value"]
         if header.get("parentCommit", head) != head:
             raise HubError(412, "A commit has happened since. Please refresh and try again.")
-        files = self.files(head)
-        with self.index(head) as index:
-            for operation in operations[1:]:
-                key, value = operation["key"], operation["value"]
-                path = value["path"]
-                if key == "file":
-                    self._stage(index, path, base64.b64decode(value["content"], validate=True))
-                elif key == "lfsFile":
-                    size = self._stored_size(path, value["oid"])
-                    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{value['oid']}\nsize {size}\n"
-                    self._stage(index, path, pointer.encode())
-                    if path not in self.by_lfs(index, [path]):
-                        attributes = self.git("cat-file", "blob", ":.gitattributes", index=index)
-                        line = f"{path} filter=lfs diff=lfs merge=lfs -text\n"
-                        self._stage(index, ".gitattributes", attributes + line.encode())
-                else:
-                    gone = [
-                        name
-                        for name in files
-                        if name == path or (key == "deletedFolder" and name.startswith(path.rstrip("/") + "/"))
-                    ]
-                    if not gone:
-                        raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-                    self.git(
-                        "update-index", "--force-remove", "-z", "--stdin", input="\0".join(gone).encode(), index=index
-                    )
-            tree = self.git("write-tree", index=index).decode().strip()
+        entries = self.entries(head)
+        changes, attributes = [], ""
+        for operation in operations:
+            key, path = operation["key"], operation["value"]["path"]
+            if key == "file":
+                changes.append(f"100644 {self.blob(base64.b64decode(operation['value']['content']))}\t{path}")
+            elif key == "lfsFile":
+                changes.append(f"100644 {self.blob(self._pointer(path, operation['value']['oid']))}\t{path}")
+                attributes += "" if path.endswith(LFS_SUFFIXES) else f"{path} {BY_LFS}"
+            else:
+                folder = path.rstrip("/") + "/" if key == "deletedFolder" else None
+                gone = [name for name in entries if name == path or (folder and name.startswith(folder))]
+                if not gone:
+                    raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
+                changes += [f"0 {'0' * 40}\t{name}" for name in gone]
+        if attributes:
+            known = self.git("cat-file", "blob", f"{head}:.gitattributes").decode()
+            changes.append(f"100644 {self.blob(known + attributes)}\t.gitattributes")
+        with tempfile.TemporaryDirectory() as folder:
+            index = {"GIT_INDEX_FILE": f"{folder}/index"}
+            self.git("read-tree", head, **index)
+            self.git("update-index", "-z", "--index-info", input="\0".join(changes).encode(), **index)
+            tree = self.line("write-tree", **index)
         message = f"{header['summary']}\n\n{header['description']}".strip()
-        commit = self.git("commit-tree", tree, "-p", head, input=message.encode()).decode().strip()
+        commit = self.line("commit-tree", tree, "-p", head, input=message.encode())
         self.git("update-ref", f"refs/heads/{branch}", commit, head)
         return commit
 
-    def _stage(self, index: str, path: str, content: bytes) -> None:
-        line = f"100644,{self.blob(content)},{path}"
-        self.git("update-index", "--add", "--replace", "--cacheinfo", line, index=index)
-
-    def _stored_size(self, path: str, sha256: str) -> int:
+    def _pointer(self, path: str, sha256: str) -> str:
         if not self.object(sha256).is_file():
             raise HubError(400, f"{path}: the LFS object {sha256} was never uploaded.")
-        return self.object(sha256).stat().st_size
+        size = self.object(sha256).stat().st_size
+        return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
 
 
 class Hub:
@@ -206,6 +174,8 @@ class Hub:
 
     def __enter__(self) -> "Hub":
         for server in self.servers:
+            # An idle connection of a client that lives on does not hold up the end.
+            server.daemon_threads = True
             server.hub = self
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
@@ -233,8 +203,7 @@ class Handler(BaseHTTPRequestHandler):
     routes: list[tuple[str, str, str]] = []
 
     def do_GET(self) -> None:
-        self.hub: Hub = self.server.hub
-        self.rest = int(self.headers.get("Content-Length", 0))
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = urlsplit(self.path)
         self.query = parse_qs(path.query)
         try:
@@ -246,9 +215,9 @@ class Handler(BaseHTTPRequestHandler):
                     break
             else:
                 raise HubError(404, f"No such address: {self.command} {path.path}")
+        except subprocess.CalledProcessError as error:
+            self.reply({"error": error.stderr.decode()}, 400)
         except HubError as error:
-            # What is left of the request's body would be read as the next request.
-            self.close_connection = bool(self.rest)
             self.reply(error.answer, error.status, **error.headers)
 
     do_HEAD = do_POST = do_PUT = do_GET
@@ -256,12 +225,12 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_) -> None:
         pass
 
-    def read(self, size: int) -> bytes:
-        self.rest -= size
-        return self.rfile.read(size)
+    @property
+    def hub(self) -> "Hub":
+        return self.server.hub
 
     def json(self) -> dict:
-        return json.loads(self.read(self.rest))
+        return json.loads(self.body)
 
     def reply(self, answer: dict | list, status: int = 200, **headers: str) -> None:
         self.send(json.dumps(answer).encode(), status, **{"Content-Type": "application/json"} | headers)
@@ -282,8 +251,6 @@ class Handler(BaseHTTPRequestHandler):
         if asked is None:
             return self.send(content, **headers)
         start, stop = int(asked[1]), min(int(asked[2] or len(content)) + 1, len(content))
-        if start >= stop:
-            return self.send(b"", 416, **{"Content-Range": f"bytes */{len(content)}"})
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
         return self.send(content[start:stop], 206, **headers)
 
@@ -381,10 +348,8 @@ class ApiHandler(Handler):
     def info(self, name: str, revision: str) -> None:
         repository = self.readable(name)
         commit = repository.head(revision or "main")
-        files = repository.files(commit)
-        data = {}
-        if "README.md" in files:
-            data = card(repository.git("cat-file", "blob", files["README.md"].oid).decode())
+        files = [path for path, entry in repository.entries(commit).items() if entry.kind == "blob"]
+        data = card(repository.git("cat-file", "blob", f"{commit}:README.md").decode()) if "README.md" in files else {}
         answer = {"_id": commit[:24], "id": name, "modelId": name, "author": name.split("/")[0], "sha": commit}
         answer |= {"private": self.hub.mark(name, "private").exists(), "gated": self.hub.mark(name, "gated").exists()}
         answer |= {"tags": data.get("tags", []), "cardData": data, "library_name": data.get("library_name")}
@@ -392,15 +357,18 @@ class ApiHandler(Handler):
 
     def tree(self, name: str, revision: str, path: str) -> None:
         repository = self.readable(name)
-        recursive = self.query.get("recursive") in (["true"], ["True"], ["1"])
-        entries = repository.tree(repository.head(revision), path, recursive)
-        if path and not entries:
+        prefix = f"{path}/" if path else ""
+        found = {p: e for p, e in repository.entries(repository.head(revision)).items() if p.startswith(prefix)}
+        if not found:
             raise HubError(404, f"{path} does not exist on {revision}", "EntryNotFound")
         answer = []
-        for entry in entries:
-            answer.append({"type": entry.kind, "path": entry.path, "oid": entry.oid, "size": entry.size})
+        for path, entry in found.items():
+            if "/" in path.removeprefix(prefix) and self.query.get("recursive") != ["true"]:
+                continue
+            kind = "directory" if entry.kind == "tree" else "file"
+            answer.append({"type": kind, "path": path, "oid": entry.oid, "size": entry.size})
             if entry.sha256 is not None:
-                answer[-1]["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": 0}
+                answer[-1]["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": 134}
         self.reply(answer)
 
     def branch(self, name: str, branch: str) -> None:
@@ -415,16 +383,12 @@ class ApiHandler(Handler):
 
     def preupload(self, name: str, revision: str) -> None:
         repository = self.writable(name)
-        asked = self.json()["files"]
-        commit = repository.head(revision)
-        present = repository.files(commit)
-        with repository.index(commit) as index:
-            tracked = repository.by_lfs(index, [file["path"] for file in asked])
+        entries = repository.entries(repository.head(revision))
         answer = []
-        for file in asked:
-            entry = present.get(file["path"])
-            lfs = file["path"] in tracked or file["size"] > LFS_SIZE
-            answer.append({"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False})
+        for file in self.json()["files"]:
+            entry = entries.get(file["path"])
+            mode = "lfs" if file["path"].endswith(LFS_SUFFIXES) or file["size"] > LFS_SIZE else "regular"
+            answer.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
             if entry is not None:
                 answer[-1]["oid"] = entry.sha256 or entry.oid
         self.reply({"files": answer})
@@ -433,10 +397,10 @@ class ApiHandler(Handler):
         repository = self.writable(name)
         answer = []
         for wanted in self.json()["objects"]:
-            oid, size = wanted["oid"], wanted["size"]
-            answer.append({"oid": oid, "size": size})
+            oid = wanted["oid"]
+            answer.append({"oid": oid, "size": wanted["size"]})
             if not repository.object(oid).exists():
-                upload = {"href": f"{self.hub.blob_url(name, oid)}?size={size}"}
+                upload = {"href": self.hub.blob_url(name, oid)}
                 verify = {"href": f"{self.hub.url}/{name}.git/info/lfs/verify"}
                 answer[-1]["actions"] = {"upload": upload, "verify": verify}
         self.reply({"transfer": "basic", "objects": answer})
@@ -450,17 +414,17 @@ class ApiHandler(Handler):
 
     def commit(self, name: str, branch: str) -> None:
         repository = self.writable(name)
-        operations = [json.loads(line) for line in self.read(self.rest).splitlines()]
+        header, *operations = [json.loads(line) for line in self.body.splitlines()]
         with self.hub.lock:
-            commit = repository.commit(branch, operations)
+            commit = repository.commit(branch, header["value"], operations)
         url = f"{self.hub.url}/{name}/commit/{commit}"
         self.reply({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         repository = self.readable(name)
         commit = repository.head(revision)
-        entry = repository.files(commit).get(path)
-        if entry is None:
+        entry = repository.entries(commit).get(path)
+        if entry is None or entry.kind == "tree":
             raise HubError(404, "Entry not found", "EntryNotFound", commit)
         headers = {"X-Repo-Commit": commit, "ETag": f'"{entry.oid}"'}
         if entry.sha256 is None:
@@ -487,22 +451,24 @@ class BlobHandler(Handler):
 
     def upload(self, signature: str, name: str, sha256: str) -> None:
         target = self.object(signature, name, sha256)
-        if self.hub.cut_uploads > 0:
-            self.hub.cut_uploads -= 1
-            self.read(self.rest // 2)
-            self.connection.shutdown(socket.SHUT_RDWR)
-            self.close_connection = True
-            return
-        content = self.read(self.rest)
         if self.hub.disk_full:
             raise HubError(507, "No space left on device")
-        if hashlib.sha256(content).hexdigest() != sha256 or len(content) != int(self.query["size"][0]):
+        if hashlib.sha256(self.body).hexdigest() != sha256:
             raise HubError(400, "The content is not what was announced.")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-            file.write(content)
-        shutil.move(file.name, target)
+            file.write(self.body)
+        os.rename(file.name, target)
         self.send(b"")
+
+    def do_PUT(self) -> None:
+        if not self.hub.cut_uploads:
+            return self.do_GET()
+        self.hub.cut_uploads -= 1
+        self.rfile.read(int(self.headers["Content-Length"]) // 2)
+        self.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
+        return None
 
 
 def card(content: str) -> dict:

