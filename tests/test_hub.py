@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import resource
 import signal
@@ -27,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
 
+from .cli.test_cli import fails, run
 from .hub_server import Hub
 
 
@@ -132,19 +132,53 @@ def push_folder(repository, seed, subfolder):
     return logits(model)
 
 
-def push_trained(repository, output):
-    """A run that pushes its checkpoint at every save, and its mask at the end."""
-    model = masked(4)
+def push_two(repository, **seeds):
+    """Several adapters of one model, each to a subfolder of its name."""
+    base = AutoModelForCausalLM.from_pretrained("me/base")
+    for name, seed in seeds.items():
+        torch.manual_seed(seed)
+        config = MaskProConfig(init_mask="random")
+        if isinstance(base, PeftModel):
+            base.add_adapter(name, config)
+        else:
+            base = get_peft_model(base, config, adapter_name=name)
+    base.push_to_hub(repository)
+    return [(base.set_adapter(name), logits(base))[1] for name in seeds]
+
+
+def push_merged(repository, seed):
+    merged = masked(seed).merge_and_unload()
+    merged.push_to_hub(repository)
+    return logits(merged)
+
+
+def trainer(output, **options):
     arguments = MaskProTrainingArguments(
-        output_dir=str(output), estimator="simple", max_steps=4, save_steps=2, learning_rate=3.0,
-        push_to_hub=True, hub_model_id=repository, hub_strategy="checkpoint", hub_always_push=True,
-        report_to=[], use_cpu=True, dataloader_pin_memory=False,
+        output_dir=str(output), estimator="simple", save_steps=2, learning_rate=3.0, warmup_steps=0,
+        lr_scheduler_type="constant", report_to=[], use_cpu=True, dataloader_pin_memory=False, **options,
     )  # fmt: skip
     rows = [{"input_ids": row, "labels": row} for row in torch.arange(2, 34).repeat(4).reshape(8, 16)]
-    trainer = MaskProTrainer(model, arguments, train_dataset=rows)
-    trainer.train()
-    trainer.push_to_hub()
-    return logits(model)
+    return MaskProTrainer(masked(4), arguments, train_dataset=rows)
+
+
+def push_trained(repository, output):
+    """A run that pushes its checkpoint at every save, and its mask at the end."""
+    run = trainer(
+        output, max_steps=4, push_to_hub=True, hub_model_id=repository, hub_strategy="checkpoint", hub_always_push=True
+    )
+    run.train()
+    run.push_to_hub()
+    return logits(run.model)
+
+
+def resume(output, checkpoint):
+    run = trainer(output, max_steps=6)
+    run.train(resume_from_checkpoint=str(checkpoint))
+    return logits(run.model)
+
+
+def resume_from_hub(output, repository):
+    return resume(output, f"{snapshot_download(repository)}/last-checkpoint")
 
 
 def pull(repository, **options):
@@ -163,6 +197,16 @@ def pull_base_whole(repository, **options):
 
 def pull_in_three_lines(repository):
     return logits(AutoPeftModelForCausalLM.from_pretrained(repository))
+
+
+def pull_merged(repository):
+    return logits(AutoModelForCausalLM.from_pretrained(repository))
+
+
+def with_token(token, function, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", token)
+        return function(*arguments)
 
 
 def save(folder, seed):
@@ -206,25 +250,31 @@ PUSHED = {
     "model": ("me/mask", {}),
     "revision": ("me/mask", {"revision": "v2"}),
     "private": ("me/secret", {}),
-    "subfolder": ("me/many", {"subfolder": "strict"}),
-    "other subfolder": ("me/many", {"subfolder": "masks/loose"}),
+    "first of two": ("me/two", {"subfolder": "strict"}),
+    "second of two": ("me/two", {"subfolder": "loose"}),
+    "subfolder": ("me/many", {"subfolder": "masks/deep"}),
     "trainer": ("me/trained", {}),
     "checkpoint": ("me/trained", {"subfolder": "last-checkpoint"}),
 }
 
 
 @pytest.fixture(scope="module")
-def pushed(hub, pusher, checkpoint, tmp_path_factory):
+def run_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, pusher, checkpoint, run_folder):
     """The logits where they were pushed from."""
     pusher(push_base, checkpoint)
     pushed = {
         "model": pusher(push_model, "me/mask", 0),
         "revision": pusher(push_model, "me/mask", 1, revision="v2"),
         "private": pusher(push_model, "me/secret", 2, private=True),
-        "subfolder": pusher(push_folder, "me/many", 3, "strict"),
-        "other subfolder": pusher(push_folder, "me/many", 5, "masks/loose"),
-        "trainer": pusher(push_trained, "me/trained", tmp_path_factory.mktemp("trained")),
+        "subfolder": pusher(push_folder, "me/many", 3, "masks/deep"),
+        "trainer": pusher(push_trained, "me/trained", run_folder),
     }
+    pushed |= zip(("first of two", "second of two"), pusher(push_two, "me/two", strict=5, loose=6), strict=True)
     # The last step is saved, too.
     return pushed | {"checkpoint": pushed["trainer"]}
 
@@ -239,6 +289,32 @@ def test_another_machine_pulls_the_same_logits(pushed, puller, name):
 
 def test_a_stranger_pulls_in_three_lines(pushed, puller):
     assert np.array_equal(puller(pull_in_three_lines, "me/mask"), pushed["model"])
+
+
+def test_a_merged_model_is_an_ordinary_one(pushed, pusher, puller):
+    expected = pusher(push_merged, "me/merged", 0)
+    assert np.array_equal(expected, pushed["model"])
+    assert np.array_equal(puller(pull_merged, "me/merged"), expected)
+
+
+def test_a_run_goes_on_elsewhere_as_it_would_have_here(pushed, pusher, puller, run_folder, tmp_path):
+    expected = pusher(resume, tmp_path / "a", run_folder / "checkpoint-4")
+    assert not np.array_equal(expected, pushed["trainer"])
+    assert np.array_equal(puller(resume_from_hub, tmp_path / "b", "me/trained"), expected)
+
+
+def test_by_the_command_line(pushed, pusher, puller, text, tmp_path):
+    pusher(save, tmp_path / "here", 0)
+    measure = ["eval", "--model", "me/base", "--text", text, "--seq-len", 32, "--json", "--adapter"]
+    here = json.loads(pusher(run, *measure, tmp_path / "here").stdout)
+    there = json.loads(puller(run, *measure, "me/mask").stdout)
+    assert there["perplexity"] == here["perplexity"]
+    report = json.loads(puller(run, "inspect", "me/mask", "--json").stdout)
+    assert (report["pattern"], report["base_model"]) == ("2:4", "me/base")
+    puller(run, "merge", "--model", "me/base", "--adapter", "me/mask", "--output", tmp_path / "merged")
+    assert np.array_equal(puller(pull_merged, str(tmp_path / "merged")), pushed["model"])
+    assert "me/nothing" in puller(fails, "eval", "--model", "me/base", "--text", text, "--adapter", "me/nothing")
+    puller(with_token, "token-of-you", fails, *measure, "me/secret")
 
 
 @pytest.fixture(scope="module")
@@ -267,12 +343,10 @@ def test_offline_without_a_pull(offline):
 
 
 def test_git_accepts_what_was_pushed(hub, pushed):
-    for repository in {repository for repository, _ in PUSHED.values()}:
-        git_dir = hub.repository(repository).path
+    for git_dir in hub.store.glob("models/*/*/.git"):
         done = subprocess.run(["git", "--git-dir", git_dir, "fsck", "--strict"], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
-        objects = check_lfs_objects(git_dir)
-        assert objects > 0
+        assert check_lfs_objects(git_dir) > 0
 
 
 def check_lfs_objects(git_dir):
@@ -298,7 +372,7 @@ def check_lfs_objects(git_dir):
 
 
 def test_pushing_the_same_again_commits_nothing(hub, pushed, pusher):
-    for function, *arguments in ((push_model, "me/mask", 0), (push_folder, "me/many", 3, "strict")):
+    for function, *arguments in ((push_model, "me/mask", 0), (push_folder, "me/many", 3, "masks/deep")):
         with no_commit(hub, arguments[0]):
             pusher(function, *arguments)
 
@@ -315,33 +389,32 @@ def no_commit(hub, repository):
 class TestFailures:
     """Each ends with an error, changes no branch, and leaves what is pushed or was pulled before as it is."""
 
-    def test_a_cut_connection_is_taken_up_again(self, hub, pushed, pusher, puller):
-        hub.cut_uploads = 1
-        expected = pusher(push_model, "me/cut", 6)
+    def test_a_cut_connection_is_taken_up_again(self, hub, pushed, pusher, puller, monkeypatch):
+        monkeypatch.setattr(hub, "cut_uploads", 1)
+        expected = pusher(push_model, "me/cut", 7)
         assert hub.cut_uploads == 0
         assert np.array_equal(puller(pull, "me/cut"), expected)
 
-    def test_a_connection_that_is_always_cut(self, hub, pushed, pusher):
-        hub.cut_uploads = 1000
+    def test_a_connection_that_is_always_cut(self, hub, pushed, pusher, monkeypatch):
+        monkeypatch.setattr(hub, "cut_uploads", 1000)
         with no_commit(hub, "me/mask"):
-            assert "Error while uploading 'adapter_model.safetensors'" in pusher.fails(push_model, "me/mask", 7)
+            assert "Error while uploading 'adapter_model.safetensors'" in pusher.fails(push_model, "me/mask", 8)
         assert 0 < hub.cut_uploads < 1000
-        hub.cut_uploads = 0
 
-    def test_a_full_disk_there(self, hub, pushed, pusher):
-        hub.disk_full = True
+    def test_a_full_disk_there(self, hub, pushed, pusher, monkeypatch):
+        monkeypatch.setattr(hub, "disk_full", True)
         with no_commit(hub, "me/mask"):
-            assert "Error while uploading 'adapter_model.safetensors'" in pusher.fails(push_model, "me/mask", 7)
-        hub.disk_full = False
+            assert "No space left on device" in pusher.fails(push_model, "me/mask", 8)
 
-    def test_after_a_failed_push_the_same_folder_goes_through(self, hub, pushed, pusher, puller, tmp_path):
+    def test_after_a_failed_push_the_same_folder_goes_through(
+        self, hub, pushed, pusher, puller, tmp_path, monkeypatch
+    ):
         expected = pusher(save, tmp_path, 8)
         before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
         pusher(create, "me/again")
-        hub.disk_full = True
-        with no_commit(hub, "me/again"):
-            assert "Error while uploading" in pusher.fails(upload, "me/again", tmp_path)
-        hub.disk_full = False
+        with monkeypatch.context() as patch, no_commit(hub, "me/again"):
+            patch.setattr(hub, "disk_full", True)
+            assert "No space left on device" in pusher.fails(upload, "me/again", tmp_path)
         assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
         pusher(upload, "me/again", tmp_path)
         assert np.array_equal(puller(pull, "me/again"), expected)
@@ -353,15 +426,15 @@ class TestFailures:
 
     def test_a_wrong_token(self, hub, pushed, pusher):
         with no_commit(hub, "me/mask"):
-            error = pusher.fails(push_model, "me/mask", 7, token="token-of-nobody")
+            error = pusher.fails(push_model, "me/mask", 8, token="token-of-nobody")
         assert "Invalid credentials in Authorization header" in error
 
     def test_a_repository_without_rights(self, hub, pushed, pusher):
         with no_commit(hub, "me/mask"):
-            error = pusher.fails(push_model, "me/mask", 7, token="token-of-you")
+            error = pusher.fails(push_model, "me/mask", 8, token="token-of-you")
         assert "You don't have the rights to write to me/mask" in error
         assert "You don't have the rights to write to me/new" in pusher.fails(
-            push_model, "me/new", 7, token="token-of-you"
+            push_model, "me/new", 8, token="token-of-you"
         )
         assert not hub.repository("me/new").path.exists()
 
@@ -437,22 +510,7 @@ def test_another_server_serves_the_same(pushed, olah, tmp_path):
 
 @pytest.mark.slow
 def test_git_lfs_accepts_what_was_pushed(hub, pushed, tools):
-    def fsck(git_dir):
-        heads = subprocess.run(
-            ["git", "--git-dir", git_dir, "branch", "--format=%(refname)"], check=True, capture_output=True, text=True
-        ).stdout.split()
-        command = [tools / "git-lfs", "fsck"]
-        return [
-            subprocess.run(
-                [*command, head],
-                cwd=git_dir,
-                capture_output=True,
-                text=True,
-                env=os.environ | {"GIT_DIR": str(git_dir)},
-            )
-            for head in heads
-        ]
-
-    for repository in {repository for repository, _ in PUSHED.values()}:
-        for done in fsck(hub.repository(repository).path):
-            assert (done.returncode, done.stdout) == (0, "Git LFS fsck OK\n")
+    for branch in hub.store.glob("models/*/*/.git/refs/heads/*"):
+        command = [tools / "git-lfs", "fsck", branch.name]
+        done = subprocess.run(command, cwd=branch.parents[3], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, "Git LFS fsck OK\n")
