@@ -75,10 +75,12 @@ class Repository:
         return subprocess.run(command, input=input, env=environment, check=True, capture_output=True).stdout
 
     def line(self, *arguments: str, **options) -> str:
+        """What a command says in one line: the object that it made or found."""
         return self.git(*arguments, **options).decode().strip()
 
     def create(self) -> None:
-        subprocess.run(["git", "init", "--quiet", "--initial-branch=main", str(self.path.parent)], check=True)
+        init = ["git", "init", "--quiet", "--initial-branch=main", str(self.path.parent)]
+        subprocess.run(init, env=os.environ | GIT_ENVIRONMENT, check=True)
         tree = self.line("mktree", input=f"100644 blob {self.blob(ATTRIBUTES)}\t.gitattributes\n".encode())
         self.git("update-ref", "refs/heads/main", self.line("commit-tree", tree, input=b"initial commit"), "0" * 40)
 
@@ -136,7 +138,7 @@ class Repository:
             self.git("read-tree", head, **index)
             self.git("update-index", "-z", "--index-info", input="\0".join(changes).encode(), **index)
             tree = self.line("write-tree", **index)
-        message = f"{header['summary']}\n\n{header['description']}".strip()
+        message = f"{header['summary']}\n\n{header['description']}"
         commit = self.line("commit-tree", tree, "-p", head, input=message.encode())
         self.git("update-ref", f"refs/heads/{branch}", commit, head)
         return commit
@@ -336,10 +338,11 @@ class ApiHandler(Handler):
             errors.append('"tags" must be an array')
         else:
             errors += [f'"tags[{i}]" must be a string' for i, tag in enumerate(tags) if not isinstance(tag, str)]
-        bases = data.get("base_model") or []
-        for base in bases if isinstance(bases, list) else [bases]:
-            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(base)):
-                errors.append(f'"base_model" with value "{base}" is not valid. Use a model id.')
+        for key in ("base_model", "datasets"):
+            names = data.get(key) or []
+            for name in names if isinstance(names, list) else [names]:
+                if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
+                    errors.append(f'"{key}" with value "{name}" is not valid. Use an id of the Hub.')
         warnings = [] if data else [{"message": "empty or missing yaml metadata in repo card"}]
         if errors:
             raise HubError(400, "Invalid metadata", errors=[{"message": error} for error in errors], warnings=[])

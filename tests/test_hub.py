@@ -1,7 +1,9 @@
 """Pushing and pulling over a real connection: the real client, in processes of their own, against `hub_server`."""
 
+import atexit
 import hashlib
 import json
+import os
 import re
 import resource
 import signal
@@ -49,7 +51,7 @@ class Machine:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
-            self.process.submit(without_waiting)
+            self.process.submit(hasten)
 
     def __call__(self, function, *arguments, **options):
         """What the function, one of this module's, returns there."""
@@ -60,9 +62,10 @@ class Machine:
         return self(failure, function, *arguments, **options)
 
 
-def without_waiting():
-    """The client waits between its attempts after a connection was lost."""
+def hasten():
+    """Without the client's waits between its attempts after a lost connection, and torch's seconds of clearing up."""
     time.sleep = lambda seconds: None
+    atexit.register(os._exit, 0)
 
 
 def failure(function, *arguments, **options):
@@ -237,12 +240,12 @@ def read_header(repository):
 
 def pull_with_little_space(repository):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
     try:
         pull(repository)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
 
 
 # What is pushed, by the arguments that pull it.
@@ -320,12 +323,12 @@ def test_by_the_command_line(pushed, pusher, puller, text, tmp_path):
 @pytest.fixture(scope="module")
 def offline(pushed, puller):
     """The puller's cache, where the Hub is out of reach, after everything was pulled once."""
-    for repository, options in PUSHED.values():
-        puller(pull, repository, **options)
     with socket.socket() as unreachable:
         unreachable.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unreachable.getsockname()[1]}"
         machine = Machine(puller.home, url, "token-of-me", offline=True)
+        for repository, options in PUSHED.values():
+            puller(pull, repository, **options)
         yield machine
         machine.process.shutdown()
 
@@ -395,11 +398,14 @@ class TestFailures:
         assert hub.cut_uploads == 0
         assert np.array_equal(puller(pull, "me/cut"), expected)
 
-    def test_a_connection_that_is_always_cut(self, hub, pushed, pusher, monkeypatch):
+    def test_a_connection_that_is_always_cut(self, hub, pushed, pusher, tmp_path, monkeypatch):
         monkeypatch.setattr(hub, "cut_uploads", 1000)
+        # More than the sockets hold, so that the client is still writing.
+        save_file({"x": torch.zeros(4_000_000)}, tmp_path / "large.safetensors")
         with no_commit(hub, "me/mask"):
             assert "Error while uploading 'adapter_model.safetensors'" in pusher.fails(push_model, "me/mask", 8)
-        assert 0 < hub.cut_uploads < 1000
+            assert "Error while uploading 'large.safetensors'" in pusher.fails(upload, "me/mask", tmp_path)
+        assert hub.cut_uploads < 1000
 
     def test_a_full_disk_there(self, hub, pushed, pusher, monkeypatch):
         monkeypatch.setattr(hub, "disk_full", True)
@@ -458,6 +464,14 @@ class TestFailures:
         pusher(push_folder, "me/half", 10, ".")
         pusher(delete, "me/half", "adapter_model.safetensors")
         assert "adapter_model.safetensors" in puller.fails(pull, "me/half")
+
+    def test_a_card_that_the_hub_refuses(self, hub, pushed, pusher, tmp_path):
+        """Bare, YAML reads 2:4 as 124."""
+        (tmp_path / "README.md").write_text("---\ntags:\n- 2:4\nbase_model: /here/only\n---\n")
+        with no_commit(hub, "me/mask"):
+            error = pusher.fails(upload, "me/mask", tmp_path)
+        assert '"tags[0]" must be a string' in error
+        assert '"base_model" with value "/here/only" is not valid' in error
 
 
 def test_the_header_of_a_large_file_is_read_alone(hub, pushed, pusher, puller, tmp_path):
