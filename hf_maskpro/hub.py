@@ -64,9 +64,13 @@ def push_folder(
         `HfHubHTTPError`: if the Hub refuses.
     """
     folder = Path(folder)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_pushed(path.relative_to(folder))]
-    if not any(path.name in (CONFIG_FILE, "config.json") for path in files):
+    roots = [folder] if (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file() else []
+    # Where no adapter is called "default", PEFT saves each to a subfolder of its name.
+    roots = roots or [path.parent for path in sorted(folder.glob(f"*/{CONFIG_FILE}"))]
+    if not roots:
         raise ValueError(f"{folder} holds neither {CONFIG_FILE} nor config.json; pass an adapter's or model's folder.")
+    files = [path for root in roots for path in sorted(root.rglob("*")) if path.is_file()]
+    files = [path for path in files if _is_pushed(path.relative_to(folder))]
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr and not revision.startswith("refs/pr"):

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -21,12 +22,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
+from hf_maskpro.hub import record_evaluation
 
 from .cli.test_cli import fails, run
 from .hub_server import Hub
@@ -55,7 +57,7 @@ class Machine:
 
     def __call__(self, function, *arguments, **options):
         """What the function, one of this module's, returns there."""
-        return self.process.submit(function, *arguments, **options).result()
+        return self.process.submit(plainly, function, *arguments, **options).result()
 
     def fails(self, function, *arguments, **options) -> str:
         """The error that it ends with there."""
@@ -66,6 +68,14 @@ def hasten():
     """Without the client's waits between its attempts after a lost connection, and torch's seconds of clearing up."""
     time.sleep = lambda seconds: None
     atexit.register(os._exit, 0)
+
+
+def plainly(function, *arguments, **options):
+    """With errors that can be sent from process to process, as not all of the client's can."""
+    try:
+        return function(*arguments, **options)
+    except Exception:
+        raise RuntimeError(traceback.format_exc()) from None
 
 
 def failure(function, *arguments, **options):
@@ -182,6 +192,38 @@ def resume(output, checkpoint):
 
 def resume_from_hub(output, repository):
     return resume(output, f"{snapshot_download(repository)}/last-checkpoint")
+
+
+def push_with_results(repository, folder):
+    """As someone does who measures, and who writes on the Hub's own page."""
+    save(folder, 0)
+    record_evaluation(folder, "wikitext", "perplexity", 12.5, "windows of 512 tokens")
+    run("push", folder, repository)
+    card = ModelCard.load(repository)
+    card.text = "\n# Mine\n" + card.text + "\nWritten on the Hub.\n"
+    card.data["license"] = "mit"
+    card.push_to_hub(repository)
+    masked(3).push_to_hub(repository, tags=["llama"])
+
+
+def push_two_steps(repository, output):
+    run = trainer(
+        output, max_steps=4, push_to_hub=True, hub_model_id=repository, hub_strategy="every_save", hub_always_push=True
+    )
+    run.train()
+    run.push_to_hub(tags=["mine"])
+    return logits(run.model)
+
+
+def read_card(repository, **options):
+    return ModelCard.load(hf_hub_download(repository, "README.md", **options)).content
+
+
+def pull_over_another_base(repository):
+    base = AutoModelForCausalLM.from_pretrained("me/base")
+    with torch.no_grad():
+        base.model.layers[0].mlp.up_proj.weight.add_(1)
+    return PeftModel.from_pretrained(base, repository)
 
 
 def pull(repository, **options):
@@ -320,6 +362,76 @@ def test_by_the_command_line(pushed, pusher, puller, text, tmp_path):
     puller(with_token, "token-of-you", fails, *measure, "me/secret")
 
 
+def test_pushing_by_the_command_line(hub, pushed, pusher, puller, tmp_path):
+    expected = pusher(save, tmp_path / "a", 0)
+    figures = json.loads(pusher(run, "push", tmp_path / "a", "me/line", "--private", "--json").stdout)
+    assert figures["repository"] == "me/line"
+    assert np.array_equal(puller(pull, "me/line"), expected)
+    assert puller(model_info, "me/line").private
+    with no_commit(hub, "me/line"):
+        again = json.loads(pusher(run, "push", tmp_path / "a", "me/line", "--json").stdout)
+    assert again["commit"] == figures["commit"]
+    pusher(run, "push", tmp_path / "a", "me/line", "--subfolder", "deep/er", "--revision", "v2")
+    options = {"revision": "v2", "subfolder": "deep/er"}
+    assert np.array_equal(puller(pull, "me/line", **options), expected)
+    assert 'from_pretrained("me/line", subfolder="deep/er")' in puller(
+        read_card, "me/line", revision="v2", subfolder="deep/er"
+    )
+    report = json.loads(
+        puller(run, "inspect", "me/line", "--revision", "v2", "--subfolder", "deep/er", "--json").stdout
+    )
+    assert report["layers"] == 14
+
+    line = pusher(with_token, "token-of-nobody", fails, "push", tmp_path / "a", "me/line")
+    assert "Invalid credentials in Authorization header" in line
+    line = pusher(with_token, "token-of-you", fails, "push", tmp_path / "a", "me/line")
+    assert "You don't have the rights" in line or "Repository Not Found" in line
+    (tmp_path / "empty").mkdir()
+    assert "holds neither" in pusher(fails, "push", tmp_path / "empty", "me/line2")
+    assert not hub.repository("me/line2").path.exists()
+
+
+def test_a_merged_checkpoint_is_pushed_with_a_card_of_its_own(pushed, pusher, puller, tmp_path):
+    pusher(save, tmp_path / "a", 0)
+    pusher(run, "merge", "--model", "me/base", "--adapter", tmp_path / "a", "--output", tmp_path / "sparse")
+    pusher(run, "push", tmp_path / "sparse", "me/sparse")
+    assert np.array_equal(puller(pull_merged, "me/sparse"), pushed["model"])
+    card = puller(read_card, "me/sparse")
+    for words in ("library_name: transformers", "base_model: me/base", "- '2:4'", '.from_pretrained("me/sparse")'):
+        assert words in card
+
+
+def test_what_a_user_writes_into_the_card_stays(pushed, pusher, puller, tmp_path):
+    pusher(push_with_results, "me/written", tmp_path / "a")
+    card = puller(read_card, "me/written")
+    assert card.index("# Mine") < card.index("A 2:4 mask for me/base") < card.index("Written on the Hub.")
+    assert card.count("A 2:4 mask for me/base") == 1
+    for words in ("license: mit", "- llama", "base_model: me/base", 'from_pretrained("me/written")'):
+        assert words in card
+    # They were of the mask before.
+    assert "12.5" not in card
+
+
+def test_a_run_that_pushes_at_every_save(pushed, pusher, puller, tmp_path):
+    expected = pusher(push_two_steps, "me/every", tmp_path)
+    assert np.array_equal(puller(pull, "me/every"), expected)
+    card = puller(read_card, "me/every")
+    assert "- mine" in card
+    assert "| Estimator | simple, steps 4," in card
+
+
+def test_looking_into_an_adapter_reads_its_header_alone(hub, pushed, pusher, puller):
+    pusher(push_model, "me/looked-at", 11)
+    hub.requests.clear()
+    report = json.loads(puller(run, "inspect", "me/looked-at", "--json").stdout)
+    assert (report["layers"], report["checked"]) == (14, "the header of the file")
+    pulled = [path for _, path, _ in hub.requests if "adapter_model.safetensors" in path]
+    assert pulled
+    puller(pull, "me/looked-at")
+    report = json.loads(puller(run, "inspect", "me/looked-at", "--json").stdout)
+    assert report["checked"] == "every word"
+
+
 @pytest.fixture(scope="module")
 def offline(pushed, puller):
     """The puller's cache, where the Hub is out of reach, after everything was pulled once."""
@@ -453,6 +565,20 @@ class TestFailures:
         pusher(push_folder, "me/gated", 9, ".")
         hub.mark("me/gated", "gated").touch()
         assert "GatedRepoError" in puller.fails(pull, "me/gated", token="token-of-you")
+
+    def test_another_base_model(self, pushed, puller):
+        error = puller.fails(pull_over_another_base, "me/mask")
+        assert "ValueError: the mask was learned for other weights" in error
+        assert "model.layers.0.mlp.up_proj" in error
+
+    def test_a_tampered_file(self, pushed, pusher, puller, tmp_path):
+        pusher(save, tmp_path, 12)
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        first = next(iter(tensors))
+        save_file(tensors | {first: torch.full_like(tensors[first], 250)}, tmp_path / "adapter_model.safetensors")
+        pusher(run, "push", tmp_path, "me/tampered")
+        assert "out of range: the mask is missing or corrupt" in puller.fails(pull, "me/tampered")
+        assert "out of range" in puller(fails, "inspect", "me/tampered")
 
     def test_missing_things(self, pushed, puller):
         assert "RepositoryNotFoundError" in puller.fails(model_info, "me/nothing")

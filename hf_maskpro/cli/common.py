@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -43,9 +45,18 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        typer.echo(f"error: {lines[0]}", err=True)
+        # PEFT says of everything that goes wrong that it cannot find a file; why is in the cause.
+        causes = [_line(error)] + ([_line(error.__cause__)] if error.__cause__ is not None else [])
+        typer.echo(f"error: {': '.join(dict.fromkeys(causes))}", err=True)
         sys.exit(1)
+
+
+def _line(error: BaseException) -> str:
+    """The line of an error that tells most: of the Hub's it is what the server says, and not the number."""
+    if isinstance(error, HfHubHTTPError) and error.server_message:
+        return error.server_message
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
 
 
 def load_model(model: str, gguf_file: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -87,7 +98,11 @@ def load_adapter(
     path = Path(adapter) / (subfolder or "")
     if path.is_dir() and not (path / "adapter_config.json").is_file():
         raise ValueError(f"{path} has no adapter_config.json; pass a mask adapter's folder or a Hub id.")
-    return PeftModel.from_pretrained(base, adapter, is_trainable=is_trainable, revision=revision, subfolder=subfolder)
+    if subfolder and not path.is_dir():
+        # PEFT does not find a subfolder in the cache when it is offline.
+        path = Path(snapshot_download(adapter, revision=revision, allow_patterns=f"{subfolder}/*")) / subfolder
+    source = str(path) if path.is_dir() else adapter
+    return PeftModel.from_pretrained(base, source, is_trainable=is_trainable, revision=revision)
 
 
 def read_text(path: Path) -> str:
