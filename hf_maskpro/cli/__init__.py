@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from logging import ERROR, getLogger
 
 import typer
 from transformers.utils import logging
@@ -34,5 +35,6 @@ def main() -> None:
         warnings.filterwarnings("default", module=r"hf_maskpro\.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("lm_eval").setLevel(ERROR)
     with one_line_errors():
         app()

@@ -8,6 +8,8 @@ import typer
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel, get_peft_model
+from rich.table import Table
+from transformers.utils import find_adapter_config_file
 
 from .. import deploy, evaluation, hub
 from ..initialization import generated_text, initialize_masks, needs_data, random_windows
@@ -26,6 +28,7 @@ from .common import (
     Subfolder,
     Text,
     calibrate,
+    console,
     init_mask,
     learning_windows,
     load_adapter,
@@ -129,12 +132,30 @@ def _write(masked: PeftModel, output: Path, overwrite: bool) -> None:
 
 
 def evaluate(
-    model: Model,
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[DIR]...", help="With --compare: checkpoints, and mask adapters over --model."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Base model: a local folder or a Hub id.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text file to measure perplexity on.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Mask adapter: a local folder or a Hub id.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Measure several models, side by side.")] = False,
     seq_len: Annotated[int, typer.Option(min=2, help="Length of a window, in tokens.")] = 2048,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens from one window to the next: windows do not overlap unless given."),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text than this, in tokens.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of lm-evaluation-harness or task files, separated by commas; zero-shot: seven of them."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use no more examples of a task than this.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences per forward pass: 1 window, 8 of a task unless given.")
+    ] = None,
     gguf_file: GgufFile = None,
     as_json: Json = False,
 ) -> None:
@@ -142,19 +163,75 @@ def evaluate(
     if text is None and tasks is None:
         raise ValueError("nothing to measure: pass --text FILE or --tasks NAMES.")
     content = read_text(text) if text is not None else None
-    loaded, tokenizer = load_model(model, gguf_file)
-    if adapter is not None:
-        loaded = load_adapter(loaded, adapter)
-    figures: dict[str, Any] = {"model": model, "adapter": adapter}
-    if content is not None:
-        count = evaluation.windows(tokenizer, content, seq_len, max_tokens).numel()
-        figures |= {
-            "perplexity": evaluation.perplexity(loaded, tokenizer, content, seq_len, max_tokens, progress=True),
-            "protocol": f"{text}, non-overlapping windows of {seq_len} tokens, {count} tokens",
-        }
-    if tasks is not None:
-        figures |= evaluation.task_scores(loaded, tokenizer, tasks.split(","))
-    show(figures, as_json)
+    names = tasks.split(",") if tasks is not None else []
+    if names:
+        evaluation.find_tasks(names)
+
+    def measure(base: str, mask: str | None) -> dict[str, Any]:
+        loaded, tokenizer = load_model(base, gguf_file if base == model else None)
+        if mask is not None:
+            loaded = load_adapter(loaded, mask)
+        figures: dict[str, Any] = {"model": base, "adapter": mask}
+        if content is not None:
+            protocol = evaluation.protocol(tokenizer, content, seq_len, max_tokens, stride)
+            perplexity = evaluation.perplexity(
+                loaded, tokenizer, content, seq_len, max_tokens, True, stride, batch_size or 1
+            )
+            figures |= {"perplexity": perplexity, "protocol": f"{text}, {protocol}"}
+        if names:
+            figures["tasks"] = evaluation.task_scores(loaded, tokenizer, names, batch_size or 8, limit)
+        return figures
+
+    if compare:
+        pairs = _compared(sources or [], model, adapter)
+        _show_side_by_side(sources or [], [measure(*pair) for pair in pairs], as_json)
+    elif sources:
+        raise ValueError(f"{sources[0]} is one too many: pass --model {sources[0]}, or --compare to compare several.")
+    elif model is None:
+        raise ValueError("no model to measure: pass --model, or --compare with several.")
+    else:
+        figures = measure(model, adapter)
+        show(figures if as_json else _flat(figures), as_json)
+
+
+def _compared(sources: list[str], model: str | None, adapter: str | None) -> list[tuple[str, str | None]]:
+    """Base model and adapter of everything that --compare names."""
+    if len(sources) < 2 or adapter is not None:
+        raise ValueError("--compare takes two or more checkpoints or adapters, and no --adapter.")
+    pairs: list[tuple[str, str | None]] = []
+    for source in sources:
+        if not find_adapter_config_file(source):
+            pairs.append((source, None))
+        elif model is None:
+            raise ValueError(f"{source} is an adapter; pass its base model with --model.")
+        else:
+            pairs.append((model, source))
+    return pairs
+
+
+def _flat(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures as the rows of a table, where tasks have no standard errors."""
+    scores = {
+        f"{task} {metric}": value
+        for task, metrics in figures.get("tasks", {}).items()
+        for metric, value in metrics.items()
+        if "_stderr" not in metric
+    }
+    return {name: value for name, value in figures.items() if name != "tasks"} | scores
+
+
+def _show_side_by_side(sources: list[str], figures: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(figures))
+        return
+    rows = [_flat(each) for each in figures]
+    table = Table("", *sources)
+    for name in rows[0]:
+        if name not in ("model", "adapter", "protocol"):
+            table.add_row(name, *(f"{row[name]:,.4g}" for row in rows))
+    console.print(table)
+    for protocol in dict.fromkeys(row["protocol"] for row in rows if "protocol" in row):
+        console.print(f"Perplexity: {protocol}.")
 
 
 def merge(
