@@ -85,8 +85,10 @@ def protocol(
         `ValueError`: as [`perplexity`] does.
     """
     spans = _spans(len(_tokens(tokenizer, text, seq_len, max_tokens)), seq_len, stride)
-    kind = "non-overlapping windows" if stride is None else f"windows at a stride of {stride}"
-    return f"{kind} of {seq_len} tokens, {spans[-1][-1]} tokens"
+    kind = f"non-overlapping windows of {seq_len} tokens"
+    if stride is not None:
+        kind = f"windows of {seq_len} tokens at a stride of {stride}"
+    return f"{kind}, {spans[-1][-1]} tokens"
 
 
 @torch.no_grad()

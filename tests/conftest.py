@@ -1,5 +1,6 @@
 """Tiny random models, for unit tests only."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,26 @@ def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(" ".join(VOCABULARY[(3 * i + i // 7) % 32] for i in range(2000)))
     return path
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory) -> Path:
+    """A task file of lm-evaluation-harness, and its questions beside it: which of two words follows two others."""
+    folder = tmp_path_factory.mktemp("task")
+    rows = [
+        {"question": f"w{i} w{3 * i % 32}", "choices": [f"w{5 * i % 32}", f"w{(7 * i + 1) % 32}"], "answer": i % 2}
+        for i in range(1, 31)
+    ]
+    (folder / "order.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "order.yaml").write_text(f"""
+task: order
+dataset_path: json
+dataset_kwargs: {{data_files: {folder / "order.jsonl"}}}
+test_split: train
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+""")
+    return folder / "order.yaml"

@@ -7,7 +7,7 @@ from logging import ERROR, getLogger
 import typer
 from transformers.utils import logging
 
-from . import adapters, quickstart, train
+from . import adapters, bench, quickstart, train
 from .common import one_line_errors
 
 
@@ -26,6 +26,7 @@ app.command("eval")(adapters.evaluate)
 app.command()(adapters.merge)
 app.command()(adapters.inspect)
 app.command()(adapters.push)
+app.command()(bench.bench)
 
 
 def main() -> None:

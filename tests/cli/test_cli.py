@@ -213,7 +213,7 @@ def test_in_a_process_of_its_own(checkpoint):
 
 
 def test_help_for_every_verb():
-    for verb in ("quickstart", "init", "import", "train", "eval", "merge", "inspect"):
+    for verb in ("quickstart", "init", "import", "train", "eval", "merge", "inspect", "bench"):
         assert "--help" in run(verb, "--help").stdout
 
 

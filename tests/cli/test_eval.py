@@ -1,0 +1,76 @@
+import json
+
+import pytest
+
+from hf_maskpro.cli.common import load_model
+from hf_maskpro.evaluation import perplexity
+
+from .test_cli import adapter, fails, run
+
+
+__all__ = ["adapter"]
+
+
+@pytest.fixture(scope="session")
+def merged(checkpoint, adapter, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merge") / "merged"
+    run("merge", "--model", checkpoint, "--adapter", adapter, "--output", folder)
+    return folder
+
+
+def measured(*arguments):
+    return json.loads(run("eval", *arguments, "--json").stdout)
+
+
+def test_protocols(checkpoint, text):
+    eval = ["--model", checkpoint, "--text", text, "--seq-len", 32, "--max-tokens", 500]
+    apart, overlapping = measured(*eval), measured(*eval, "--stride", 8)
+    assert apart["protocol"] == f"{text}, non-overlapping windows of 32 tokens, 480 tokens"
+    assert overlapping["protocol"] == f"{text}, windows of 32 tokens at a stride of 8, 500 tokens"
+    expected = perplexity(*load_model(str(checkpoint)), text.read_text(), 32, 500, stride=8)
+    assert overlapping["perplexity"] == expected != apart["perplexity"]
+    assert measured(*eval, "--batch-size", 4)["perplexity"] == pytest.approx(apart["perplexity"], rel=1e-6)
+    printed = run("eval", *eval).stdout
+    assert "non-overlapping windows of 32 tokens" in " ".join(printed.replace("│", " ").split())
+
+
+def test_tasks_of_a_file(checkpoint, adapter, merged, task):
+    dense, masked, sparse = (
+        measured("--model", *model, "--tasks", task)["tasks"]
+        for model in ((checkpoint,), (checkpoint, "--adapter", adapter), (merged,))
+    )
+    assert masked == sparse
+    assert 0 < masked["order"]["acc"] < 1
+    assert dense.keys() == sparse.keys() == {"order"}
+    assert "order acc " in run("eval", "--model", merged, "--tasks", task, "--limit", 4).stdout
+
+
+def test_models_side_by_side(checkpoint, adapter, merged, text, task):
+    compare = ["--compare", checkpoint, adapter, merged, "--model", checkpoint, "--text", text, "--seq-len", 32]
+    dense, masked, sparse = measured(*compare, "--tasks", task, "--limit", 4)
+    assert [(row["model"], row["adapter"]) for row in (dense, masked, sparse)] == [
+        (str(checkpoint), None),
+        (str(checkpoint), str(adapter)),
+        (str(merged), None),
+    ]
+    assert dense["perplexity"] != masked["perplexity"] == sparse["perplexity"]
+    assert masked["tasks"] == sparse["tasks"]
+    assert dense["perplexity"] == measured("--model", checkpoint, "--text", text, "--seq-len", 32)["perplexity"]
+    lines = run("eval", *compare).stdout.splitlines()
+    (row,) = (line for line in lines if "perplexity" in line)
+    assert [float(cell) for cell in row.split("│")[2:5]] == [
+        pytest.approx(each["perplexity"], rel=1e-3) for each in (dense, masked, sparse)
+    ]
+    assert sum(line.startswith("Perplexity: ") for line in lines) == 1
+
+
+def test_bad_input(checkpoint, adapter, text, tmp_path, monkeypatch):
+    eval = ["eval", "--text", text, "--seq-len", 32]
+    assert "no model to measure" in fails(*eval)
+    assert "--compare to compare several" in fails(*eval, checkpoint)
+    assert "two or more" in fails(*eval, "--compare", checkpoint)
+    assert "no --adapter" in fails(*eval, "--compare", checkpoint, checkpoint, "--adapter", adapter)
+    assert "is an adapter; pass its base model with --model" in fails(*eval, "--compare", checkpoint, adapter)
+    assert "error" in fails(*eval, "--compare", checkpoint, tmp_path / "no")
+    assert "stride is 32, outside 1 to seq_len - 1 = 31" in fails(*eval, "--model", checkpoint, "--stride", 32)
+    assert "nonsense is neither a task" in fails("eval", "--model", checkpoint, "--tasks", "nonsense")

@@ -1,0 +1,97 @@
+"""What can be told without a GPU: who is timed when, and what becomes of the times."""
+
+import copy
+import time
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from hf_maskpro import benchmark, check_sparsity
+
+from .conftest import tiny_llama
+
+
+@pytest.fixture
+def small(monkeypatch):
+    shape = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2, vocab_size=64
+    )
+    monkeypatch.setitem(benchmark.SHAPES, "7b", shape)
+    return benchmark.random_model("7b", torch.bfloat16, "cpu")
+
+
+def test_two_functions_take_turns():
+    calls = []
+    times = benchmark.in_turns(lambda: calls.append("a"), lambda: calls.append("b"), repeats=4)
+    pairs = ["".join(calls[i : i + 2]) for i in range(0, len(calls), 2)]
+    assert pairs == ["ba", "ab"] * 3 + ["ba"]
+    assert [len(each) for each in times] == [4, 4]
+
+
+def test_random_models_are_2of4(small):
+    names = [f"{name}.weight" for name, module in small.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    report = check_sparsity(small, 2, 4)
+    assert len(report) == len(names) == 14
+    assert set(report.values()) == {0.5}
+    assert small.dtype == torch.bfloat16
+
+
+def test_the_slower_and_the_different_model_are_found_out(small):
+    slow = copy.deepcopy(small)
+    slow.model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    slow.model.layers[1].mlp.down_proj.weight.data *= 1.5
+    same, worse = (benchmark.compare(small, other, 24, [1, 3], 3) for other in (copy.deepcopy(small), slow))
+    assert [(row["phase"], row["batch_size"], row["tokens"]) for row in worse] == [
+        ("prefill", 1, 24),
+        ("decode", 1, 128),
+        ("decode", 3, 128),
+    ]
+    for row in same:
+        assert row["difference"] == 0
+    for row in worse:
+        assert row["difference"] > 1e-3
+        assert row["ratio"] < 0.5
+        assert row["sparse_seconds"] > 0.05 > row["dense_seconds"] > 0
+
+
+def test_the_sparse_model_is_a_copy(small, monkeypatch):
+    def convert(model):
+        model.lm_head.weight.data.zero_()
+        return {"lm_head.weight": "it is not 2:4"}
+
+    monkeypatch.setattr("hf_maskpro.deploy.to_semi_structured", convert, raising=False)
+    dense, sparse, left = benchmark.sparse_pair(small)
+    assert dense is small
+    assert dense.lm_head.weight.abs().max() > 0 == sparse.lm_head.weight.abs().max()
+    assert left == {"lm_head.weight": "it is not 2:4"}
+
+
+def test_nothing_to_make_sparse(monkeypatch):
+    model = tiny_llama()
+    names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    monkeypatch.setattr(
+        "hf_maskpro.deploy.to_semi_structured", lambda model: dict.fromkeys(names, "it is float32"), raising=False
+    )
+    with pytest.raises(ValueError, match=r"nothing was measured: no layer can be sparse \(it is float32\)"):
+        benchmark.sparse_pair(model)
+
+
+def test_which_layers_can_be_fp8():
+    sparse = torch.tensor([[1.0, 2.0, 0.0, 0.0]], dtype=torch.bfloat16).repeat(16, 4)
+    assert benchmark._why_not_fp8(sparse) is None
+    assert benchmark._why_not_fp8(sparse.half()) == "it is torch.float16, not bfloat16"
+    assert benchmark._why_not_fp8(sparse[:8]) == "its shape is no multiple of 16"
+    assert benchmark._why_not_fp8(torch.ones_like(sparse)) == "it is not 2:4"
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"nothing was measured: 2:4 needs .* 8\.0 or newer, and torch finds no GPU"):
+        benchmark.check_device()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "A100")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
+    benchmark.check_device()
+    with pytest.raises(ValueError, match=r"FP8 \+ 2:4 needs .* 9\.0 or newer, and A100 has 8\.0"):
+        benchmark.check_device(fp8=True)
