@@ -127,6 +127,30 @@ def test_trl_trains_an_adapter(smollm2, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
+def test_the_example_of_an_evaluation(smollm2, adapter, tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(_topics()[:20]))
+    script = Path(__file__).parent.parent / "examples" / "evaluate.py"
+    command = [sys.executable, str(script), "--model", str(smollm2), "--adapter", str(adapter[0])]
+    command += ["--text", str(tmp_path / "text.txt"), "--max-tokens", "1024", "--questions", "40"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    figures = {
+        name: [line.removeprefix(f"{name}: ") for line in printed if line.startswith(name)]
+        for name in ("dense", "masked", "merged")
+    }
+    assert [len(lines) for lines in figures.values()] == [3, 3, 3]
+    assert figures["masked"] == figures["merged"]
+    assert figures["dense"][2] != figures["masked"][2]
+
+
+@pytest.mark.parametrize("stride", [None, 128])
+def test_perplexity_does_not_depend_on_the_batch(smollm2, stride):
+    model, tokenizer, text = load(smollm2), AutoTokenizer.from_pretrained(smollm2), "\n\n".join(_topics()[:5])
+    one, three = (
+        perplexity(model, tokenizer, text, 256, 2000, stride=stride, batch_size=batch_size) for batch_size in (1, 3)
+    )
+    assert three == pytest.approx(one, rel=1e-4)
+
+
 def test_the_quickstart_tells_its_story(tmp_path):
     output = tmp_path / "quickstart"
     subprocess.run(
