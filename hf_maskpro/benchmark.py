@@ -102,7 +102,7 @@ def _to_fp8(model: PreTrainedModel, packing_format: str) -> dict[str, str]:
             left[f"{name}.weight"] = reason
     quantize_(
         model,
-        Float8DynamicActivationFloat8WeightConfig(packing_format=packing_format, granularity=PerRow()),
+        Float8DynamicActivationFloat8WeightConfig(version=2, packing_format=packing_format, granularity=PerRow()),
         lambda module, name: isinstance(module, nn.Linear) and f"{name}.weight" not in left,
     )
     return left
@@ -129,7 +129,8 @@ def compare(
     forward pass of one token for each sequence of a batch after 128 tokens, and one more each time.
 
     Args:
-        dense, sparse ([`~transformers.PreTrainedModel`]): Causal language models on the same device.
+        dense ([`~transformers.PreTrainedModel`]): A causal language model.
+        sparse ([`~transformers.PreTrainedModel`]): Its other form, on the same device.
         prefill_tokens (`int`): Tokens of the sequence for prefill.
         batch_sizes (`list[int]`): Sequences that are decoded together.
         repeats (`int`): Timed passes of each model.
@@ -179,7 +180,8 @@ def in_turns(first: Step, second: Step, repeats: int) -> tuple[list[float], list
     Time two functions by turns, so that what slows the machine for a while slows both.
 
     Args:
-        first, second (`Callable`): What to time. Which of them begins changes from pair to pair.
+        first (`Callable`): What to time.
+        second (`Callable`): What to time against it. Which of them begins changes from pair to pair.
         repeats (`int`): Pairs, after three that are not timed.
 
     Returns:

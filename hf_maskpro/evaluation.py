@@ -76,7 +76,9 @@ def protocol(
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
         text (`str`): The text.
-        seq_len, max_tokens, stride: As for [`perplexity`].
+        seq_len (`int`, defaults to 2048): Length of a window, in tokens.
+        max_tokens (`int`, *optional*): Use no more of the text than this, in tokens.
+        stride (`int`, *optional*): Tokens from one window to the next.
 
     Returns:
         `str`: The kind of windows, their length, and how many tokens of the text they cover.

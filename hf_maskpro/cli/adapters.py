@@ -180,6 +180,8 @@ def evaluate(
             figures |= {"perplexity": perplexity, "protocol": f"{text}, {protocol}"}
         if names:
             figures["tasks"] = evaluation.task_scores(loaded, tokenizer, names, batch_size or 8, limit)
+            if limit is not None:
+                figures["limit"] = limit
         return figures
 
     if compare:

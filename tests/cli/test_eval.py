@@ -55,6 +55,7 @@ def test_models_side_by_side(checkpoint, adapter, merged, text, task):
     ]
     assert dense["perplexity"] != masked["perplexity"] == sparse["perplexity"]
     assert masked["tasks"] == sparse["tasks"]
+    assert dense["limit"] == 4
     assert dense["perplexity"] == measured("--model", checkpoint, "--text", text, "--seq-len", 32)["perplexity"]
     lines = run("eval", *compare).stdout.splitlines()
     (row,) = (line for line in lines if "perplexity" in line)
