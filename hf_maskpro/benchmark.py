@@ -76,35 +76,30 @@ def sparse_pair(model: PreTrainedModel, fp8: bool = False) -> tuple[PreTrainedMo
             is dense in both.
 
     Raises:
+        `ImportError`: if FP8 is asked for and torchao is not installed.
         `ValueError`: if no layer can be sparse.
     """
     sparse = copy.deepcopy(model)
-    if fp8:
-        left = _to_fp8(sparse, "sparse_2d_data_2d_metadata")
-        _to_fp8(model, "plain")
-    else:
-        left = deploy.to_semi_structured(sparse)
-    linear = sum(isinstance(module, nn.Linear) for module in model.modules())
-    if len(left) == linear:
-        raise ValueError(f"nothing was measured: no layer can be sparse ({'; '.join(sorted(set(left.values())))}).")
-    return model, sparse, left
+    if not fp8:
+        return model, sparse, deploy.to_semi_structured(sparse)
+    _to_fp8(sparse, "sparse_2d_data_2d_metadata")
+    return model, sparse, _to_fp8(model, "plain")
 
 
 def _to_fp8(model: PreTrainedModel, packing_format: str) -> dict[str, str]:
     """Convert the 2:4 layers, and say why others were left."""
+    layers = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    left = {name: reason for name, module in layers.items() if (reason := _why_not_fp8(module.weight))}
+    if len(left) == len(layers):
+        name, reason = next(iter(left.items()))
+        raise ValueError(f"nothing was measured: no layer can be FP8 + 2:4; {name}: {reason}.")
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
     except ImportError as error:
-        raise ImportError("--fp8 needs torchao: pip install torchao.") from error
-    left = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (reason := _why_not_fp8(module.weight)):
-            left[f"{name}.weight"] = reason
-    quantize_(
-        model,
-        Float8DynamicActivationFloat8WeightConfig(version=2, packing_format=packing_format, granularity=PerRow()),
-        lambda module, name: isinstance(module, nn.Linear) and f"{name}.weight" not in left,
-    )
+        raise ImportError("--fp8 needs torchao: pip install 'hf-maskpro[fp8]'.") from error
+    config = Float8DynamicActivationFloat8WeightConfig(version=2, packing_format=packing_format, granularity=PerRow())
+    chosen = layers.keys() - left.keys()
+    quantize_(model, config, lambda module, name: f"{name}.weight" in chosen)
     return left
 
 

@@ -1,6 +1,7 @@
 """What can be told without a GPU: who is timed when, and what becomes of the times."""
 
 import copy
+import sys
 import time
 
 import pytest
@@ -67,14 +68,15 @@ def test_the_sparse_model_is_a_copy(small, monkeypatch):
     assert left == {"lm_head.weight": "it is not 2:4"}
 
 
-def test_nothing_to_make_sparse(monkeypatch):
-    model = tiny_llama()
-    names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    monkeypatch.setattr(
-        "hf_maskpro.deploy.to_semi_structured", lambda model: dict.fromkeys(names, "it is float32"), raising=False
+def test_fp8_of_nothing_that_is_2of4(small, monkeypatch):
+    message = (
+        r"nothing was measured: no layer can be FP8 \+ 2:4; model\.layers\.0\.self_attn\.q_proj\.weight: it is torch"
     )
-    with pytest.raises(ValueError, match=r"nothing was measured: no layer can be sparse \(it is float32\)"):
-        benchmark.sparse_pair(model)
+    with pytest.raises(ValueError, match=message):
+        benchmark.sparse_pair(tiny_llama(), fp8=True)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ImportError, match=r"pip install 'hf-maskpro\[fp8\]'"):
+        benchmark.sparse_pair(small, fp8=True)
 
 
 def test_which_layers_can_be_fp8():
