@@ -1,5 +1,6 @@
 """The verbs that make, measure, merge and look into adapters."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
