@@ -28,6 +28,7 @@ from .common import (
     Revision,
     Subfolder,
     Text,
+    adapter_folder,
     calibrate,
     console,
     init_mask,
@@ -157,12 +158,17 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Sequences per forward pass: 1 window, 8 of a task unless given.")
     ] = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    record: Annotated[bool, typer.Option("--record", help="Put the results into the adapter's card.")] = False,
     gguf_file: GgufFile = None,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on a text, and accuracy on tasks."""
     if text is None and tasks is None:
         raise ValueError("nothing to measure: pass --text FILE or --tasks NAMES.")
+    if record and (compare or adapter is None or not Path(adapter).is_dir()):
+        raise ValueError("--record writes into an adapter's folder: pass one with --adapter, and no --compare.")
     content = read_text(text) if text is not None else None
     names = tasks.split(",") if tasks is not None else []
     if names:
@@ -171,7 +177,7 @@ def evaluate(
     def measure(base: str, mask: str | None) -> dict[str, Any]:
         loaded, tokenizer = load_model(base, gguf_file if base == model else None)
         if mask is not None:
-            loaded = load_adapter(loaded, mask)
+            loaded = load_adapter(loaded, adapter_folder(mask, revision, subfolder))
         figures: dict[str, Any] = {"model": base, "adapter": mask}
         if content is not None:
             protocol = evaluation.protocol(tokenizer, content, seq_len, max_tokens, stride)
@@ -194,7 +200,21 @@ def evaluate(
         raise ValueError("no model to measure: pass --model, or --compare with several.")
     else:
         figures = measure(model, adapter)
+        if record:
+            _record(Path(str(adapter)) / (subfolder or ""), figures)
         show(figures if as_json else _flat(figures), as_json)
+
+
+def _record(folder: Path, figures: dict[str, Any]) -> None:
+    """Put perplexity and accuracies into an adapter's card."""
+    if "perplexity" in figures:
+        dataset, _, protocol = figures["protocol"].partition(", ")
+        hub.record_evaluation(folder, Path(dataset).name, "perplexity", figures["perplexity"], protocol)
+    protocol = "lm-evaluation-harness" + (f", {figures['limit']} examples" if "limit" in figures else "")
+    for task, scores in figures.get("tasks", {}).items():
+        for metric, value in scores.items():
+            if "_stderr" not in metric:
+                hub.record_evaluation(folder, Path(task).stem, metric, value, protocol)
 
 
 def _compared(sources: list[str], model: str | None, adapter: str | None) -> list[tuple[str, str | None]]:
@@ -241,14 +261,17 @@ def merge(
     model: Model,
     adapter: Annotated[str, typer.Option(help="Mask adapter: a local folder or a Hub id.")],
     output: Output,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write an ordinary sparse checkpoint, checked."""
     deploy.check_free(output, overwrite)
+    folder = adapter_folder(adapter, revision, subfolder)
     base, tokenizer = load_model(model, gguf_file)
-    masked = load_adapter(base, adapter)
+    masked = load_adapter(base, folder)
     pattern = masked.peft_config["default"].pattern
     report = deploy.merge(masked, tokenizer, output, overwrite)
     zeros = sum(report.values()) / len(report)

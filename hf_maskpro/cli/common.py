@@ -87,22 +87,24 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
     return AutoTokenizer.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
 
 
-def load_adapter(
-    base: PreTrainedModel,
-    adapter: str,
-    is_trainable: bool = False,
-    revision: str | None = None,
-    subfolder: str | None = None,
-) -> PeftModel:
-    """A mask adapter over a base model."""
+def adapter_folder(adapter: str, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """The folder of a mask adapter, fetched from the Hub if it is an id."""
     path = Path(adapter) / (subfolder or "")
-    if path.is_dir() and not (path / "adapter_config.json").is_file():
-        raise ValueError(f"{path} has no adapter_config.json; pass a mask adapter's folder or a Hub id.")
-    if subfolder and not path.is_dir():
-        # PEFT does not find a subfolder in the cache when it is offline.
-        path = Path(snapshot_download(adapter, revision=revision, allow_patterns=f"{subfolder}/*")) / subfolder
-    source = str(path) if path.is_dir() else adapter
-    return PeftModel.from_pretrained(base, source, is_trainable=is_trainable, revision=revision)
+    if not path.is_dir():
+        if path.exists() or adapter.startswith((".", "/", "~")) or adapter.count("/") > 1:
+            raise ValueError(f"{path} is not an adapter's folder; pass one, or a Hub id.")
+        patterns = f"{subfolder}/*" if subfolder else "adapter_*"
+        path = Path(snapshot_download(adapter, revision=revision, allow_patterns=patterns)) / (subfolder or "")
+    if not (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{adapter} has no {subfolder or '.'}/adapter_config.json; pass a mask adapter's folder or id."
+        )
+    return path
+
+
+def load_adapter(base: PreTrainedModel, folder: Path, is_trainable: bool = False) -> PeftModel:
+    """A mask adapter over a base model."""
+    return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
 
 
 def read_text(path: Path) -> str:

@@ -142,7 +142,7 @@ def contestant(
         calibrate(masked, random_windows(ids, seed=0), calibration.name, seed=0)
     else:
         assert start is not None
-        masked = load_adapter(model, str(start), is_trainable=True)
+        masked = load_adapter(model, start, is_trainable=True)
     initialized = time.perf_counter()
 
     def evaluate() -> float:

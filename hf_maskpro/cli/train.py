@@ -24,7 +24,10 @@ from .common import (
     Model,
     Output,
     Overwrite,
+    Revision,
+    Subfolder,
     Text,
+    adapter_folder,
     calibrate,
     learning_windows,
     load_adapter,
@@ -63,6 +66,8 @@ def train(
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Trade time for memory, with simple.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the output.")] = False,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -109,7 +114,7 @@ def train(
             batches = random_windows(inputs.flatten(), SAMPLES, min(SEQ_LEN, inputs.numel()), seed)
             calibrate(masked, batches, text_name(text, dataset), seed)
     else:
-        masked = load_adapter(base, adapter, is_trainable=True)
+        masked = load_adapter(base, adapter_folder(adapter, revision, subfolder), is_trainable=True)
         config = masked.peft_config["default"]
         # The scale goes with the logits: where there are none, it belongs to a training that is over.
         if not config.save_logits or logit_scale is not None:

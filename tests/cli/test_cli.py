@@ -5,11 +5,12 @@ import json
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from shutil import rmtree
+from shutil import copytree, rmtree
 from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,6 +87,20 @@ def test_init_eval_train_merge_inspect(checkpoint, text, adapter, tmp_path):
     assert again["perplexity"] == simple["perplexity"]
     assert AutoModelForCausalLM.from_pretrained(merged).config.tie_word_embeddings
     check_sparsity(merged, 2, 4)
+
+
+def test_results_go_into_the_card(checkpoint, text, adapter, tmp_path):
+    copytree(adapter, tmp_path / "a")
+    measure = ["eval", "--model", checkpoint, "--text", text, "--seq-len", 32, "--record", "--json"]
+    figures = json.loads(run(*measure, "--adapter", tmp_path / "a").stdout)
+    (result,) = ModelCard.load(tmp_path / "a" / "README.md").data.eval_results
+    assert (result.dataset_type, result.metric_type, result.metric_value) == (
+        "text.txt",
+        "perplexity",
+        figures["perplexity"],
+    )
+    assert result.dataset_config == "non-overlapping windows of 32 tokens, 1984 tokens"
+    assert "pass one with --adapter" in fails(*measure)
 
 
 @pytest.mark.parametrize("estimator", ["residual", "simple"])
