@@ -5,28 +5,44 @@ from transformers import AutoModelForCausalLM
 
 from hf_maskpro import MaskProConfig, check_sparsity
 from hf_maskpro.deploy import merge, new_folder
+from hf_maskpro.tuner import masked_layers
 
 from .conftest import tiny_gpt2, tiny_llama
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_a_merged_checkpoint_is_ordinary(tmp_path, make, ids):
-    base = make()
-    base.save_pretrained(tmp_path / "base")
-    model = get_peft_model(base, MaskProConfig()).eval()
+@pytest.mark.parametrize("save_logits", [False, True])
+@pytest.mark.parametrize("shard", ["1GB", "5KB"])
+def test_a_merged_checkpoint_is_ordinary(tmp_path, make, save_logits, shard, ids):
+    make().save_pretrained(tmp_path / "base", max_shard_size=shard)
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ messages }}")
+    model = get_peft_model(make(), MaskProConfig(init_mask="random", save_logits=save_logits)).eval()
+    for layer in masked_layers(model).values():
+        layer.maskpro_theta["default"].data.normal_(std=20)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-    report = merge(model, None, tmp_path / "merged")
+    model.save_pretrained(tmp_path / "adapter")
+    report = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert set(report.values()) == {0.5}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, expected)
-    assert loaded.state_dict().keys() == dense.state_dict().keys()
-    assert {p.name for p in (tmp_path / "merged").iterdir()} == {p.name for p in (tmp_path / "base").iterdir()}
     assert check_sparsity(tmp_path / "merged", 2, 4) == report == check_sparsity(loaded, 2, 4)
     with pytest.raises(ValueError, match="have more than 2 of 4"):
         check_sparsity(tmp_path / "base", 2, 4)
+    dense, sparse = (headers(tmp_path / name) for name in ("base", "merged"))
+    assert dense == sparse
+    assert len(dense) == 1 or shard == "5KB"
+    names = {path.name for path in (tmp_path / "base").iterdir()}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == names
+    for name in names - set(dense):
+        assert (tmp_path / "merged" / name).read_text().strip() == (tmp_path / "base" / name).read_text().strip()
+
+
+def headers(folder):
+    """The whole header of each weight file: metadata, names, dtypes, shapes and order."""
+    return {path.name: path.read_bytes()[8:][: int.from_bytes(path.read_bytes()[:8], "little")]
+            for path in folder.glob("*.safetensors")}  # fmt: skip
 
 
 def test_a_state_dict_is_checked_by_its_names():

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from .. import deploy, evaluation
 from ..initialization import generated_text, initialize_masks, needs_data, random_windows
 from ..initialization.calibration import SAMPLES, SEQ_LEN, SOURCE_SAMPLES, SOURCE_SEQ_LEN
+from ..initialization.sources import locate, saved_config
 from ..subset import unpack_codes
 from ..subset.codec import word_layout
 from ..tuner import RULES, MaskProConfig
@@ -27,6 +28,7 @@ from .common import (
     PatternN,
     Text,
     calibrate,
+    checkpoint,
     init_mask,
     learning_windows,
     load_adapter,
@@ -168,10 +170,9 @@ def merge(
 ) -> None:
     """Write an ordinary sparse checkpoint, checked."""
     deploy.check_free(output, overwrite)
-    base, tokenizer = load_model(model, gguf_file)
-    masked = load_adapter(base, adapter)
-    pattern = masked.peft_config["default"].pattern
-    report = deploy.merge(masked, tokenizer, output, overwrite)
+    pattern = saved_config(locate(adapter)).pattern
+    with checkpoint(model, gguf_file, output) as folder:
+        report = deploy.merge(folder, adapter, output, overwrite)
     zeros = sum(report.values()) / len(report)
     show({"output": str(output), "pattern": pattern, "layers": len(report), "zeros": zeros}, as_json)
 
