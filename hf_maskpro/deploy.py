@@ -38,6 +38,7 @@ _NOT_MASKED = {
 }
 # What belongs to a checkpoint besides its weights. A model card would describe the dense model.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "additional_chat_templates/*")
+_IN_MEMORY = "model.merge_and_unload(safe_merge=True)"
 # Masks are unfolded for so many rows at a time.
 _ROWS = 1024
 
@@ -204,8 +205,8 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
         `dict[str, float]`: Share of zeros by masked parameter.
 
     Raises:
-        `ValueError`: if the folder is in use, the adapter is no mask adapter or does not fit, the base is quantized, or
-            a kept weight is not finite.
+        `ValueError`: if the folder is in use, the adapter is no mask adapter or does not fit, the base is quantized,
+            or a kept weight is not finite.
     """
     check_free(output, overwrite)
     base, masks = _checkpoint(model), locate(str(adapter))
@@ -255,16 +256,12 @@ def _check_fit(layers: dict[str, MaskProLayer], saved: Tensors, parameters: set[
     for key in saved:
         name, _, kind = key.removeprefix("base_model.model.").partition(".maskpro_")
         if not kind:
-            raise ValueError(
-                f"the adapter also holds {name}, from modules_to_save; merge it with merge_and_unload(safe_merge=True)."
-            )
+            raise ValueError(f"the adapter also holds {name}, from modules_to_save; merge it with {_IN_MEMORY}.")
         if name not in layers:
             raise ValueError(f"the adapter file has masks for layers that the model has not: {name}.")
     for name in layers:
         if f"{name}.weight" not in parameters:
-            raise ValueError(
-                f"{name} has no tensor of its own in the checkpoint; merge it with merge_and_unload(safe_merge=True)."
-            )
+            raise ValueError(f"{name} has no tensor of its own in the checkpoint; merge it with {_IN_MEMORY}.")
 
 
 def _masked(weight: torch.Tensor, name: str, layer: MaskProLayer, codes: torch.Tensor) -> torch.Tensor:
@@ -293,5 +290,5 @@ def _rewrite(source: Path, target: Path, change: Callable[[str, torch.Tensor], t
         entries.pop("__metadata__", None)
         for key in sorted(entries, key=lambda key: entries[key]["data_offsets"]):
             tensor = change(key, tensors.get_tensor(key))
-            new.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            new.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
             bar.update()

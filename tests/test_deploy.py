@@ -1,13 +1,16 @@
+import json
+
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_maskpro import MaskProConfig, check_sparsity
 from hf_maskpro.deploy import merge, new_folder
 from hf_maskpro.tuner import masked_layers
 
-from .conftest import tiny_gpt2, tiny_llama
+from .conftest import headers, tiny_gpt2, tiny_llama
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
@@ -39,10 +42,42 @@ def test_a_merged_checkpoint_is_ordinary(tmp_path, make, save_logits, shard, ids
         assert (tmp_path / "merged" / name).read_text().strip() == (tmp_path / "base" / name).read_text().strip()
 
 
-def headers(folder):
-    """The whole header of each weight file: metadata, names, dtypes, shapes and order."""
-    return {path.name: path.read_bytes()[8:][: int.from_bytes(path.read_bytes()[:8], "little")]
-            for path in folder.glob("*.safetensors")}  # fmt: skip
+def test_a_checkpoint_whose_names_lack_a_prefix(tmp_path, ids):
+    """As GPT-2 is on the Hub."""
+    tiny_gpt2().transformer.save_pretrained(tmp_path / "base")
+    model = get_peft_model(tiny_gpt2(), MaskProConfig()).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    assert set(merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged").values()) == {0.5}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_what_cannot_be_merged_is_refused_before_anything_is_written(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_llama().save_pretrained(base)
+    get_peft_model(tiny_llama(), MaskProConfig()).save_pretrained(adapter)
+    get_peft_model(tiny_llama(), LoraConfig()).save_pretrained(tmp_path / "lora")
+    get_peft_model(tiny_llama(), MaskProConfig(modules_to_save=["lm_head"])).save_pretrained(tmp_path / "head")
+
+    def refused(match, base=base, adapter=adapter):
+        with pytest.raises(ValueError, match=match):
+            merge(base, adapter, tmp_path / "merged")
+        assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
+
+    refused("is a LORA adapter, not a mask adapter: .* dense again", adapter=tmp_path / "lora")
+    refused("also holds lm_head.weight, from modules_to_save", adapter=tmp_path / "head")
+    refused("has no config.json", base=tmp_path)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    refused("is quantized; merge into the checkpoint that it was quantized from")
+    (base / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
+    refused(r"the checkpoint has shape|has 16 rows")
+    (base / "config.json").write_text(json.dumps(config))
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0] = torch.inf
+    save_file(weights, base / "model.safetensors")
+    refused(r"model\.layers\.1\.mlp\.up_proj\.weight: a kept weight is not finite")
 
 
 def test_a_state_dict_is_checked_by_its_names():

@@ -18,6 +18,8 @@ from hf_maskpro.cli.quickstart import GGUF_FILE, _topics
 from hf_maskpro.deploy import merge
 from hf_maskpro.tuner import masked_layers
 
+from .conftest import headers
+
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +92,7 @@ def test_a_merged_checkpoint_loads_without_this_package(smollm2, adapter, ids, t
     folder, expected = adapter
     report = merge(smollm2, folder, tmp_path / "merged")
     assert len(report) == 210
-    assert safetensors_header(tmp_path / "merged") == safetensors_header(smollm2)
+    assert headers(tmp_path / "merged") == headers(smollm2)
     check_sparsity(tmp_path / "merged", 2, 4)
     torch.save({"ids": ids, "expected": expected[torch.float32]}, tmp_path / "expected.pt")
     program = f"""
@@ -98,9 +100,11 @@ import sys, torch
 from transformers import AutoModelForCausalLM, pipeline
 saved = torch.load({str(tmp_path / "expected.pt")!r})
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "merged")!r}, dtype=torch.float32)
+assert model.lm_head.weight is model.model.embed_tokens.weight
 with torch.no_grad():
     assert torch.equal(model(input_ids=saved["ids"]).logits, saved["expected"])
-pipeline("text-generation", {str(tmp_path / "merged")!r})("Python is", max_new_tokens=5)
+text = pipeline("text-generation", {str(tmp_path / "merged")!r})("Python is", max_new_tokens=5)[0]["generated_text"]
+assert len(text) > len("Python is")
 assert not any(name.startswith("hf_maskpro") for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -178,8 +178,8 @@ def saved_config(folder: Path) -> MaskProConfig:
     config = MaskProConfig.from_pretrained(str(folder))
     if not isinstance(config, MaskProConfig):
         raise ValueError(
-            f"{folder} is a {config.peft_type.value} adapter, not a mask adapter: merged into a sparse model it makes it "
-            "dense again. Merge it into the dense model, then mask the result."
+            f"{folder} is a {config.peft_type.value} adapter, not a mask adapter: merged into a sparse model it would "
+            "make it dense again. Merge it into the dense model, then mask the result."
         )
     return config
 
