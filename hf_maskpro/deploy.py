@@ -68,18 +68,77 @@ def check_sparsity(
     for name, weight in _linear_weights(model):
         if wanted is not None and name not in wanted:
             continue
-        if weight.shape[1] % m:
-            raise ValueError(f"{name}: {weight.shape[1]} inputs do not divide into groups of {m}.")
-        nonzeros = (to_planes(weight, m) != 0).sum(1)
-        if int(nonzeros.max()) > n:
-            groups = int((nonzeros > n).sum())
-            raise ValueError(f"{name}: {groups:,} of {nonzeros.numel():,} groups have more than {n} of {m} non-zeros.")
-        report[name] = 1 - nonzeros.sum().item() / weight.numel()
+        if problem := _violation(weight, n, m):
+            raise ValueError(f"{name}: {problem}.")
+        report[name] = 1 - torch.count_nonzero(weight).item() / weight.numel()
     if missing := (wanted or set()) - set(report):
         raise ValueError(f"{sorted(missing)[0]} is not a linear weight of the model.")
     if not report:
         raise ValueError("there is no linear weight to check.")
     return report
+
+
+def _violation(weight: torch.Tensor, n: int, m: int) -> str | None:
+    """How a weight violates a pattern, or `None`."""
+    if weight.shape[1] % m:
+        return f"{weight.shape[1]} inputs do not divide into groups of {m}"
+    nonzeros = (to_planes(weight, m) != 0).sum(1)
+    if int(nonzeros.max()) <= n:
+        return None
+    groups = int((nonzeros > n).sum())
+    return f"{groups:,} of {nonzeros.numel():,} groups have more than {n} of {m} non-zeros"
+
+
+def sparse_weights(model: nn.Module | Mapping[str, torch.Tensor], n: int, m: int) -> list[str]:
+    """The linear weights of a model or state dict that have a pattern."""
+    return [name for name, weight in _linear_weights(model) if _violation(weight, n, m) is None]
+
+
+def to_semi_structured(model: nn.Module) -> dict[str, str]:
+    """
+    Convert the 2:4 layers of a merged model on CUDA to torch's semi-structured tensors, in place and layer by layer.
+
+    The products then run on sparse tensor cores, in one direction: for inference alone. There is no file format for
+    the converted weights; convert after every load.
+
+    Args:
+        model (`torch.nn.Module`): A merged model in float16 or bfloat16 on a GPU of compute capability 8.0 or newer.
+
+    Returns:
+        `dict[str, str]`: By parameter, why a linear layer besides the output head was left dense.
+
+    Raises:
+        `ValueError`: if the model is not on such a GPU, or none of its layers qualifies.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        raise ValueError(f"the model is on {device}, and torch's 2:4 products need CUDA; move it there first.")
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        raise ValueError(f"compute capability {capability[0]}.{capability[1]} has no 2:4 products; 8.0 is the first.")
+    left, names = {}, _linear_names(model)
+    for name in tqdm(names, desc="converting", disable=None):
+        module = model.get_submodule(name.removesuffix(".weight"))
+        if reason := _why_dense(module):
+            left[name] = reason
+        else:
+            sparse = torch.sparse.to_sparse_semi_structured(module.get_parameter("weight").detach())
+            module.weight = nn.Parameter(sparse, requires_grad=False)
+    if len(left) == len(names):
+        raise ValueError(f"no layer can be converted; {names[0]}: {left[names[0]]}.")
+    return left
+
+
+def _why_dense(module: nn.Module) -> str | None:
+    """Why torch cannot multiply by a linear layer's weight as a 2:4 one, or `None` if it can."""
+    if isinstance(module, Conv1D):
+        return "Conv1D multiplies by the transposed weight"
+    weight = module.get_parameter("weight").detach()
+    if weight.dtype not in (torch.float16, torch.bfloat16):
+        return f"it is {weight.dtype}, not float16 or bfloat16"
+    # cuSPARSELt's, which is torch's default.
+    if any(size % 16 for size in weight.shape):
+        return f"its shape is {list(weight.shape)}, and both must be multiples of 16"
+    return _violation(weight, 2, 4)
 
 
 def _linear_weights(model: nn.Module | Mapping[str, torch.Tensor] | str | Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -209,7 +268,7 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
             or a kept weight is not finite.
     """
     check_free(output, overwrite)
-    base, masks = _checkpoint(model), locate(str(adapter))
+    base, masks = checkpoint_folder(model), locate(str(adapter))
     raw = json.loads((base / "config.json").read_text())
     if "quantization_config" in raw:
         raise ValueError(f"{model} is quantized; merge into the checkpoint that it was quantized from.")
@@ -241,7 +300,7 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
             return check_sparsity(folder, config.n, config.m, [f"{name}.weight" for name in layers])
 
 
-def _checkpoint(model: str | Path) -> Path:
+def checkpoint_folder(model: str | Path) -> Path:
     """The folder of a checkpoint, fetched from the Hub if it is an id."""
     folder = Path(model)
     if not folder.is_dir():

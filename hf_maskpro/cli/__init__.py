@@ -6,7 +6,7 @@ import warnings
 import typer
 from transformers.utils import logging
 
-from . import adapters, quickstart, train
+from . import adapters, export, quickstart, train
 from .common import one_line_errors
 
 
@@ -23,6 +23,7 @@ app.command("import")(adapters.import_masks)
 app.command()(train.train)
 app.command("eval")(adapters.evaluate)
 app.command()(adapters.merge)
+app.command()(export.export)
 app.command()(adapters.inspect)
 
 
