@@ -1,10 +1,12 @@
 import json
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_maskpro import MaskProConfig, check_sparsity
 from hf_maskpro.deploy import merge, new_folder
@@ -51,6 +53,59 @@ def test_a_checkpoint_whose_names_lack_a_prefix(tmp_path, ids):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    config = LlamaConfig(
+        vocab_size=2000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM._from_config(config)
+    model.to_empty(device="cpu").load_state_dict({key: torch.ones_like(w) for key, w in model.state_dict().items()})
+    model.save_pretrained(tmp_path / "base")
+    get_peft_model(model, MaskProConfig(inference_mode=True)).save_pretrained(tmp_path / "adapter")
+    del model
+    size = (tmp_path / "base" / "model.safetensors").stat().st_size
+    assert size > 200e6
+    peak = [anonymous_bytes()]
+    before, done = peak[0], threading.Event()
+
+    def watch():
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    done.set()
+    watcher.join()
+    assert peak[0] - before < 0.5 * size
+
+
+def anonymous_bytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def test_other_adapters(tmp_path):
+    """What docs/deploy.md says of them; the first two are PEFT's doing."""
+    masked = get_peft_model(tiny_llama(), MaskProConfig())
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        masked.add_adapter("lora", LoraConfig())
+    lora = get_peft_model(masked.merge_and_unload(), LoraConfig(init_lora_weights=False))
+    with pytest.raises(ValueError, match="groups have more than 2 of 4"):
+        check_sparsity(lora.merge_and_unload(), 2, 4)
+    with pytest.raises(ValueError, match=r"is not nn\.Linear or Conv1D"):
+        get_peft_model(get_peft_model(tiny_llama(), LoraConfig()), MaskProConfig())
+    two = get_peft_model(tiny_llama(), MaskProConfig())
+    two.add_adapter("other", MaskProConfig(n=1, init_mask="random"))
+    assert set(check_sparsity(two.merge_and_unload(), 2, 4).values()) == {0.5}
 
 
 def test_what_cannot_be_merged_is_refused_before_anything_is_written(tmp_path):

