@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_maskpro import MaskProConfig, check_sparsity
 from hf_maskpro.deploy import merge, new_folder
@@ -18,23 +18,24 @@ from .conftest import headers, tiny_gpt2, tiny_llama
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("save_logits", [False, True])
 @pytest.mark.parametrize("shard", ["1GB", "5KB"])
-def test_a_merged_checkpoint_is_ordinary(tmp_path, make, save_logits, shard, ids):
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (8, 16)])
+def test_a_merged_checkpoint_is_ordinary(tmp_path, make, save_logits, shard, n, m, ids):
     make().save_pretrained(tmp_path / "base", max_shard_size=shard)
     (tmp_path / "base" / "chat_template.jinja").write_text("{{ messages }}")
-    model = get_peft_model(make(), MaskProConfig(init_mask="random", save_logits=save_logits)).eval()
+    model = get_peft_model(make(), MaskProConfig(n=n, m=m, init_mask="random", save_logits=save_logits)).eval()
     for layer in masked_layers(model).values():
         layer.maskpro_theta["default"].data.normal_(std=20)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
     model.save_pretrained(tmp_path / "adapter")
     report = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    assert set(report.values()) == {0.5}
+    assert set(report.values()) == {1 - n / m}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, expected)
-    assert check_sparsity(tmp_path / "merged", 2, 4) == report == check_sparsity(loaded, 2, 4)
-    with pytest.raises(ValueError, match="have more than 2 of 4"):
-        check_sparsity(tmp_path / "base", 2, 4)
+    assert check_sparsity(tmp_path / "merged", n, m) == report == check_sparsity(loaded, n, m)
+    with pytest.raises(ValueError, match=f"have more than {n} of {m}"):
+        check_sparsity(tmp_path / "base", n, m)
     dense, sparse = (headers(tmp_path / name) for name in ("base", "merged"))
     assert dense == sparse
     assert len(dense) == 1 or shard == "5KB"
@@ -53,6 +54,25 @@ def test_a_checkpoint_whose_names_lack_a_prefix(tmp_path, ids):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_experts_that_transformers_fuses_stay_as_they_are(tmp_path, ids):
+    def mixtral():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+        return MixtralForCausalLM(
+            MixtralConfig(vocab_size=34, num_hidden_layers=1, num_local_experts=2, **sizes)
+        ).eval()
+
+    mixtral().save_pretrained(tmp_path / "base")
+    assert b"experts.0.w1" in headers(tmp_path / "base")["model.safetensors"]
+    model = get_peft_model(mixtral(), MaskProConfig(target_modules=["q_proj", "o_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    report = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert report == {f"model.layers.0.self_attn.{name}_proj.weight": 0.5 for name in "qo"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
@@ -130,7 +150,10 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(tmp_path):
     refused(r"the checkpoint has shape|has 16 rows")
     (base / "config.json").write_text(json.dumps(config))
     weights = load_file(base / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][0] = torch.inf
+    lost = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, base / "model.safetensors")
+    refused(r"model\.layers\.1\.mlp\.up_proj has no tensor of its own in the checkpoint")
+    weights["model.layers.1.mlp.up_proj.weight"] = lost.index_fill(0, torch.tensor([0]), torch.inf)
     save_file(weights, base / "model.safetensors")
     refused(r"model\.layers\.1\.mlp\.up_proj\.weight: a kept weight is not finite")
 
