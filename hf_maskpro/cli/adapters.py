@@ -8,13 +8,14 @@ import torch
 import typer
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from rich.table import Table
 from transformers.utils import find_adapter_config_file
 
 from .. import deploy, evaluation, hub
 from ..initialization import generated_text, initialize_masks, needs_data, random_windows
 from ..initialization.calibration import SAMPLES, SEQ_LEN, SOURCE_SAMPLES, SOURCE_SEQ_LEN
+from ..initialization.sources import saved_config
 from ..tuner import RULES, MaskProConfig
 from .common import (
     Dataset,
@@ -30,6 +31,7 @@ from .common import (
     Text,
     adapter_folder,
     calibrate,
+    checkpoint,
     console,
     init_mask,
     learning_windows,
@@ -263,6 +265,10 @@ def merge(
     output: Output,
     revision: Revision = None,
     subfolder: Subfolder = None,
+    allow_dense: Annotated[
+        bool,
+        typer.Option("--allow-dense", help="Merge an adapter of another method all the same: it fills the zeros."),
+    ] = False,
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -270,12 +276,18 @@ def merge(
     """Write an ordinary sparse checkpoint, checked."""
     deploy.check_free(output, overwrite)
     folder = adapter_folder(adapter, revision, subfolder)
-    base, tokenizer = load_model(model, gguf_file)
-    masked = load_adapter(base, folder)
-    pattern = masked.peft_config["default"].pattern
-    report = deploy.merge(masked, tokenizer, output, overwrite)
+    if allow_dense and not isinstance(PeftConfig.from_pretrained(str(folder)), MaskProConfig):
+        loaded, tokenizer = load_model(model, gguf_file)
+        with deploy.new_folder(output, overwrite) as new:
+            load_adapter(loaded, folder).merge_and_unload(safe_merge=True).save_pretrained(new)
+            tokenizer.save_pretrained(new)
+        return show({"output": str(output), "pattern": None}, as_json)
+    pattern = saved_config(folder).pattern
+    with checkpoint(model, gguf_file, output) as base:
+        report = deploy.merge(base, folder, output, overwrite)
     zeros = sum(report.values()) / len(report)
     show({"output": str(output), "pattern": pattern, "layers": len(report), "zeros": zeros}, as_json)
+    return None
 
 
 def inspect(

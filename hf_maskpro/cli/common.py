@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
@@ -76,6 +77,12 @@ def load_model(model: str, gguf_file: str | None = None) -> tuple[PreTrainedMode
 
 def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """A base model's tokenizer; the first thing to ask for, since it tells soon whether there is such a model."""
+    check_model(model, gguf_file)
+    return AutoTokenizer.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
+
+
+def check_model(model: str, gguf_file: str | None) -> None:
+    """Refuse what can be neither a model's folder nor a Hub id."""
     path = Path(model)
     if path.is_dir():
         if gguf_file and not (path / gguf_file).is_file():
@@ -84,7 +91,22 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
             raise ValueError(f"{model} has no config.json; pass a model's folder or a Hub id.")
     elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ValueError(f"{model} is not a model folder; pass a model's folder or a Hub id.")
-    return AutoTokenizer.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
+
+
+@contextmanager
+def checkpoint(model: str, gguf_file: str | None, output: Path) -> Iterator[str]:
+    """A base model as a safetensors checkpoint; for a GGUF file that is a temporary folder beside the output."""
+    check_model(model, gguf_file)
+    if gguf_file is None:
+        yield model
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+        loaded, tokenizer = load_model(model, gguf_file)
+        loaded.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del loaded
+        yield folder
 
 
 def adapter_folder(adapter: str, revision: str | None = None, subfolder: str | None = None) -> Path:

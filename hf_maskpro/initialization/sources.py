@@ -42,7 +42,7 @@ def fill_masks(model: nn.Module, adapter_name: str, source: str) -> None:
     """
     layers = masked_layers(model, adapter_name)
     with ExitStack() as stack:
-        read = _reader(_locate(source), stack, layers, adapter_name)
+        read = _reader(locate(source), stack, layers, adapter_name)
         # Packed, since all of them are held until the last one is known to fit.
         config = next(iter(layers.values())).maskpro_config[adapter_name]
         packed = {name: pack(read(name, layer), config.n, config.m) for name, layer in layers.items()}
@@ -51,7 +51,8 @@ def fill_masks(model: nn.Module, adapter_name: str, source: str) -> None:
         layer.set_initial_mask(adapter_name, mask)
 
 
-def _locate(source: str) -> Path:
+def locate(source: str) -> Path:
+    """A source on this machine, fetched from the Hub if it is an id."""
     path = Path(source)
     if path.exists():
         return path
@@ -69,19 +70,19 @@ def _reader(path: Path, stack: ExitStack, layers: dict[str, MaskProLayer], adapt
         files = sorted(path.glob("*.safetensors"))
         if not files:
             raise ValueError(f"{path} has no adapter, no {MASKLLM_FILE} and no safetensors checkpoint.")
-        return _parameter_reader(_tensors(files, stack), adapter_name, _of_zeros, "weight")
+        return _parameter_reader(open_tensors(files, stack), adapter_name, _of_zeros, "weight")
     if path.suffix == ".npz":
         # Without pickles, which numpy would run.
         arrays = stack.enter_context(np.load(path, allow_pickle=False))
         masks: Tensors = {key.removesuffix(".mask"): partial(_array, arrays, key) for key in arrays.files}
         return _parameter_reader(masks, adapter_name, _of_bits, "mask")
     if path.suffix == ".safetensors":
-        masks = {key.removesuffix(".mask"): get for key, get in _tensors([path], stack).items()}
+        masks = {key.removesuffix(".mask"): get for key, get in open_tensors([path], stack).items()}
         return _parameter_reader(masks, adapter_name, _of_numbers, "mask")
     raise ValueError(f"{path} is neither .npz nor .safetensors; convert it, since pickled files are not read.")
 
 
-def _tensors(files: list[Path], stack: ExitStack) -> Tensors:
+def open_tensors(files: list[Path], stack: ExitStack) -> Tensors:
     """What gives each tensor of some safetensors files."""
     known: Tensors = {}
     for file in files:
@@ -158,33 +159,48 @@ def _of_bits(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _adapter_reader(folder: Path, stack: ExitStack, adapter_name: str) -> Reader:
     """The learned mask of a saved mask adapter."""
-    config = MaskProConfig.from_pretrained(str(folder))
-    if not isinstance(config, MaskProConfig):
-        raise ValueError(f"{folder} is a {config.peft_type.value} adapter, not a mask adapter.")
-    tensors = _tensors([folder / "adapter_model.safetensors"], stack)
+    config = saved_config(folder)
+    tensors = open_tensors([folder / "adapter_model.safetensors"], stack)
 
     def read(name: str, layer: MaskProLayer) -> torch.Tensor:
-        key = f"base_model.model.{name}.maskpro_"
-        if f"{key}mask" not in tensors:
-            raise ValueError(f"the source has no mask for {name}.weight.")
         own = layer.maskpro_config[adapter_name]
         if (config.n, config.m) != (own.n, own.m):
             raise ValueError(
                 f"the source is {config.pattern} and the adapter {own.pattern}; pass the source's n and m."
             )
-        packed = tensors[f"{key}mask"]()
-        device = layer.get_base_layer().weight.device
-        try:
-            codes = unpack_codes(packed, config.n, config.m, layer.in_features)
-        except ValueError as error:
-            raise ValueError(f"{name}.weight: {error}") from error
-        if len(codes) != layer.out_features:
-            raise ValueError(f"{name}.weight: the source has {len(codes)} rows, the model {layer.out_features}.")
-        if f"{key}theta" in tensors:
-            theta = tensors[f"{key}theta"]()
-            if theta.shape != (len(codes), config.m, codes.shape[1]):
-                raise ValueError(f"{name}.weight: the source's theta has shape {list(theta.shape)}.")
-            codes = mode_codes(theta, packed, logit_scale(config), config.n)
-        return mask_of(codes, config.m).to(device)
+        return mask_of(saved_codes(tensors, config, name, layer), config.m).to(layer.get_base_layer().weight.device)
 
     return read
+
+
+def saved_config(folder: Path) -> MaskProConfig:
+    """The configuration of a saved mask adapter."""
+    config = MaskProConfig.from_pretrained(str(folder))
+    if not isinstance(config, MaskProConfig):
+        raise ValueError(
+            f"{folder} is a {config.peft_type.value} adapter, not a mask adapter: merged into a sparse model it would "
+            "make it dense again. Merge it into the dense model, then mask the result; or pass --allow-dense."
+        )
+    return config
+
+
+def saved_codes(tensors: Tensors, config: MaskProConfig, name: str, layer: MaskProLayer) -> torch.Tensor:
+    """The learned mask of one layer of a saved mask adapter as codes, int32 `[out_features, groups]`."""
+    key = f"base_model.model.{name}.maskpro_"
+    if f"{key}mask" not in tensors:
+        raise ValueError(f"the source has no mask for {name}.weight.")
+    packed = tensors[f"{key}mask"]()
+    try:
+        codes = unpack_codes(packed, config.n, config.m, layer.in_features)
+    except ValueError as error:
+        raise ValueError(f"{name}.weight: {error}") from error
+    if len(codes) != layer.out_features:
+        raise ValueError(f"{name}.weight: the source has {len(codes)} rows, the model {layer.out_features}.")
+    if f"{key}theta" not in tensors:
+        return codes
+    theta = tensors[f"{key}theta"]()
+    if theta.shape != (len(codes), config.m, codes.shape[1]):
+        raise ValueError(f"{name}.weight: the source's theta has shape {list(theta.shape)}.")
+    if not theta.isfinite().all():
+        raise ValueError(f"{name}.weight: the source's theta is not finite.")
+    return mode_codes(theta, packed, logit_scale(config), config.n)

@@ -38,6 +38,45 @@ def write_card(folder: Path, config: "MaskProConfig", file_bytes: int) -> None:
     temporary.replace(path)
 
 
+def write_merged_card(folder: Path, config: "MaskProConfig") -> None:
+    """Write the card of a checkpoint into which a mask adapter was merged."""
+    base, causal = hub_id(config.base_model_name_or_path), _is_causal(config)
+    data = ModelCardData(
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="text-generation" if causal else None,
+        tags=["maskpro", "n-m-sparsity", config.pattern],
+    )
+    of = f" of [{base}](https://huggingface.co/{base})" if base else ""
+    text = f"""{BEGIN}
+
+# {config.pattern} sparse weights{of}
+
+Of every {config.m} consecutive weights of {len(_last_stage(config)["groups_changed"])} linear layers at most {config.n}
+are not zero; what is kept is as in the base model. It is an ordinary checkpoint:
+
+```python
+from transformers import {"AutoModelForCausalLM" if causal else "AutoModel"}
+
+model = {"AutoModelForCausalLM" if causal else "AutoModel"}.from_pretrained("{REPO}", dtype="auto")
+```
+
+It runs at dense speed unless a runtime has kernels for this pattern.
+
+{END}
+"""
+    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def _is_causal(config: "MaskProConfig") -> bool:
+    base_class = (config.auto_mapping or {}).get("base_model_class", "")
+    return config.task_type == "CAUSAL_LM" or base_class.endswith("ForCausalLM")
+
+
+def _last_stage(config: "MaskProConfig") -> dict[str, Any]:
+    return (config.lineage or [{"init_mask": config.init_mask, "groups_changed": {}}])[-1]
+
+
 def split_card(text: str) -> tuple[str, str, str]:
     """What a user wrote before, what is made here, and what a user wrote after it."""
     begin, end = text.find(BEGIN), text.find(END)
@@ -88,12 +127,12 @@ def _describe(data: ModelCardData, config: "MaskProConfig") -> None:
 
 
 def _evaluations(config: "MaskProConfig") -> list[dict[str, Any]]:
-    return (config.lineage or [{}])[-1].get("evaluations", [])
+    return _last_stage(config).get("evaluations", [])
 
 
 def _body(folder: Path, config: "MaskProConfig", file_bytes: int) -> str:
     lineage = config.lineage or []
-    last = lineage[-1] if lineage else {"init_mask": config.init_mask, "groups_changed": {}}
+    last = _last_stage(config)
     base = config.base_model_name_or_path
     template = Environment(keep_trailing_newline=True).from_string((Path(__file__).parent / "card.md").read_text())
     return template.render(

@@ -289,7 +289,10 @@ def fingerprint(weight: torch.Tensor) -> str:
 def _check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
     """Record which weights a new mask is for; refuse other weights than those that a loaded mask was learned for."""
     known = config.base_fingerprint
-    if any(weight.is_meta or weight.dtype == torch.float16 for weight in weights.values()):
+    if any(weight.is_meta for weight in weights.values()):
+        # A skeleton: there is nothing to compare.
+        return
+    if any(weight.dtype == torch.float16 for weight in weights.values()):
         if config.awaits_file:
             warnings.warn("float16 weights cannot be compared with those that the mask was learned for.", stacklevel=2)
         return

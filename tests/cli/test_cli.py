@@ -185,6 +185,31 @@ def test_import(checkpoint, adapter, tmp_path, monkeypatch):
     assert not (tmp_path / "c").exists()
 
 
+def test_export(checkpoint, adapter, tmp_path):
+    export = ["export", "--model", checkpoint, "--output", tmp_path / "a", "--target"]
+    assert "pass --adapter" in fails(*export, "dense")
+    run("merge", "--model", checkpoint, "--adapter", adapter, "--output", tmp_path / "merged")
+    figures = json.loads(run(*export, "dense", "--adapter", adapter, "--json").stdout)
+    assert figures == {"output": str(tmp_path / "a"), "target": "dense", "layers": 14, "zeros": 0.5}
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "merged")]
+    assert weights[0] == weights[1]
+    assert "is not empty" in fails(*export, "onnx")
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_export_to_onnx(checkpoint, adapter, tmp_path, merged):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    export = ["export", "--output", tmp_path / "a", "--target", "onnx", "--json"]
+    if merged:
+        run("merge", "--model", checkpoint, "--adapter", adapter, "--output", tmp_path / "merged")
+        figures = json.loads(run(*export, "--model", tmp_path / "merged").stdout)
+    else:
+        figures = json.loads(run(*export, "--model", checkpoint, "--adapter", adapter).stdout)
+    assert figures["layers"] == 14
+    assert (tmp_path / "a" / "tokenizer.json").is_file()
+
+
 def test_residual_lowers_the_training_loss(checkpoint, text, tmp_path):
     base, adapter, learned = (tmp_path / name for name in ("base", "adapter", "learned"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
@@ -228,7 +253,8 @@ def test_in_a_process_of_its_own(checkpoint):
 
 
 def test_help_for_every_verb():
-    for verb in ("quickstart", "init", "import", "train", "eval", "merge", "inspect", "bench"):
+    verbs = "quickstart", "init", "import", "train", "eval", "merge", "export", "inspect", "push", "bench"
+    for verb in verbs:
         assert "--help" in run(verb, "--help").stdout
 
 

@@ -1,0 +1,242 @@
+"""
+What a packed 2:4 weight is worth on a CPU: `F.linear` in bfloat16 on the dense weight against products that read the
+packed one, values and positions, 0.5625 of the bytes. For one to eight tokens, with a model's shapes and so many
+layers in turn that weights come from memory, not from a cache. Candidates take turns; ratios are of medians.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch.utils.cpp_extension import load_inline
+
+
+# in_features, out_features of a block's linear layers, each with how often it occurs.
+SHAPES = {
+    "SmolLM2-135M": [(576, 576, 2), (576, 192, 2), (576, 1536, 2), (1536, 576, 1)],
+    "Llama-3.2-1B": [(2048, 2048, 2), (2048, 512, 2), (2048, 8192, 2), (8192, 2048, 1)],
+}
+SOURCE = r"""
+#include <torch/extension.h>
+#include <immintrin.h>
+
+// y[t, row] = sum over k of w[row, k] * x[t, k]; 32 weights are 16 values and 32 bits that tell where they belong.
+template <int T, bool PACKED>
+static void rows(const uint16_t* values, const uint32_t* bits, const uint16_t* x, float* y, int64_t begin, int64_t end,
+                 int64_t out_features, int64_t in_features) {
+  const int64_t blocks = in_features / 32, width = PACKED ? 16 : 32;
+  for (int64_t row = begin; row < end; ++row) {
+    const uint16_t* v = values + row * blocks * width;
+    const uint32_t* b = bits + row * blocks;
+    __m512 sums[T];
+    for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
+    for (int64_t j = 0; j < blocks; ++j) {
+      __m512bh w;
+      if (PACKED) {
+        const __m512i packed = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(v + j * width)));
+        w = (__m512bh)_mm512_maskz_expand_epi16(b[j], packed);
+      } else {
+        w = (__m512bh)_mm512_loadu_si512(v + j * width);
+      }
+      for (int t = 0; t < T; ++t)
+        sums[t] = _mm512_dpbf16_ps(sums[t], w, (__m512bh)_mm512_loadu_si512(x + t * in_features + j * 32));
+    }
+    for (int t = 0; t < T; ++t) y[t * out_features + row] = _mm512_reduce_add_ps(sums[t]);
+  }
+}
+
+template <bool PACKED>
+torch::Tensor product(torch::Tensor x, torch::Tensor values, torch::Tensor bits) {
+  const int64_t tokens = x.size(0), in_features = x.size(1), out_features = values.size(0);
+  auto y = torch::empty({tokens, out_features}, torch::kFloat);
+  auto v = (const uint16_t*)values.data_ptr();
+  auto b = (const uint32_t*)bits.data_ptr();
+  auto xs = (const uint16_t*)x.data_ptr();
+  auto ys = y.data_ptr<float>();
+  at::parallel_for(0, out_features, 32, [&](int64_t begin, int64_t end) {
+    switch (tokens) {
+      case 1: return rows<1, PACKED>(v, b, xs, ys, begin, end, out_features, in_features);
+      case 2: return rows<2, PACKED>(v, b, xs, ys, begin, end, out_features, in_features);
+      case 4: return rows<4, PACKED>(v, b, xs, ys, begin, end, out_features, in_features);
+      case 8: return rows<8, PACKED>(v, b, xs, ys, begin, end, out_features, in_features);
+    }
+  });
+  return y.to(torch::kBFloat16);
+}
+
+torch::Tensor packed_product(torch::Tensor x, torch::Tensor values, torch::Tensor bits) {
+  return product<true>(x, values, bits);
+}
+
+torch::Tensor dense_product(torch::Tensor x, torch::Tensor weight) { return product<false>(x, weight, weight); }
+"""
+
+
+def random_2_4(out_features: int, in_features: int) -> torch.Tensor:
+    weight = torch.randn(out_features, in_features // 4, 4)
+    return torch.zeros_like(weight).scatter(2, (top := weight.abs().topk(2).indices), weight.gather(2, top)).flatten(1)
+
+
+class Dense:
+    """`F.linear`, as a merged checkpoint runs."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight = weight.bfloat16()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+
+def select(x0: torch.Tensor, x1: torch.Tensor, x2: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    return torch.where(position & 2 != 0, x2, torch.where(position & 1 != 0, x1, x0))
+
+
+@torch.compile(dynamic=False)
+def compiled_product(planes: torch.Tensor, pairs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """
+    Each group is two bfloat16 in a word and a nibble: the first is member 0 to 2, the second 1 to 3. A byte has the
+    nibbles of two groups, half a row apart.
+
+    Args:
+        planes (`torch.Tensor`): The tokens' inputs by member, half and group, float32 `[4, 2, tokens, groups // 2]`.
+        pairs (`torch.Tensor`): int32 `[out_features, 2, groups // 2]`.
+        positions (`torch.Tensor`): uint8 `[out_features, groups // 2]`.
+    """
+    bits = positions.int().unsqueeze(0)
+    total = 0.0
+    for half in (0, 1):
+        word, nibble = pairs[:, half].unsqueeze(0), bits >> 4 * half
+        xs = [plane[half].unsqueeze(1) for plane in planes.unbind(0)]
+        total = total + (word << 16).view(torch.float32) * select(*xs[:3], nibble)
+        total = total + (word & -65536).view(torch.float32) * select(*xs[1:], nibble >> 2)
+    return total.sum(-1).to(torch.bfloat16)
+
+
+class Compiled:
+    """torch.compile's product: values as pairs, positions as nibbles."""
+
+    def __init__(self, weight: torch.Tensor):
+        groups = weight.unflatten(1, (-1, 4))
+        where = (groups != 0).int().topk(2).indices.sort().values
+        self.pairs = groups.gather(2, where).bfloat16().view(torch.int32).squeeze(-1).unflatten(1, (2, -1))
+        nibble = (where[..., 0] | where[..., 1] - 1 << 2).unflatten(1, (2, -1))
+        self.positions = (nibble[:, 0] | nibble[:, 1] << 4).to(torch.uint8)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        planes = x.float().unflatten(1, (2, -1, 4)).permute(3, 1, 0, 2).contiguous()
+        return compiled_product(planes, self.pairs, self.positions)
+
+
+@cache
+def library() -> ModuleType:
+    """The C++ kernels, for comparison alone."""
+    flags = ["-O3", "-march=native", "-fopenmp"]
+    names = ["packed_product", "dense_product"]
+    return load_inline("products", SOURCE, functions=names, extra_cflags=flags, build_directory=tempfile.mkdtemp())
+
+
+class Expanded:
+    """A C++ loop that expands packed values in AVX-512 registers."""
+
+    def __init__(self, weight: torch.Tensor):
+        kept = weight != 0
+        self.values = weight[kept].bfloat16().view(len(weight), -1)
+        bits = kept.unflatten(1, (-1, 32)).long() << torch.arange(32)
+        self.bits = bits.sum(-1).to(torch.uint32)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return library().packed_product(x, self.values, self.bits)
+
+
+class DenseLoop(Dense):
+    """The same loop over the dense weight: what is due to the loop and not to packing."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return library().dense_product(x, self.weight)
+
+
+CANDIDATES: dict[str, Callable] = {"dense": Dense, "compiled": Compiled, "avx512": Expanded, "avx512-dense": DenseLoop}
+
+
+def check(product: Callable, reference: Dense, in_features: int) -> None:
+    for tokens in (1, 2, 4, 8):
+        x = torch.randn(tokens, in_features).bfloat16()
+        torch.testing.assert_close(product(x).float(), reference(x).float(), rtol=0.05, atol=0.3)
+
+
+def measure(model: str, names: list[str], megabytes: int, repeats: int) -> list[dict[str, object]]:
+    """Seconds of one pass over all layers, per candidate and number of tokens."""
+    shapes = [(k, n) for k, n, times in SHAPES[model] for _ in range(times)]
+    block = 2 * sum(k * n for k, n in shapes)
+    layers = shapes * max(2, megabytes * 2**20 // block)
+    weights = {shape: random_2_4(*reversed(shape)) for shape in shapes}
+    products: dict[str, list[Callable]] = {}
+    for name in ("dense", *names):
+        made = {shape: CANDIDATES[name](weight) for shape, weight in weights.items()}
+        for shape, product in made.items():
+            check(product, Dense(weights[shape]), shape[0])
+        # Of the same values, but each at its own place in memory.
+        products[name] = [deepcopy(made[shape]) for shape in layers]
+    rows = []
+    for tokens in (1, 2, 4, 8):
+        inputs = {k: torch.randn(tokens, k).bfloat16() for k, _ in shapes}
+        seconds: dict[str, list[float]] = {name: [] for name in products}
+        for repeat in range(repeats + 1):
+            for name, stack in products.items():
+                begun = time.perf_counter()
+                for (k, _), product in zip(layers, stack, strict=True):
+                    product(inputs[k])
+                if repeat:
+                    seconds[name].append(time.perf_counter() - begun)
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        rows.append(
+            {
+                "shapes": model,
+                "tokens": tokens,
+                "dense_gb_per_s": block * len(layers) / len(shapes) / medians["dense"] / 1e9,
+                "milliseconds": {name: 1000 * value for name, value in medians.items()},
+                "ratio": {name: medians["dense"] / medians[name] for name in names},
+            }
+        )
+    return rows
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--candidates", nargs="*", default=list(CANDIDATES)[1:], choices=list(CANDIDATES)[1:])
+    parser.add_argument("--megabytes", type=int, default=1024, help="of dense weights to go through")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64  # a kernel per shape and number of tokens
+    rows = [row for model in args.models for row in measure(model, args.candidates, args.megabytes, args.repeats)]
+    if args.json:
+        print(json.dumps({"threads": torch.get_num_threads(), "megabytes": args.megabytes, "rows": rows}))
+        return
+    table = Table(
+        title=f"one pass over {args.megabytes} MB of dense bfloat16 weights, {torch.get_num_threads()} threads"
+    )
+    for name in ("shapes", "tokens", "dense, ms", "dense, GB/s", *(f"{name}, ratio" for name in args.candidates)):
+        table.add_column(name)
+    for row in rows:
+        ratios = (f"{row['ratio'][name]:.2f}" for name in args.candidates)
+        dense = f"{row['milliseconds']['dense']:.1f}", f"{row['dense_gb_per_s']:.1f}"
+        table.add_row(row["shapes"], str(row["tokens"]), *dense, *ratios)
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()

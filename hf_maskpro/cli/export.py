@@ -1,0 +1,57 @@
+"""The verb that writes models for other runtimes."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from .. import deploy
+from .. import export as exports
+from .common import (
+    GgufFile,
+    Json,
+    Model,
+    Output,
+    Overwrite,
+    adapter_folder,
+    checkpoint,
+    load_adapter,
+    load_model,
+    show,
+)
+
+
+def export(
+    model: Model,
+    output: Output,
+    target: Annotated[
+        Literal["dense", "onnx", "torchao-fp8"],
+        typer.Option(
+            help="dense is what merge writes; onnx a float32 graph for TensorRT; torchao-fp8 a checkpoint that vLLM "
+            "serves in FP8 + 2:4."
+        ),
+    ],
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Mask adapter: a local folder or a Hub id. Without it the model is a merged one."),
+    ] = None,
+    gguf_file: GgufFile = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a sparse model for another runtime, checked."""
+    deploy.check_free(output, overwrite)
+    figures = {"output": str(output), "target": target}
+    if target == "onnx":
+        sparse, tokenizer = load_model(model, gguf_file)
+        if adapter is not None:
+            sparse = load_adapter(sparse, adapter_folder(adapter)).merge_and_unload(safe_merge=True)
+        show(figures | exports.to_onnx(sparse, tokenizer, output, overwrite), as_json)
+        return
+    with checkpoint(model, gguf_file, output) as folder:
+        if target == "torchao-fp8":
+            report = exports.to_torchao_fp8(folder, adapter, output, overwrite)
+        elif adapter is None:
+            raise ValueError("--target dense merges a mask adapter: pass --adapter.")
+        else:
+            report = deploy.merge(folder, adapter, output, overwrite)
+    show(figures | {"layers": len(report), "zeros": sum(report.values()) / len(report)}, as_json)
