@@ -267,7 +267,7 @@ def merge(
     subfolder: Subfolder = None,
     allow_dense: Annotated[
         bool,
-        typer.Option("--allow-dense", help="Merge an adapter of another method all the same: it fills the zeros."),
+        typer.Option("--allow-dense", help="Merge another method's adapter all the same: it fills zeros."),
     ] = False,
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,

@@ -179,7 +179,8 @@ def saved_config(folder: Path) -> MaskProConfig:
     if not isinstance(config, MaskProConfig):
         raise ValueError(
             f"{folder} is a {config.peft_type.value} adapter, not a mask adapter: merged into a sparse model it would "
-            "make it dense again. Merge it into the dense model, then mask the result; or pass --allow-dense."
+            "make it dense again. Merge it into the dense model, then mask the result "
+            "(hf-maskpro merge --allow-dense merges it all the same)."
         )
     return config
 

@@ -52,8 +52,9 @@ def write_merged_card(folder: Path, config: "MaskProConfig") -> None:
 
 # {config.pattern} sparse weights{of}
 
-Of every {config.m} consecutive weights of {len(_last_stage(config)["groups_changed"])} linear layers at most {config.n}
-are not zero; what is kept is as in the base model. It is an ordinary checkpoint:
+Of every {config.m} consecutive weights at most {config.n} are not zero, in
+{len(_last_stage(config)["groups_changed"])} linear layers; what is kept is as in the base model. It is an ordinary
+checkpoint:
 
 ```python
 from transformers import {"AutoModelForCausalLM" if causal else "AutoModel"}
