@@ -101,7 +101,7 @@ def _card_for(card: ModelCard, api: HfApi, repo_id: str, name: str, revision: st
     """A card as it is pushed: its example names the repository, and a user's text and metadata there survive."""
     subfolder = Path(name).parent.as_posix()
     arguments = f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder != "." else "")
-    card.text = card.text.replace(f'from_pretrained("{REPO}")', f"from_pretrained({arguments})")
+    card.text = card.text.replace(f'from_pretrained("{REPO}"', f"from_pretrained({arguments}")
     try:
         remote = ModelCard.load(api.hf_hub_download(repo_id, name, revision=revision))
     except EntryNotFoundError:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -40,7 +41,8 @@ def test_a_merged_checkpoint_is_ordinary(tmp_path, make, save_logits, shard, n, 
     assert dense == sparse
     assert len(dense) == 1 or shard == "5KB"
     names = {path.name for path in (tmp_path / "base").iterdir()}
-    assert {path.name for path in (tmp_path / "merged").iterdir()} == names
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == names | {"README.md"}
+    assert f"# {n}:{m} sparse weights" in ModelCard.load(tmp_path / "merged" / "README.md").text
     for name in names - set(dense):
         assert (tmp_path / "merged" / name).read_text().strip() == (tmp_path / "base" / name).read_text().strip()
 
@@ -141,6 +143,9 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(tmp_path):
         assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
 
     refused("is a LORA adapter, not a mask adapter: .* dense again", adapter=tmp_path / "lora")
+    other = tmp_path / "other"
+    tiny_llama(seed=1).save_pretrained(other)
+    refused(r"learned for other weights than model\.layers\.0\.", base=other)
     refused("also holds lm_head.weight, from modules_to_save", adapter=tmp_path / "head")
     refused("has no config.json", base=tmp_path)
     config = json.loads((base / "config.json").read_text())
@@ -155,6 +160,8 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(tmp_path):
     refused(r"model\.layers\.1\.mlp\.up_proj has no tensor of its own in the checkpoint")
     weights["model.layers.1.mlp.up_proj.weight"] = lost.index_fill(0, torch.tensor([0]), torch.inf)
     save_file(weights, base / "model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_fingerprint": None}))
     refused(r"model\.layers\.1\.mlp\.up_proj\.weight: a kept weight is not finite")
 
 

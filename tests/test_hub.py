@@ -397,7 +397,12 @@ def test_a_merged_checkpoint_is_pushed_with_a_card_of_its_own(pushed, pusher, pu
     pusher(run, "push", tmp_path / "sparse", "me/sparse")
     assert np.array_equal(puller(pull_merged, "me/sparse"), pushed["model"])
     card = puller(read_card, "me/sparse")
-    for words in ("library_name: transformers", "base_model: me/base", "- '2:4'", '.from_pretrained("me/sparse")'):
+    for words in (
+        "library_name: transformers",
+        "base_model: me/base",
+        "- '2:4'",
+        '.from_pretrained("me/sparse", dtype="auto")',
+    ):
         assert words in card
 
 

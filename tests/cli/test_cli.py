@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -208,6 +209,16 @@ def test_export_to_onnx(checkpoint, adapter, tmp_path, merged):
         figures = json.loads(run(*export, "--model", checkpoint, "--adapter", adapter).stdout)
     assert figures["layers"] == 14
     assert (tmp_path / "a" / "tokenizer.json").is_file()
+
+
+def test_another_methods_adapter_is_merged_when_asked_for(checkpoint, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    get_peft_model(base, LoraConfig(init_lora_weights=False)).save_pretrained(tmp_path / "lora")
+    merge = ["merge", "--model", checkpoint, "--adapter", tmp_path / "lora", "--output", tmp_path / "merged"]
+    assert "would make it dense again" in fails(*merge)
+    assert not (tmp_path / "merged").exists()
+    run(*merge, "--allow-dense")
+    assert json.loads(run("inspect", tmp_path / "merged", "--json").stdout)["pattern"] is None
 
 
 def test_residual_lowers_the_training_loss(checkpoint, text, tmp_path):
