@@ -289,7 +289,8 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
             name = names.get(key, "").removesuffix(".weight")
             if name not in layers or not key.endswith(".weight"):
                 return weight
-            if (config.base_fingerprint or {}).get(name, found := fingerprint(weight)) != found:
+            known = config.base_fingerprint
+            if known is not None and known.get(name) != fingerprint(weight):
                 raise ValueError(f"the mask was learned for other weights than {key}; pass the base that it names.")
             return _masked(weight, name, layers[name], saved_codes(saved, config, name, layers[name]))
 

@@ -2,28 +2,36 @@
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import wraps
 from pathlib import Path
+from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    HfApi,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 
 from .subset import check_packed
 from .subset.codec import word_layout
 from .tuner import MaskProConfig
-from .tuner.card import REPO, split_card, write_card
+from .tuner.card import CARD_FILE, card_for_repository, load_card, save_card, write_card
 from .tuner.registration import NAME
 
 
-CONFIG_FILE, MASK_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
+CONFIG_FILE, MASK_FILE = "adapter_config.json", "adapter_model.safetensors"
 
-# What may run code when it is read, what a Trainer needs to resume, and what is hidden.
+# What may run code when it is read.
 _NOT_PUSHED = (".bin", ".pt", ".pth", ".pkl")
 
 
@@ -64,13 +72,15 @@ def push_folder(
         `HfHubHTTPError`: if the Hub refuses.
     """
     folder = Path(folder)
+    if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise ValueError(f"subfolder is {subfolder!r}; name a folder inside the repository.")
     roots = [folder] if (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file() else []
     # Where no adapter is called "default", PEFT saves each to a subfolder of its name.
     roots = roots or [path.parent for path in sorted(folder.glob(f"*/{CONFIG_FILE}"))]
-    if not roots:
-        raise ValueError(f"{folder} holds neither {CONFIG_FILE} nor config.json; pass an adapter's or model's folder.")
     files = [path for root in roots for path in sorted(root.rglob("*")) if path.is_file()]
     files = [path for path in files if _is_pushed(path.relative_to(folder))]
+    if not any(path.name in (CONFIG_FILE, "config.json") for path in files):
+        raise ValueError(f"{folder} holds neither {CONFIG_FILE} nor config.json; pass an adapter's or model's folder.")
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr and not revision.startswith("refs/pr"):
@@ -80,7 +90,7 @@ def push_folder(
         name = (Path(subfolder or "") / path.relative_to(folder)).as_posix()
         content: str | bytes = str(path)
         if path.name == CARD_FILE:
-            content = _card_for(ModelCard.load(path), api, repo_id, name, revision).encode()
+            content = str(card_for_repository(load_card(path), api, repo_id, name, revision)).encode()
         operations.append(CommitOperationAdd(name, content))
     return api.create_commit(
         repo_id,
@@ -95,29 +105,6 @@ def push_folder(
 def _is_pushed(path: Path) -> bool:
     hidden = any(part.startswith((".", "checkpoint-")) for part in path.parts)
     return not hidden and path.suffix not in _NOT_PUSHED
-
-
-def _card_for(card: ModelCard, api: HfApi, repo_id: str, name: str, revision: str | None) -> str:
-    """A card as it is pushed: its example names the repository, and a user's text and metadata there survive."""
-    subfolder = Path(name).parent.as_posix()
-    arguments = f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder != "." else "")
-    card.text = card.text.replace(f'from_pretrained("{REPO}"', f"from_pretrained({arguments}")
-    try:
-        remote = ModelCard.load(api.hf_hub_download(repo_id, name, revision=revision))
-    except EntryNotFoundError:
-        return str(card)
-    before, made, after = split_card(card.text)
-    theirs = split_card(remote.text)
-    if made and not (before.strip() or after.strip()):
-        before, after = theirs[0], theirs[2]
-    card.text = before + made + after
-    known = card.data.to_dict()
-    for key, value in remote.data.to_dict().items():
-        if key == "tags":
-            card.data[key] = list(dict.fromkeys([*known.get(key, []), *value]))
-        elif key not in ("model-index", *known):
-            card.data[key] = value
-    return str(card)
 
 
 def read_masks(folder: str | Path) -> tuple[MaskProConfig, dict[str, torch.Tensor]]:
@@ -141,16 +128,16 @@ def read_masks(folder: str | Path) -> tuple[MaskProConfig, dict[str, torch.Tenso
     try:
         with safe_open(folder / MASK_FILE, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118, the handle is no dict
-                if key.endswith(".maskpro_mask"):
-                    packed = tensors.get_tensor(key)
-                    if packed.ndim != 2:
-                        raise ValueError(f"{key} has shape {list(packed.shape)}, not [out_features, bytes].")
-                    check_packed(packed, config.n, config.m, packed.shape[1] // size * digits * config.m)
-                    masks[layer_of(key)] = packed
+                if _kind(key, config) != "mask":
+                    continue
+                packed = tensors.get_tensor(key)
+                if packed.ndim != 2:
+                    raise ValueError(f"{key} has shape {list(packed.shape)}, not [out_features, bytes].")
+                check_packed(packed, config.n, config.m, packed.shape[1] // size * digits * config.m)
+                masks[_layer(key)] = packed
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{folder / MASK_FILE} is not a file of masks: {error}") from error
-    if missing := sorted(set(_layers(config)) - set(masks)):
-        raise ValueError(f"the adapter file has no mask for {missing[0]}.")
+    _check_whole(config, masks)
     return config, masks
 
 
@@ -165,24 +152,32 @@ def read_config(path: Path) -> MaskProConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw.get("peft_type") != NAME:
             raise ValueError(f"it is of a {raw.get('peft_type')} adapter")
-        config = MaskProConfig.from_pretrained(str(path.parent))
-        stages = [(stage["init_mask"], dict.items(stage["groups_changed"])) for stage in config.lineage or []]
-        shares = [share for _, layers in stages for _, share in layers]
-        if not all(isinstance(value, (int, float)) for value in [*shares, config.target_weights or 0]):
-            raise ValueError("a share or count in it is not a number")
-        return config
+        return MaskProConfig.from_pretrained(str(path.parent))
     # The file is anybody's, and PEFT builds the configuration without looking at types.
     except Exception as error:
         raise ValueError(f"{path} is not the configuration of a mask adapter: {error}.") from error
 
 
-def layer_of(key: str) -> str:
+def _kind(key: str, config: MaskProConfig) -> str:
+    """What a tensor of an adapter's file is: `mask`, `theta` or a weight that `modules_to_save` names."""
+    kind = key.rpartition(".maskpro_")[2]
+    if kind in ("mask", "theta"):
+        return kind
+    modules = [f".{module}." for module in config.modules_to_save or []]
+    if not any(module in key for module in modules):
+        raise ValueError(f"it holds {key}, which is neither a mask nor of modules_to_save.")
+    return "weight"
+
+
+def _layer(key: str) -> str:
     """The layer whose mask a tensor of an adapter's file is."""
     return key.removeprefix("base_model.model.").removesuffix(".maskpro_mask")
 
 
-def _layers(config: MaskProConfig) -> dict[str, float]:
-    return config.lineage[-1]["groups_changed"] if config.lineage else {}
+def _check_whole(config: MaskProConfig, layers: Collection[str]) -> None:
+    expected = config.lineage[-1]["groups_changed"] if config.lineage else {}
+    if missing := sorted(set(expected) - set(layers)):
+        raise ValueError(f"the adapter file has no mask for {missing[0]}.")
 
 
 def inspect_adapter(source: str, revision: str | None = None, subfolder: str | None = None) -> dict[str, Any]:
@@ -200,33 +195,32 @@ def inspect_adapter(source: str, revision: str | None = None, subfolder: str | N
         `ValueError`: if it is not a mask adapter, or is not whole.
     """
     folder = Path(source) / (subfolder or "")
+    name = f"{subfolder}/{MASK_FILE}" if subfolder else MASK_FILE
     checked = folder.is_dir()
     if not checked:
-        config_file = hf_hub_download(source, CONFIG_FILE, subfolder=subfolder, revision=revision)
-        name = f"{subfolder}/{MASK_FILE}" if subfolder else MASK_FILE
-        folder = Path(config_file).parent
+        folder = Path(hf_hub_download(source, CONFIG_FILE, subfolder=subfolder, revision=revision)).parent
         checked = isinstance(try_to_load_from_cache(source, name, revision=revision), str)
     if checked:
         config, masks = read_masks(folder)
-        shapes = {name: list(mask.shape) for name, mask in masks.items()}
-        size = (folder / MASK_FILE).stat().st_size
+        layers, size = list(masks), (folder / MASK_FILE).stat().st_size
     else:
         config = read_config(folder / CONFIG_FILE)
         header = HfApi().parse_safetensors_file_metadata(source, name, revision=revision)
-        shapes = {layer_of(key): info.shape for key, info in header.tensors.items() if key.endswith(".maskpro_mask")}
-        size = max(info.data_offsets[1] for info in header.tensors.values())
+        layers = [_layer(key) for key in header.tensors if _kind(key, config) == "mask"]
+        _check_whole(config, layers)
+        size = get_hf_file_metadata(hf_hub_url(source, name, revision=revision)).size or 0
     stages = config.lineage or []
     return {
         "kind": "mask adapter",
         "pattern": config.pattern,
         "base_model": config.base_model_name_or_path,
-        "layers": len(shapes),
+        "layers": len(layers),
         "target_weights": config.target_weights,
         "file_bytes": size,
         "bits_per_weight": 8 * size / config.target_weights if config.target_weights else None,
         "holds_logits": config.save_logits,
         "started_from": [stage["init_mask"] for stage in stages],
-        "groups_changed": [sum(stage["groups_changed"].values()) / len(stage["groups_changed"]) for stage in stages],
+        "groups_changed": [mean(stage["groups_changed"].values() or [0]) for stage in stages],
         "checked": "every word" if checked else "the header of the file",
     }
 
@@ -246,6 +240,8 @@ def record_evaluation(folder: str | Path, dataset: str, metric: str, value: floa
     path = folder / CONFIG_FILE
     raw = json.loads(path.read_text(encoding="utf-8"))
     entry = {"dataset": dataset, "metric": metric, "value": value, "protocol": protocol}
+    if not raw.get("lineage"):
+        raise ValueError(f"{path} does not say how its mask was made; save the adapter again.")
     stage = raw["lineage"][-1]
     same = [known for known in stage.get("evaluations", []) if {**known, "value": value} != entry]
     stage["evaluations"] = [*same, entry]
@@ -253,7 +249,8 @@ def record_evaluation(folder: str | Path, dataset: str, metric: str, value: floa
     temporary.write_text(json.dumps(raw, indent=2, sort_keys=True), encoding="utf-8")
     temporary.replace(path)
     with safe_open(folder / MASK_FILE, framework="pt") as tensors:
-        size = sum(tensors.get_tensor(key).nbytes for key in tensors.keys())  # noqa: SIM118
+        own = [key for key in tensors.keys() if ".maskpro_" in key]  # noqa: SIM118, the handle is no dict
+        size = sum(tensors.get_tensor(key).nbytes for key in own)
     write_card(folder, read_config(path), size)
 
 
@@ -278,7 +275,6 @@ def _push_model(
     repo_id: str,
     *,
     tags: list[str] | None = None,
-    max_shard_size: int | str | None = None,
     commit_message: str | None = None,
     **kwargs: Any,
 ) -> CommitInfo:
@@ -287,9 +283,9 @@ def _push_model(
         model.save_pretrained(folder)
         if tags:
             for path in Path(folder).rglob(CARD_FILE):
-                card = ModelCard.load(path)
+                card = load_card(path)
                 card.data["tags"] = [*card.data["tags"], *tags]
-                card.save(path)
+                save_card(card, path)
         return push_folder(folder, repo_id, commit_message=commit_message or "Upload mask adapter", **kwargs)
 
 

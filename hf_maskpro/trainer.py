@@ -1,6 +1,7 @@
 """Trains a mask adapter: the `residual` estimator of the MaskPro paper, or `simple` by backward."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -28,11 +29,12 @@ from transformers import (
     default_data_collator,
 )
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import SchedulerType, TrainOutput
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from .tuner import SIMPLE_LOGIT_SCALE, MaskProConfig, MaskProLayer, masked_layers
-from .tuner.card import PLOT
+from .tuner.card import CARD_FILE, PLOT, card_for_repository, load_card, save_card
 
 
 logger = logging.get_logger(__name__)
@@ -382,16 +384,23 @@ class MaskProTrainer(Trainer):
         return output
 
     def _record_training(self) -> None:
-        """Note in the adapter how its mask was learned."""
-        self.config.start["training"] = {
-            "estimator": self.args.estimator,
+        """Note in the adapter how its mask is learned."""
+        args, residual = self.args, self.args.estimator == "residual"
+        own = {
+            "tracker_decay": args.tracker_decay,
+            "baseline": args.baseline,
+            "distribution": self.config.distribution,
+        }
+        self.config.start["training"] = self.config.start.get("training", {}) | {
+            "estimator": args.estimator,
             "steps": self.state.global_step,
-            "sequences_per_step": self.args.train_batch_size
-            * self.args.gradient_accumulation_steps
-            * self.args.world_size,
-            "learning_rate": self.args.learning_rate,
+            "sequences_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "learning_rate": args.learning_rate,
+            "schedule": SchedulerType(args.lr_scheduler_type).value,
+            "warmup_steps": args.warmup_steps,
             "logit_scale": self.config.logit_scale,
-            "seed": self.args.seed,
+            "seed": args.seed,
+            **(own if residual else {"optimizer": OptimizerNames(args.optim).value}),
         }
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
@@ -409,14 +418,25 @@ class MaskProTrainer(Trainer):
         """Add to the card that saving the adapter wrote, where a `Trainer` would put a draft in its place."""
         if not self.is_world_process_zero():
             return
-        path = Path(self.args.output_dir) / "README.md"
-        card = ModelCard.load(path)
-        card.data.language = language or card.data.language
-        card.data.license = license or card.data.license
-        card.data.datasets = dataset or card.data.datasets
+        path = Path(self.args.output_dir) / CARD_FILE
+        if not path.is_file():
+            self.save_model(_internal_call=True)
+        card = load_card(path)
+        for name, value in {"language": language, "license": license, "datasets": dataset}.items():
+            if value is not None:
+                card.data[name] = value
         more = [tags] if isinstance(tags, str) else tags or []
-        card.data.tags = [*card.data.tags, *(tag for tag in more if tag not in card.data.tags)]
-        card.save(path)
+        card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *more]))
+        if self.hub_model_id is not None:
+            api = HfApi(token=self.args.hub_token)
+            card = card_for_repository(card, api, self.hub_model_id, CARD_FILE, self.args.hub_revision)
+        save_card(card, path)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero():
+            shutil.copy(Path(checkpoint_folder) / CARD_FILE, self.args.output_dir)
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         save_logits, self.config.save_logits = self.config.save_logits, True

@@ -212,7 +212,20 @@ def push_two_steps(repository, output):
     )
     run.train()
     run.push_to_hub(tags=["mine"])
+    card = ModelCard.load(repository)
+    card.text += "\nWritten on the Hub.\n"
+    card.push_to_hub(repository)
+    run.push_to_hub()
     return logits(run.model)
+
+
+def run_the_cards_lines(repository, **options):
+    """What a stranger copies from the card."""
+    text = read_card(repository, **options)
+    lines = text[text.index("import hf_maskpro") :].partition("```")[0]
+    known = {}
+    exec(lines, known)
+    return logits(known["model"])
 
 
 def read_card(repository, **options):
@@ -359,7 +372,8 @@ def test_by_the_command_line(pushed, pusher, puller, text, tmp_path):
     puller(run, "merge", "--model", "me/base", "--adapter", "me/mask", "--output", tmp_path / "merged")
     assert np.array_equal(puller(pull_merged, str(tmp_path / "merged")), pushed["model"])
     assert "me/nothing" in puller(fails, "eval", "--model", "me/base", "--text", text, "--adapter", "me/nothing")
-    puller(with_token, "token-of-you", fails, *measure, "me/secret")
+    pusher(push_model, "me/hidden", 2, private=True)
+    assert "me/hidden" in puller(with_token, "token-of-you", fails, *measure, "me/hidden")
 
 
 def test_pushing_by_the_command_line(hub, pushed, pusher, puller, tmp_path):
@@ -374,9 +388,12 @@ def test_pushing_by_the_command_line(hub, pushed, pusher, puller, tmp_path):
     pusher(run, "push", tmp_path / "a", "me/line", "--subfolder", "deep/er", "--revision", "v2")
     options = {"revision": "v2", "subfolder": "deep/er"}
     assert np.array_equal(puller(pull, "me/line", **options), expected)
-    assert 'from_pretrained("me/line", subfolder="deep/er")' in puller(
+    assert 'from_pretrained(base, "me/line", subfolder="deep/er")' in puller(
         read_card, "me/line", revision="v2", subfolder="deep/er"
     )
+    pusher(run, "push", tmp_path / "a", "me/line", "--subfolder", "deep/er")
+    assert np.array_equal(puller(run_the_cards_lines, "me/line", subfolder="deep/er"), expected)
+    assert np.array_equal(puller(run_the_cards_lines, "me/line"), expected)
     report = json.loads(
         puller(run, "inspect", "me/line", "--revision", "v2", "--subfolder", "deep/er", "--json").stdout
     )
@@ -386,7 +403,9 @@ def test_pushing_by_the_command_line(hub, pushed, pusher, puller, tmp_path):
     assert "Invalid credentials in Authorization header" in line
     line = pusher(with_token, "token-of-you", fails, "push", tmp_path / "a", "me/line")
     assert "You don't have the rights" in line or "Repository Not Found" in line
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "empty" / "checkpoint-1" / "adapter_config.json").touch()
+    assert "folder inside the repository" in pusher(fails, "push", tmp_path / "a", "me/line2", "--subfolder", "../up")
     assert "holds neither" in pusher(fails, "push", tmp_path / "empty", "me/line2")
     assert not hub.repository("me/line2").path.exists()
 
@@ -421,8 +440,8 @@ def test_a_run_that_pushes_at_every_save(pushed, pusher, puller, tmp_path):
     expected = pusher(push_two_steps, "me/every", tmp_path)
     assert np.array_equal(puller(pull, "me/every"), expected)
     card = puller(read_card, "me/every")
-    assert "- mine" in card
-    assert "| Estimator | simple, steps 4," in card
+    for words in ("- mine", "simple, steps 4,", 'from_pretrained("me/every")', "Written on the Hub."):
+        assert words in card
 
 
 def test_looking_into_an_adapter_reads_its_header_alone(hub, pushed, pusher, puller):

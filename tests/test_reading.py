@@ -9,10 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_maskpro import MaskProConfig
 from hf_maskpro.hub import CONFIG_FILE, MASK_FILE, read_masks
+from hf_maskpro.initialization.sources import saved_config
 from hf_maskpro.subset import keep_of, unpack_codes
 from hf_maskpro.subset.codec import word_layout
 from hf_maskpro.tuner import masked_layers
@@ -92,7 +94,7 @@ def test_many_altered_bytes(valid, file, alteration):
 
 
 @pytest.mark.parametrize("load", ["peft", "transformers"])
-@settings(max_examples=100, deadline=None, database=None, suppress_health_check=fixtures)
+@settings(max_examples=50, deadline=None, database=None, suppress_health_check=fixtures)
 @given(alteration=alterations())
 def test_no_loading_path_breaks_the_pattern(valid, load, alteration):
     files, folder = valid
@@ -113,6 +115,28 @@ def test_no_loading_path_breaks_the_pattern(valid, load, alteration):
             return
     for weight in weights.values():
         assert ((weight.unflatten(1, (-1, 8)) != 0).sum(-1) <= 3).all()
+
+
+@pytest.mark.parametrize(
+    "key", ["lm_head.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.base_layer.weight"]
+)
+def test_weights_besides_the_masks_are_refused(valid, key):
+    files, folder = valid
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    tensors = load_file(folder / MASK_FILE)
+    save_file(tensors | {f"base_model.model.{key}": torch.full((34, 16), 7.0)}, folder / MASK_FILE)
+    with pytest.raises(ValueError, match="neither a mask nor of modules_to_save"):
+        read_masks(folder)
+    with pytest.raises(ValueError, match="has weights besides its masks"):
+        PeftModel.from_pretrained(tiny_llama(), folder)
+
+
+def test_a_configuration_too_large_to_be_one(valid):
+    files, folder = valid
+    (folder / CONFIG_FILE).write_bytes(files[CONFIG_FILE] + b" " * 2**24)
+    with pytest.raises(ValueError, match="a configuration at most"):
+        read_masks(folder)
 
 
 def test_unknown_keys_of_a_configuration_are_ignored(valid):
@@ -136,6 +160,11 @@ def test_unknown_keys_of_a_configuration_are_ignored(valid):
         {"peft_type": "LORA"},
         {"peft_type": None},
         {"init_mask": 3},
+        {"base_fingerprint": [1, 2]},
+        {"target_modules": 5},
+        {"logit_scale": "high"},
+        {"lineage": [{"init_mask": "wanda", "groups_changed": {}, "calibration": {}}]},
+        {"lineage": [{"init_mask": "wanda", "groups_changed": {}, "evaluations": [5]}]},
     ],
 )
 def test_a_configuration_of_other_types_is_refused(valid, change):
@@ -144,6 +173,8 @@ def test_a_configuration_of_other_types_is_refused(valid, change):
     (folder / MASK_FILE).write_bytes(files[MASK_FILE])
     with pytest.raises(ValueError, match="is not the configuration of a mask adapter"):
         read_masks(folder)
+    with pytest.raises(ValueError, match=r"adapter_config\.json|which is|is LORA|is a LORA|not a whole number"):
+        saved_config(folder)
 
 
 def test_pickles_are_not_read(checkpoint, tmp_path):

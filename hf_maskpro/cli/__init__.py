@@ -35,6 +35,8 @@ def main() -> None:
     if "PYTHONWARNINGS" not in os.environ:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module=r"hf_maskpro\.")
+        # PEFT's, of keys of a configuration that this version does not know.
+        warnings.filterwarnings("default", message="Unexpected keyword arguments")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     getLogger("lm_eval").setLevel(ERROR)

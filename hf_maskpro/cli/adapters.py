@@ -179,7 +179,9 @@ def evaluate(
     def measure(base: str, mask: str | None) -> dict[str, Any]:
         loaded, tokenizer = load_model(base, gguf_file if base == model else None)
         if mask is not None:
-            loaded = load_adapter(loaded, adapter_folder(mask, revision, subfolder))
+            folder = adapter_folder(mask, revision, subfolder)
+            saved_config(folder)
+            loaded = load_adapter(loaded, folder)
         figures: dict[str, Any] = {"model": base, "adapter": mask}
         if content is not None:
             protocol = evaluation.protocol(tokenizer, content, seq_len, max_tokens, stride)

@@ -125,7 +125,7 @@ def adapter_folder(adapter: str, revision: str | None = None, subfolder: str | N
 
 
 def load_adapter(base: PreTrainedModel, folder: Path, is_trainable: bool = False) -> PeftModel:
-    """A mask adapter over a base model."""
+    """An adapter over a base model."""
     return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
 
 

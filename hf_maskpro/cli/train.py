@@ -11,12 +11,11 @@ from peft import PeftModel, get_peft_model
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..deploy import check_free
-from ..hub import CARD_FILE
 from ..initialization import random_windows
 from ..initialization.calibration import SAMPLES, SEQ_LEN
 from ..trainer import MaskProTrainer, MaskProTrainingArguments
 from ..tuner import MaskProConfig
-from ..tuner.card import PLOT
+from ..tuner.card import CARD_FILE, PLOT
 from .common import (
     Dataset,
     GgufFile,
@@ -119,6 +118,8 @@ def train(
         # The scale goes with the logits: where there are none, it belongs to a training that is over.
         if not config.save_logits or logit_scale is not None:
             config.logit_scale = logit_scale
+    config = masked.peft_config["default"]
+    config.start["training"] = {"text": text_name(text, dataset), "seq_len": seq_len}
     trainer = MaskProTrainer(masked, args, train_dataset=[{"input_ids": row, "labels": row} for row in inputs])
     previous = set_aside(output) if not resume else None
     result = trainer.train(resume_from_checkpoint=checkpoint)

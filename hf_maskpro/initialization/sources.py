@@ -175,7 +175,11 @@ def _adapter_reader(folder: Path, stack: ExitStack, adapter_name: str) -> Reader
 
 def saved_config(folder: Path) -> MaskProConfig:
     """The configuration of a saved mask adapter."""
-    config = MaskProConfig.from_pretrained(str(folder))
+    try:
+        config = MaskProConfig.from_pretrained(str(folder))
+    # PEFT builds it of whatever the file holds, without looking at types.
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/adapter_config.json is not an adapter's configuration: {error}.") from error
     if not isinstance(config, MaskProConfig):
         raise ValueError(
             f"{folder} is a {config.peft_type.value} adapter, not a mask adapter: merged into a sparse model it would "

@@ -1,12 +1,16 @@
-"""The model card of a mask adapter, made from its configuration and file alone."""
+"""The model cards of a mask adapter and of a merged checkpoint, made from the adapter's configuration alone."""
 
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 if TYPE_CHECKING:
@@ -15,7 +19,7 @@ if TYPE_CHECKING:
 
 # What is between them is made anew with every save; what a user writes around them stays.
 BEGIN, END = "<!-- made by hf_maskpro: begin -->", "<!-- made by hf_maskpro: end -->"
-PLOT = "learning.png"
+CARD_FILE, PLOT = "README.md", "learning.png"
 REPO = "user/repo"
 
 
@@ -26,56 +30,84 @@ def write_card(folder: Path, config: "MaskProConfig", file_bytes: int) -> None:
     Args:
         folder (`Path`): Where `adapter_config.json` is.
         config ([`MaskProConfig`]): As it was saved.
-        file_bytes (`int`): Bytes of the saved tensors.
+        file_bytes (`int`): Bytes of the saved masks and logits.
+
+    Raises:
+        `ValueError`: if there is a `README.md` that is no model card.
     """
-    path = folder / "README.md"
-    card = ModelCard.load(path) if path.is_file() else ModelCard("---\nlibrary_name: peft\n---\n")
+    card = load_card(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else ModelCard("---\n{}\n---\n")
     _describe(cast(ModelCardData, card.data), config)
     before, _, after = split_card(card.text)
-    card.text = f"{before}{BEGIN}\n\n{_body(folder, config, file_bytes)}\n{END}{after}"
+    body = _render("card.md", config, **_adapter_facts(folder, config, file_bytes))
+    card.text = f"{before}{BEGIN}\n\n{body}\n{END}{after}"
+    save_card(card, folder / CARD_FILE)
+
+
+def write_merged_card(folder: Path, config: "MaskProConfig") -> None:
+    """Write the card of a checkpoint into which a mask adapter was merged."""
+    data = ModelCardData(
+        base_model=hub_id(config.base_model_name_or_path),
+        library_name="transformers",
+        pipeline_tag="text-generation" if _is_causal(config) else None,
+        tags=["maskpro", "n-m-sparsity", config.pattern],
+    )
+    body = _render("merged_card.md", config, layers=len(_last_stage(config)["groups_changed"]))
+    save_card(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{BEGIN}\n\n{body}\n{END}\n"), folder / CARD_FILE)
+
+
+def load_card(path: Path) -> ModelCard:
+    """
+    Read a card.
+
+    Raises:
+        `ValueError`: if it is none.
+    """
+    try:
+        return ModelCard.load(path)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is no model card, since its metadata cannot be read; mend or remove it.") from error
+
+
+def save_card(card: ModelCard, path: Path) -> None:
+    """Write a card, complete or not at all."""
     temporary = path.with_name(f".{path.name}")
     card.save(temporary)
     temporary.replace(path)
 
 
-def write_merged_card(folder: Path, config: "MaskProConfig") -> None:
-    """Write the card of a checkpoint into which a mask adapter was merged."""
-    base, causal = hub_id(config.base_model_name_or_path), _is_causal(config)
-    data = ModelCardData(
-        base_model=base,
-        library_name="transformers",
-        pipeline_tag="text-generation" if causal else None,
-        tags=["maskpro", "n-m-sparsity", config.pattern],
-    )
-    of = f" of [{base}](https://huggingface.co/{base})" if base else ""
-    text = f"""{BEGIN}
+def card_for_repository(card: ModelCard, api: HfApi, repo_id: str, name: str, revision: str | None) -> ModelCard:
+    """
+    A card as it is pushed: its example names the repository, and what a user has written there stays.
 
-# {config.pattern} sparse weights{of}
-
-Of every {config.m} consecutive weights at most {config.n} are not zero, in
-{len(_last_stage(config)["groups_changed"])} linear layers; what is kept is as in the base model. It is an ordinary
-checkpoint:
-
-```python
-from transformers import {"AutoModelForCausalLM" if causal else "AutoModel"}
-
-model = {"AutoModelForCausalLM" if causal else "AutoModel"}.from_pretrained("{REPO}", dtype="auto")
-```
-
-It runs at dense speed unless a runtime has kernels for this pattern.
-
-{END}
-"""
-    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
-
-
-def _is_causal(config: "MaskProConfig") -> bool:
-    base_class = (config.auto_mapping or {}).get("base_model_class", "")
-    return config.task_type == "CAUSAL_LM" or base_class.endswith("ForCausalLM")
-
-
-def _last_stage(config: "MaskProConfig") -> dict[str, Any]:
-    return (config.lineage or [{"init_mask": config.init_mask, "groups_changed": {}}])[-1]
+    Args:
+        card (`ModelCard`): The card of the folder. A user's own text in it goes before that in the repository.
+        api (`HfApi`): Who asks for the repository's card.
+        repo_id (`str`): The repository.
+        name (`str`): The card's path in it.
+        revision (`str`, *optional*): The branch.
+    """
+    subfolder = name.rpartition("/")[0] or None
+    for auto_class in ("AutoPeftModelForCausalLM", "AutoPeftModel"):
+        base = card.data.get("base_model")
+        lines = _loading(base, REPO, None, auto_class)
+        card.text = card.text.replace(lines, _loading(base, repo_id, subfolder, auto_class))
+    arguments = f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder else "")
+    card.text = card.text.replace(f'from_pretrained("{REPO}"', f"from_pretrained({arguments}")
+    try:
+        remote = load_card(Path(api.hf_hub_download(repo_id, name, revision=revision)))
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return card
+    before, made, after = split_card(card.text)
+    if made and not (before.strip() or after.strip()):
+        before, _, after = split_card(remote.text)
+    card.text = before + made + after
+    known = card.data.to_dict()
+    for key, value in remote.data.to_dict().items():
+        if key == "tags":
+            card.data[key] = _tags(known.get(key, []), value)
+        elif key not in ("model-index", *known):
+            card.data[key] = value
+    return card
 
 
 def split_card(text: str) -> tuple[str, str, str]:
@@ -98,84 +130,103 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
+def _tags(ours: list[str], others: list[str]) -> list[str]:
+    """Ours first; the pattern of another mask does not stay."""
+    return list(dict.fromkeys([*ours, *(tag for tag in others if not re.fullmatch(r"\d+:\d+", tag))]))
+
+
 def _describe(data: ModelCardData, config: "MaskProConfig") -> None:
     data.library_name = "peft"
     data.base_model = hub_id(config.base_model_name_or_path) or data.base_model
     data["base_model_relation"] = "adapter"
-    if config.task_type == "CAUSAL_LM" or str((config.auto_mapping or {}).get("base_model_class")).endswith(
-        "CausalLM"
-    ):
+    if _is_causal(config):
         data.pipeline_tag = "text-generation"
-    tags = ["peft", "maskpro", "n-m-sparsity", config.pattern]
-    data.tags = tags + [tag for tag in data.tags or [] if tag not in tags]
-    evaluations = _evaluations(config)
-    if evaluations:
-        data.model_name = f"{config.pattern} mask"
-        data.eval_results = [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=entry["dataset"],
-                dataset_name=entry["dataset"],
-                dataset_config=entry["protocol"],
-                metric_type=entry["metric"],
-                metric_value=entry["value"],
-            )
-            for entry in evaluations
-        ]
-    elif data.eval_results is not None:
-        # They were of the mask that was here before.
-        data.eval_results = data.model_name = None
+    data.tags = _tags(["peft", "maskpro", "n-m-sparsity", config.pattern], data.tags or [])
+    evaluations = _last_stage(config).get("evaluations", [])
+    # Earlier results were of the mask that was here before.
+    data.model_name = f"{config.pattern} mask" if evaluations else None
+    data.eval_results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=entry["dataset"],
+            dataset_name=entry["dataset"],
+            dataset_config=entry["protocol"],
+            metric_type=entry["metric"],
+            metric_value=entry["value"],
+        )
+        for entry in evaluations
+    ] or None
 
 
-def _evaluations(config: "MaskProConfig") -> list[dict[str, Any]]:
-    return _last_stage(config).get("evaluations", [])
+def _is_causal(config: "MaskProConfig") -> bool:
+    base_class = (config.auto_mapping or {}).get("base_model_class")
+    return config.task_type == "CAUSAL_LM" or base_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
-def _body(folder: Path, config: "MaskProConfig", file_bytes: int) -> str:
-    lineage = config.lineage or []
-    last = _last_stage(config)
-    base = config.base_model_name_or_path
-    template = Environment(keep_trailing_newline=True).from_string((Path(__file__).parent / "card.md").read_text())
-    return template.render(
-        n=config.n,
-        m=config.m,
-        pattern=config.pattern,
-        base=hub_id(base) or (Path(base).name if base else None),
-        base_id=hub_id(base),
-        layers=last["groups_changed"],
-        facts=_facts(config, last, file_bytes),
-        stages=[{"init_mask": stage["init_mask"], "share": 100 * _mean(stage["groups_changed"])} for stage in lineage],
-        plot=PLOT if (folder / PLOT).is_file() else None,
-        evaluations=_evaluations(config),
-        repo=REPO,
+def _last_stage(config: "MaskProConfig") -> dict[str, Any]:
+    return (config.lineage or [{"init_mask": config.init_mask, "groups_changed": {}}])[-1]
+
+
+def _render(template: str, config: "MaskProConfig", **variables: Any) -> str:
+    environment = Environment(keep_trailing_newline=True)
+    auto_class = "AutoModelForCausalLM" if _is_causal(config) else "AutoModel"
+    known = {"n": config.n, "m": config.m, "pattern": config.pattern, "repo": REPO, "auto_class": auto_class}
+    known["base_id"] = hub_id(config.base_model_name_or_path)
+    return environment.from_string((Path(__file__).parent / template).read_text()).render(**known, **variables)
+
+
+def _loading(base: str | None, repo: str, subfolder: str | None, auto_class: str) -> str:
+    """The lines that load an adapter; PEFT looks for the base model in the same subfolder unless it is there first."""
+    first = "import hf_maskpro  # without it PEFT does not know the method and raises KeyError: 'MASKPRO'\n"
+    if base and not subfolder:
+        return f'{first}from peft import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{repo}")'
+    of_base = auto_class.replace("Peft", "")
+    arguments = f'"{repo}"' + (f', subfolder="{subfolder}"' if subfolder else "")
+    return (
+        f"{first}from peft import PeftModel\nfrom transformers import {of_base}\n\n"
+        f'base = {of_base}.from_pretrained("{base or "path/to/the/base"}")\n'
+        f"model = PeftModel.from_pretrained(base, {arguments})"
     )
 
 
-def _mean(shares: dict[str, float]) -> float:
-    return sum(shares.values()) / max(1, len(shares))
-
-
-def _facts(config: "MaskProConfig", stage: dict[str, Any], file_bytes: int) -> dict[str, str]:
-    """What the table at the head of the card says."""
-    base = config.base_model_name_or_path
-    facts = {
-        "Base model": f"{hub_id(base) or (Path(base).name if base else 'unknown')}",
-        "Revision of the base": config.revision or "not recorded",
-        "Pattern": f"{config.pattern}: {1 - config.n / config.m:.0%} of the masked weights are zero",
-        "Masked layers": ", ".join(sorted({name.rpartition(".")[2] for name in stage["groups_changed"]})),
-        "Starting mask": stage["init_mask"],
-    }
-    if calibration := stage.get("calibration"):
-        facts["Calibration"] = f"{calibration.get('text', 'text')}, {calibration['tokens']:,} tokens"
-    if training := stage.get("training"):
-        facts["Estimator"] = ", ".join(
-            f"{name.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{name.replace('_', ' ')} {value}"
-            for name, value in training.items()
-        ).removeprefix("estimator ")
+def _adapter_facts(folder: Path, config: "MaskProConfig", file_bytes: int) -> dict[str, Any]:
+    """What the template of an adapter's card is filled with."""
+    base, stage = config.base_model_name_or_path, _last_stage(config)
+    shares = {name: stage["groups_changed"][name] for name in sorted(stage["groups_changed"], key=_by_number)}
     assert config.target_weights is not None
-    facts["Masked weights"] = f"{config.target_weights:,}"
-    facts["Size of the masks"] = (
-        f"{file_bytes:,} bytes, {8 * file_bytes / config.target_weights:.3f} bits per masked weight"
-    )
     packages = ("hf-maskpro", "peft", "transformers", "torch")
-    return facts | {"Made with": ", ".join(f"{name} {version(name).partition('+')[0]}" for name in packages)}
+    shown = hub_id(base) or (Path(base).name if base else None)
+    bits = 8 * file_bytes / config.target_weights
+    return {
+        "base": shown,
+        "layers": shares,
+        "facts": {
+            "Base model": shown or "unknown",
+            "Revision of the base": config.revision or "not recorded",
+            "Pattern": f"{config.pattern}: {1 - config.n / config.m:.0%} of the masked weights are zero",
+            "Masked layers": ", ".join(sorted({name.rpartition(".")[2] for name in shares})),
+            "Masked weights": f"{config.target_weights:,}",
+            "Size of the masks": f"{file_bytes:,} bytes, {bits:.3f} bits per masked weight",
+            "Made with": ", ".join(f"{name} {version(name).partition('+')[0]}" for name in packages),
+        },
+        "stages": [_stage_facts(known) for known in config.lineage or []],
+        "plot": PLOT if (folder / PLOT).is_file() else None,
+        "evaluations": stage.get("evaluations", []),
+        "loading": _loading(hub_id(base), REPO, None, f"AutoPeftModel{'ForCausalLM' * _is_causal(config)}"),
+    }
+
+
+def _stage_facts(stage: dict[str, Any]) -> dict[str, Any]:
+    calibration, shares = stage.get("calibration"), stage["groups_changed"].values()
+    training = [f"{name.replace('_', ' ')} {value}" for name, value in stage.get("training", {}).items()]
+    return {
+        "start": stage["init_mask"],
+        "calibration": f"{calibration.get('text', 'text')}, {calibration['tokens']:,} tokens" if calibration else "",
+        "training": ", ".join(training).removeprefix("estimator "),
+        "share": 100 * sum(shares) / max(1, len(shares)),
+    }
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -34,6 +34,59 @@ def split_init_mask(init_mask: str) -> tuple[str, bool]:
     return rule, refined
 
 
+# Of a configuration file. That of a model with 100 layers of 7 linear ones has a hundredth of it.
+_MOST_BYTES = 2**24
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "base_model_name_or_path": (str,),
+    "revision": (str,),
+    "auto_mapping": (dict,),
+    "target_modules": (list, set, str),
+    "exclude_modules": (list, set, str),
+    "init_mask": (str,),
+    "logit_scale": (int, float),
+    "save_logits": (bool,),
+    "modules_to_save": (list,),
+    "lineage": (list,),
+    "target_weights": (int,),
+    "base_fingerprint": (dict,),
+}
+
+
+def _check_types(config: "MaskProConfig") -> None:
+    """Refuse what is not of its type: a configuration may come from anybody's file."""
+    for name, types in _TYPES.items():
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, types):
+            raise ValueError(f"{name} is {str(value)[:50]!r}, which is not {' or '.join(t.__name__ for t in types)}.")
+    for stage in config.lineage or []:
+        if not _is_stage(stage):
+            raise ValueError(f"an entry of lineage is {str(stage)[:50]!r}, which is no stage of training.")
+
+
+def _is_stage(stage: Any) -> bool:
+    if not isinstance(stage, dict):
+        return False
+    changed, results = stage.get("groups_changed"), stage.get("evaluations", [])
+    calibration = stage.get("calibration", {"tokens": 0})
+    return (
+        isinstance(stage.get("init_mask"), str)
+        and isinstance(changed, dict)
+        and all(isinstance(share, (int, float)) for share in changed.values())
+        and isinstance(calibration, dict)
+        and isinstance(calibration.get("tokens"), int)
+        and isinstance(stage.get("training", {}), dict)
+        and isinstance(results, list)
+        and all(map(_is_result, results))
+    )
+
+
+def _is_result(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("value"), (int, float)):
+        return False
+    return all(isinstance(entry.get(name), str) for name in ("dataset", "metric", "protocol"))
+
+
 @dataclass
 class MaskProConfig(PeftConfig):
     """
@@ -112,6 +165,7 @@ class MaskProConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = add_peft_type()
+        _check_types(self)
         for name in ("n", "m"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
@@ -177,6 +231,8 @@ class MaskProConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        if (size := Path(path_json_file).stat().st_size) > _MOST_BYTES:
+            raise ValueError(f"{path_json_file} has {size:,} bytes, and a configuration at most {_MOST_BYTES:,}.")
         known = super().from_json_file(path_json_file, **kwargs)
         # A file has no say in whether it is checked.
         known.pop("check_base", None)

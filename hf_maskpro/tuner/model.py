@@ -155,6 +155,13 @@ class MaskProModel(BaseTuner):
         surplus = [key for key in result if re.search(r"\.maskpro_(mask|theta)(\.|$)", key) and key not in known]
         if surplus:
             raise ValueError(f"the adapter file has masks for layers that the model has not: {_listed(surplus)}.")
+        # PEFT would load them into the base model.
+        weights = [key for key in result if key not in known and ".modules_to_save." not in key]
+        if weights:
+            raise ValueError(
+                f"the adapter file has weights besides its masks: {_listed(weights)}. Those that belong to it come by "
+                "modules_to_save; save it without others (save_embedding_layers=False)."
+            )
         for name, layer in layers.items():
             mask_key, theta_key = f"{name}.maskpro_mask.{adapter_name}", f"{name}.maskpro_theta.{adapter_name}"
             if mask_key not in result:
@@ -268,10 +275,12 @@ def _why_not(module: nn.Module, config: MaskProConfig, embeddings: set[int]) -> 
 
 
 def _cached_commit(name: str) -> str | None:
-    """The commit at which a model's main branch is in the Hub's cache, from which it was loaded."""
+    """The commit of a model in the Hub's cache, if there is only one that it can have been loaded from."""
     repo = hub_id(name)
     file = try_to_load_from_cache(repo, "config.json") if repo else None
-    return Path(file).parent.name if isinstance(file, str) else None
+    if not isinstance(file, str) or len(list(Path(file).parents[1].iterdir())) > 1:
+        return None
+    return Path(file).parent.name
 
 
 def fingerprint(weight: torch.Tensor) -> str:
@@ -288,7 +297,6 @@ def fingerprint(weight: torch.Tensor) -> str:
 
 def _check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
     """Record which weights a new mask is for; refuse other weights than those that a loaded mask was learned for."""
-    known = config.base_fingerprint
     if any(weight.is_meta for weight in weights.values()):
         # A skeleton: there is nothing to compare.
         return
@@ -297,10 +305,11 @@ def _check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None
             warnings.warn("float16 weights cannot be compared with those that the mask was learned for.", stacklevel=2)
         return
     found = {name: fingerprint(weight) for name, weight in weights.items()}
+    known = config.base_fingerprint
     if config.awaits_file and known is None:
         warnings.warn("the adapter does not say which weights it was learned for; they are not checked.", stacklevel=2)
     elif config.awaits_file and config.check_base:
-        other = [name for name, value in found.items() if (known or {}).get(name, value) != value]
+        other = [name for name, value in found.items() if known is not None and known.get(name) != value]
         if other:
             raise ValueError(
                 f"the mask was learned for other weights than this model has, in {len(other)} of {len(found)} layers: "

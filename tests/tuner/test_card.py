@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 from hf_maskpro import MaskProConfig, hub
 from hf_maskpro.tuner.card import BEGIN, END, hub_id, split_card
 
+from ..conftest import tiny_gpt2
+
 
 @pytest.fixture
 def adapter(checkpoint, tmp_path):
@@ -92,3 +94,39 @@ def test_names_of_repositories(tmp_path, monkeypatch):
     (tmp_path / "me").mkdir()
     assert hub_id("me/llama") == "me/llama"
     assert [hub_id(name) for name in (None, "", "me", "/a/b", "a/b/c", str(tmp_path))] == [None] * 6
+
+
+def test_the_pattern_of_an_earlier_mask_does_not_stay(adapter, checkpoint):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), MaskProConfig(n=4, m=8)).save_pretrained(adapter)
+    assert ModelCard.load(adapter / "README.md").data.tags == ["peft", "maskpro", "n-m-sparsity", "4:8"]
+
+
+def test_models_whose_class_says_otherwise_what_they_are(tmp_path):
+    get_peft_model(tiny_gpt2(), MaskProConfig()).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "text-generation"
+    assert 'base = AutoModelForCausalLM.from_pretrained("path/to/the/base")' in card.text
+
+
+def test_every_stage_is_told(adapter, checkpoint):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), adapter, is_trainable=True)
+    for name, parameter in model.named_parameters():
+        if "maskpro_theta" in name:
+            torch.nn.init.normal_(parameter, std=10)
+    model.save_pretrained(adapter)
+    text = ModelCard.load(adapter / "README.md").text
+    assert "| 1 | magnitude | my.txt, 2,048 tokens |" in text
+    assert "| 2 | adapter |" in text
+
+
+def test_saving_what_was_loaded_changes_nothing(adapter, checkpoint):
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), adapter).save_pretrained(adapter)
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+
+
+def test_a_readme_that_is_no_card(adapter, checkpoint):
+    (adapter / "README.md").write_bytes(b"---\na: [\n---\n\xff")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), adapter)
+    with pytest.raises(ValueError, match="is no model card"):
+        model.save_pretrained(adapter)

@@ -7,7 +7,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_maskpro import MaskProConfig
-from hf_maskpro.tuner.model import fingerprint
+from hf_maskpro.tuner.model import _cached_commit, fingerprint
 
 
 @pytest.fixture
@@ -78,3 +78,23 @@ def test_what_cannot_be_compared_warns(checkpoint, adapter):
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     with pytest.warns(UserWarning, match="does not say which weights"):
         PeftModel.from_pretrained(other_base(checkpoint), adapter)
+
+
+@pytest.mark.parametrize("known", [{}, {"model.layers.0.mlp.up_proj": "0"}])
+def test_layers_without_a_fingerprint_are_other_weights(checkpoint, adapter, known):
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_fingerprint": known}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="in 14 of 14 layers"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), adapter)
+
+
+def test_the_commit_is_recorded_where_it_is_certain(tmp_path, monkeypatch):
+    snapshots = tmp_path / "snapshots"
+    monkeypatch.setattr(
+        "hf_maskpro.tuner.model.try_to_load_from_cache", lambda *_: str(snapshots / "a" / "config.json")
+    )
+    (snapshots / "a").mkdir(parents=True)
+    assert _cached_commit("me/base") == "a"
+    assert _cached_commit(str(tmp_path)) is None
+    (snapshots / "b").mkdir()
+    assert _cached_commit("me/base") is None
