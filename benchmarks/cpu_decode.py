@@ -2,6 +2,9 @@
 What a packed 2:4 weight is worth on a CPU: `F.linear` in bfloat16 on the dense weight against products that read the
 packed one, values and positions, 0.5625 of the bytes. For one to eight tokens, with a model's shapes and so many
 layers in turn that weights come from memory, not from a cache. Candidates take turns; ratios are of medians.
+
+With `--end-to-end` it is whole models instead: a merged checkpoint against what `hf-maskpro export --target cpu` makes
+of it, generating 64 tokens one at a time, and reading a prompt of 512.
 """
 
 import argparse
@@ -12,13 +15,18 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from torch.utils.cpp_extension import load_inline
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+import hf_maskpro  # noqa: F401, registers packed models
 
 
 # in_features, out_features of a block's linear layers, each with how often it occurs.
@@ -211,6 +219,52 @@ def measure(model: str, names: list[str], megabytes: int, repeats: int) -> list[
     return rows
 
 
+def random_1b() -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+        dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    weight = cache(random_2_4)
+    for module in model.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.copy_(0.02 * weight(*module.weight.shape))
+    return model
+
+
+def end_to_end(folders: list[str], repeats: int) -> dict[str, object]:
+    """Tokens a second of two forms of a model, by turns, and their bytes on disk."""
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in folders]
+    sizes = [sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) for folder in folders]
+    ids = torch.randint(models[0].config.vocab_size, (1, 512))
+    figures: dict[str, object] = {"folders": folders, "threads": torch.get_num_threads(), "bytes": sizes}
+    for work, tokens in ((generate, 64), (read, 512)):
+        times = [[seconds(work, model, ids) for model in models] for _ in range(repeats + 1)]
+        medians = [statistics.median(column) for column in zip(*times[1:], strict=True)]
+        figures[work.__name__] = {"tokens_per_s": [tokens / s for s in medians], "ratio": medians[0] / medians[1]}
+    return figures
+
+
+def seconds(step: Callable, *inputs: object) -> float:
+    begun = time.perf_counter()
+    step(*inputs)
+    return time.perf_counter() - begun
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return model.generate(ids[:, :8], do_sample=False, min_new_tokens=64, max_new_tokens=64, pad_token_id=0)
+
+
+def read(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, logits_to_keep=1).logits
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -218,9 +272,17 @@ def main() -> None:
     parser.add_argument("--candidates", nargs="*", default=list(CANDIDATES)[1:], choices=list(CANDIDATES)[1:])
     parser.add_argument("--megabytes", type=int, default=1024, help="of dense weights to go through")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--end-to-end", nargs=2, metavar=("DENSE", "PACKED"), help="folders of a model's two forms")
+    parser.add_argument("--random-1b", metavar="FOLDER", help="write a 2:4 checkpoint of Llama-3.2-1B's shape")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     torch.manual_seed(0)
+    if args.random_1b:
+        random_1b().save_pretrained(args.random_1b)
+        return
+    if args.end_to_end:
+        print(json.dumps(end_to_end(args.end_to_end, args.repeats)))
+        return
     torch._dynamo.config.recompile_limit = 64  # a kernel per shape and number of tokens
     rows = [row for model in args.models for row in measure(model, args.candidates, args.megabytes, args.repeats)]
     if args.json:

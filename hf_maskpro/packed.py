@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,6 +26,8 @@ METHOD = "maskpro_2of4"
 _BLOCK = 32
 # With more tokens than these, dense products on an unpacked weight are faster.
 _FEW_TOKENS = 8
+# Rows that are unpacked at a time: larger buffers come fresh from the system, which takes longer than to fill them.
+_ROWS = 1024
 
 
 @cache
@@ -61,18 +64,34 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             `[out_features, in_features / 2]`; and int32 `[out_features, in_features / 32]`, of which bit i is set if
             the value of input i of 32 is there.
     """
-    groups = weight.unflatten(1, (-1, 4))
-    # In a group with fewer than two non-zeros some of the zeros are kept.
-    kept = (groups != 0).byte().topk(2).indices.sort(dim=-1).values
-    bits = (1 << kept).sum(-1).unflatten(1, (-1, _BLOCK // 4)) << torch.arange(0, _BLOCK, 4)
-    # As an unsigned word, which torch has few operations for.
-    positions = (bits.sum(-1) + 2**31) % 2**32 - 2**31
-    return groups.gather(2, kept).flatten(1), positions.int()
+    kept = weight.unflatten(1, (-1, 4)) != 0
+    # A group with fewer than two non-zeros keeps some of its zeros.
+    kept |= (~kept).cumsum(-1, dtype=torch.int8) <= 2 - kept.sum(-1, keepdim=True, dtype=torch.int8)
+    kept = kept.flatten(1)
+    positions = torch.from_numpy(np.packbits(kept.numpy(), axis=1, bitorder="little")).view(torch.int32)
+    return weight[kept].view(len(weight), -1), positions
+
+
+def unpack(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """
+    The dense weight of what [`pack`] gives.
+
+    Args:
+        values (`torch.Tensor`): bfloat16 `[out_features, in_features / 2]`, on the CPU.
+        positions (`torch.Tensor`): int32 `[out_features, in_features / 32]`, on the CPU.
+
+    Returns:
+        `torch.Tensor`: bfloat16 `[out_features, in_features]`.
+    """
+    weight = torch.empty(len(values), 2 * values.shape[1], dtype=torch.bfloat16)
+    pointers = values.data_ptr(), positions.data_ptr(), weight.data_ptr()
+    _library().unpack(*pointers, weight.shape[1], weight.shape[0], torch.get_num_threads())
+    return weight
 
 
 class PackedLinear(nn.Module):
     """
-    A linear layer with a packed 2:4 weight, for inference in bfloat16 on a CPU.
+    A linear layer with a packed 2:4 weight, for inference in bfloat16 on a CPU. It has no gradients.
 
     Args:
         in_features (`int`): Inputs, a multiple of 32.
@@ -80,19 +99,16 @@ class PackedLinear(nn.Module):
         bias (`bool`): Whether it has a bias.
     """
 
+    values: torch.Tensor
+    positions: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("values", torch.empty(out_features, in_features // 2, dtype=torch.bfloat16))
         self.register_buffer("positions", torch.empty(out_features, in_features // _BLOCK, dtype=torch.int32))
         self.register_buffer("bias", torch.empty(out_features, dtype=torch.bfloat16) if bias else None)
-
-    def unpack(self) -> torch.Tensor:
-        """The dense weight, bfloat16 `[out_features, in_features]`."""
-        weight = torch.empty(self.out_features, self.in_features, dtype=torch.bfloat16)
-        pointers = self.values.data_ptr(), self.positions.data_ptr(), weight.data_ptr()
-        _library().unpack(*pointers, self.in_features, self.out_features, torch.get_num_threads())
-        return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -102,14 +118,19 @@ class PackedLinear(nn.Module):
         Returns:
             `torch.Tensor`: bfloat16 `[..., out_features]`.
         """
-        if x.dtype != torch.bfloat16 or x.device.type != "cpu":
-            raise ValueError(f"packed products are for bfloat16 on a CPU, not {x.dtype} on {x.device}.")
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"this layer takes {self.in_features} inputs in bfloat16 on a CPU, not {x.shape[-1]} in {x.dtype} on "
+                f"{x.device}."
+            )
         tokens = x.numel() // self.in_features
-        if not 0 < tokens <= _FEW_TOKENS:
-            return F.linear(x, self.unpack(), self.bias)
-        x, y = x.contiguous(), torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
-        pointers = x.data_ptr(), self.values.data_ptr(), self.positions.data_ptr(), y.data_ptr()
-        _library().product(*pointers, tokens, self.in_features, self.out_features, torch.get_num_threads())
+        if 0 < tokens <= _FEW_TOKENS:
+            x, y = x.contiguous(), torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
+            pointers = x.data_ptr(), self.values.data_ptr(), self.positions.data_ptr(), y.data_ptr()
+            _library().product(*pointers, tokens, self.in_features, self.out_features, torch.get_num_threads())
+        else:
+            blocks = zip(self.values.split(_ROWS), self.positions.split(_ROWS), strict=True)
+            y = torch.cat([F.linear(x, unpack(*block)) for block in blocks], dim=-1)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
