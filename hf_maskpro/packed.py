@@ -32,20 +32,35 @@ _ROWS = 1024
 
 @cache
 def _library() -> ctypes.CDLL:
-    """The products in C++, compiled for this CPU."""
+    return compiled(Path(__file__).with_name("packed.cpp").read_text())
+
+
+def compiled(source: str) -> ctypes.CDLL:
+    """The products in C++, for this CPU; it takes a second."""
     compiler = os.environ.get("CXX", "g++")
-    source = Path(__file__).with_name("packed.cpp")
     with tempfile.TemporaryDirectory() as folder:
-        compiled = Path(folder) / "packed.so"
-        command = [compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(compiled)]
+        output = Path(folder) / "packed.so"
+        command = [
+            compiler,
+            "-x",
+            "c++",
+            "-O3",
+            "-march=native",
+            "-fopenmp",
+            "-shared",
+            "-fPIC",
+            "-o",
+            str(output),
+            "-",
+        ]
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            subprocess.run(command, check=True, capture_output=True, text=True, input=source)
         except FileNotFoundError as error:
             raise ValueError(f"packed products are compiled at first use, and {compiler} is not there.") from error
         except subprocess.CalledProcessError as error:
             reason = next(line for line in error.stderr.splitlines() if "error" in line)
             raise ValueError(f"packed products cannot be compiled here: {reason}") from error
-        library = ctypes.CDLL(str(compiled))
+        library = ctypes.CDLL(str(output))
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.product.argtypes = [pointer, pointer, pointer, pointer, size, size, size, ctypes.c_int]
     library.unpack.argtypes = [pointer, pointer, pointer, size, size, ctypes.c_int]
