@@ -40,21 +40,9 @@ def compiled(source: str) -> ctypes.CDLL:
     compiler = os.environ.get("CXX", "g++")
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "packed.so"
-        command = [
-            compiler,
-            "-x",
-            "c++",
-            "-O3",
-            "-march=native",
-            "-fopenmp",
-            "-shared",
-            "-fPIC",
-            "-o",
-            str(output),
-            "-",
-        ]
+        options = ["-xc++", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-o", str(output), "-"]
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True, input=source)
+            subprocess.run([compiler, *options], check=True, capture_output=True, text=True, input=source)
         except FileNotFoundError as error:
             raise ValueError(f"packed products are compiled at first use, and {compiler} is not there.") from error
         except subprocess.CalledProcessError as error:
