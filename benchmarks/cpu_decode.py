@@ -2,23 +2,29 @@
 What a packed 2:4 weight is worth on a CPU: `F.linear` in bfloat16 on the dense weight against products that read the
 packed one, values and positions, 0.5625 of the bytes. For one to eight tokens, with a model's shapes and so many
 layers in turn that weights come from memory, not from a cache. Candidates take turns; ratios are of medians.
+
+With `--end-to-end` it is whole models instead: a merged checkpoint against what `hf-maskpro export --target cpu` makes
+of it, generating 64 tokens one at a time, and reading a prompt of 512.
 """
 
 import argparse
+import ctypes
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
-from types import ModuleType
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch.utils.cpp_extension import load_inline
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from hf_maskpro import packed
 
 
 # in_features, out_features of a block's linear layers, each with how often it occurs.
@@ -26,60 +32,6 @@ SHAPES = {
     "SmolLM2-135M": [(576, 576, 2), (576, 192, 2), (576, 1536, 2), (1536, 576, 1)],
     "Llama-3.2-1B": [(2048, 2048, 2), (2048, 512, 2), (2048, 8192, 2), (8192, 2048, 1)],
 }
-SOURCE = r"""
-#include <torch/extension.h>
-#include <immintrin.h>
-
-// y[t, row] = sum over k of w[row, k] * x[t, k]; 32 weights are 16 values and 32 bits that tell where they belong.
-template <int T, bool PACKED>
-static void rows(const uint16_t* values, const uint32_t* bits, const uint16_t* x, float* y, int64_t begin, int64_t end,
-                 int64_t out_features, int64_t in_features) {
-  const int64_t blocks = in_features / 32, width = PACKED ? 16 : 32;
-  for (int64_t row = begin; row < end; ++row) {
-    const uint16_t* v = values + row * blocks * width;
-    const uint32_t* b = bits + row * blocks;
-    __m512 sums[T];
-    for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
-    for (int64_t j = 0; j < blocks; ++j) {
-      __m512bh w;
-      if (PACKED) {
-        const __m512i packed = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(v + j * width)));
-        w = (__m512bh)_mm512_maskz_expand_epi16(b[j], packed);
-      } else {
-        w = (__m512bh)_mm512_loadu_si512(v + j * width);
-      }
-      for (int t = 0; t < T; ++t)
-        sums[t] = _mm512_dpbf16_ps(sums[t], w, (__m512bh)_mm512_loadu_si512(x + t * in_features + j * 32));
-    }
-    for (int t = 0; t < T; ++t) y[t * out_features + row] = _mm512_reduce_add_ps(sums[t]);
-  }
-}
-
-template <bool PACKED>
-torch::Tensor product(torch::Tensor x, torch::Tensor values, torch::Tensor bits) {
-  const int64_t tokens = x.size(0), in_features = x.size(1), out_features = values.size(0);
-  auto y = torch::empty({tokens, out_features}, torch::kFloat);
-  auto v = (const uint16_t*)values.data_ptr();
-  auto b = (const uint32_t*)bits.data_ptr();
-  auto xs = (const uint16_t*)x.data_ptr();
-  auto ys = y.data_ptr<float>();
-  at::parallel_for(0, out_features, 32, [&](int64_t begin, int64_t end) {
-    switch (tokens) {
-      case 1: return rows<1, PACKED>(v, b, xs, ys, begin, end, out_features, in_features);
-      case 2: return rows<2, PACKED>(v, b, xs, ys, begin, end, out_features, in_features);
-      case 4: return rows<4, PACKED>(v, b, xs, ys, begin, end, out_features, in_features);
-      case 8: return rows<8, PACKED>(v, b, xs, ys, begin, end, out_features, in_features);
-    }
-  });
-  return y.to(torch::kBFloat16);
-}
-
-torch::Tensor packed_product(torch::Tensor x, torch::Tensor values, torch::Tensor bits) {
-  return product<true>(x, values, bits);
-}
-
-torch::Tensor dense_product(torch::Tensor x, torch::Tensor weight) { return product<false>(x, weight, weight); }
-"""
 
 
 def random_2_4(out_features: int, in_features: int) -> torch.Tensor:
@@ -137,35 +89,36 @@ class Compiled:
         return compiled_product(planes, self.pairs, self.positions)
 
 
-@cache
-def library() -> ModuleType:
-    """The C++ kernels, for comparison alone."""
-    flags = ["-O3", "-march=native", "-fopenmp"]
-    names = ["packed_product", "dense_product"]
-    return load_inline("products", SOURCE, functions=names, extra_cflags=flags, build_directory=tempfile.mkdtemp())
-
-
-class Expanded:
-    """A C++ loop that expands packed values in AVX-512 registers."""
+class Packed:
+    """What `hf-maskpro export --target cpu` is for: a C++ loop that expands packed values in AVX-512 registers."""
 
     def __init__(self, weight: torch.Tensor):
-        kept = weight != 0
-        self.values = weight[kept].bfloat16().view(len(weight), -1)
-        bits = kept.unflatten(1, (-1, 32)).long() << torch.arange(32)
-        self.bits = bits.sum(-1).to(torch.uint32)
+        self.layer = packed.PackedLinear(*reversed(weight.shape), bias=False)
+        self.layer.values, self.layer.positions = packed.pack(weight.bfloat16())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return library().packed_product(x, self.values, self.bits)
+        return self.layer(x)
+
+
+@cache
+def dense_loop() -> ctypes.CDLL:
+    source = Path(packed.__file__).with_name("packed.cpp").read_text()
+    begin, end = source.index("  return _mm512_maskz_expand_epi16"), source.index("static inline uint16_t rounded")
+    source = f"{source[:begin]}  return _mm512_loadu_si512(values);\n}}\n{source[end:]}"
+    return packed.compiled(source.replace("* 16", "* 32"))
 
 
 class DenseLoop(Dense):
     """The same loop over the dense weight: what is due to the loop and not to packing."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return library().dense_product(x, self.weight)
+        y = torch.empty(len(x), len(self.weight), dtype=x.dtype)
+        pointers = x.data_ptr(), self.weight.data_ptr(), 0, y.data_ptr()
+        dense_loop().product(*pointers, *x.shape, len(self.weight), torch.get_num_threads())
+        return y
 
 
-CANDIDATES: dict[str, Callable] = {"dense": Dense, "compiled": Compiled, "avx512": Expanded, "avx512-dense": DenseLoop}
+CANDIDATES: dict[str, Callable] = {"dense": Dense, "compiled": Compiled, "packed": Packed, "dense-loop": DenseLoop}
 
 
 def check(product: Callable, reference: Dense, in_features: int) -> None:
@@ -211,6 +164,52 @@ def measure(model: str, names: list[str], megabytes: int, repeats: int) -> list[
     return rows
 
 
+def random_1b() -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+        dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    weight = cache(random_2_4)
+    for module in model.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.copy_(0.02 * weight(*module.weight.shape))
+    return model
+
+
+def end_to_end(folders: list[str], repeats: int) -> dict[str, object]:
+    """Tokens a second of two forms of a model, by turns, and their bytes on disk."""
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in folders]
+    sizes = [sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) for folder in folders]
+    ids = torch.randint(models[0].config.vocab_size, (1, 512))
+    figures: dict[str, object] = {"folders": folders, "threads": torch.get_num_threads(), "bytes": sizes}
+    for work, tokens in ((generate, 64), (read, 512)):
+        times = [[seconds(work, model, ids) for model in models] for _ in range(repeats + 1)]
+        medians = [statistics.median(column) for column in zip(*times[1:], strict=True)]
+        figures[work.__name__] = {"tokens_per_s": [tokens / s for s in medians], "ratio": medians[0] / medians[1]}
+    return figures
+
+
+def seconds(step: Callable, *inputs: object) -> float:
+    begun = time.perf_counter()
+    step(*inputs)
+    return time.perf_counter() - begun
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return model.generate(ids[:, :8], do_sample=False, min_new_tokens=64, max_new_tokens=64, pad_token_id=0)
+
+
+def read(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, logits_to_keep=1).logits
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -218,9 +217,17 @@ def main() -> None:
     parser.add_argument("--candidates", nargs="*", default=list(CANDIDATES)[1:], choices=list(CANDIDATES)[1:])
     parser.add_argument("--megabytes", type=int, default=1024, help="of dense weights to go through")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--end-to-end", nargs=2, metavar=("DENSE", "PACKED"), help="folders of a model's two forms")
+    parser.add_argument("--random-1b", metavar="FOLDER", help="write a 2:4 checkpoint of Llama-3.2-1B's shape")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     torch.manual_seed(0)
+    if args.random_1b:
+        random_1b().save_pretrained(args.random_1b)
+        return
+    if args.end_to_end:
+        print(json.dumps(end_to_end(args.end_to_end, args.repeats)))
+        return
     torch._dynamo.config.recompile_limit = 64  # a kernel per shape and number of tokens
     rows = [row for model in args.models for row in measure(model, args.candidates, args.megabytes, args.repeats)]
     if args.json:

@@ -1,8 +1,11 @@
-"""N:M sparsity masks as PEFT adapters. Importing this package registers the method with PEFT."""
+"""
+N:M sparsity masks as PEFT adapters. Importing this package registers the method with PEFT, and packed models with
+transformers.
+"""
 
 from importlib.metadata import version
 
-from . import hub
+from . import hub, packed
 from .deploy import check_sparsity
 from .evaluation import perplexity
 from .initialization import initialize_masks
@@ -19,5 +22,6 @@ __all__ = [
     "check_sparsity",
     "hub",
     "initialize_masks",
+    "packed",
     "perplexity",
 ]

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .. import deploy
+from .. import deploy, packed
 from .. import export as exports
 from .common import (
     GgufFile,
@@ -24,10 +24,10 @@ def export(
     model: Model,
     output: Output,
     target: Annotated[
-        Literal["dense", "onnx", "torchao-fp8"],
+        Literal["dense", "cpu", "onnx", "torchao-fp8"],
         typer.Option(
-            help="dense is what merge writes; onnx a float32 graph for TensorRT; torchao-fp8 a checkpoint that vLLM "
-            "serves in FP8 + 2:4."
+            help="dense is what merge writes; cpu packed weights for decoding on a CPU; onnx a float32 graph for "
+            "TensorRT; torchao-fp8 a checkpoint that vLLM serves in FP8 + 2:4."
         ),
     ],
     adapter: Annotated[
@@ -41,11 +41,12 @@ def export(
     """Write a sparse model for another runtime, checked."""
     deploy.check_free(output, overwrite)
     figures = {"output": str(output), "target": target}
-    if target == "onnx":
+    if target in ("cpu", "onnx"):
         sparse, tokenizer = load_model(model, gguf_file)
         if adapter is not None:
             sparse = load_adapter(sparse, adapter_folder(adapter)).merge_and_unload(safe_merge=True)
-        show(figures | exports.to_onnx(sparse, tokenizer, output, overwrite), as_json)
+        write = packed.to_packed if target == "cpu" else exports.to_onnx
+        show(figures | write(sparse, tokenizer, output, overwrite), as_json)
         return
     with checkpoint(model, gguf_file, output) as folder:
         if target == "torchao-fp8":

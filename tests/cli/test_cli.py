@@ -221,6 +221,18 @@ def test_another_methods_adapter_is_merged_when_asked_for(checkpoint, tmp_path):
     assert json.loads(run("inspect", tmp_path / "merged", "--json").stdout)["pattern"] is None
 
 
+def test_export_to_cpu(checkpoint, adapter, tmp_path):
+    export = ["export", "--target", "cpu", "--output", tmp_path / "a", "--adapter", adapter, "--model"]
+    assert "no layer can be packed" in fails(*export, checkpoint)
+    assert not (tmp_path / "a").exists()
+    AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "half")
+    figures = json.loads(run(*export, tmp_path / "half", "--json").stdout)
+    # Of the tiny model only the two down projections have 32 inputs.
+    assert figures == {"output": str(tmp_path / "a"), "target": "cpu", "layers": 2, "dense_layers": 13}
+    assert (tmp_path / "a" / "tokenizer.json").is_file()
+
+
 def test_residual_lowers_the_training_loss(checkpoint, text, tmp_path):
     base, adapter, learned = (tmp_path / name for name in ("base", "adapter", "learned"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)

@@ -1,0 +1,151 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, pipeline
+
+from hf_maskpro import MaskProConfig, packed
+from hf_maskpro.packed import PackedLinear, pack, to_packed, unpack
+
+from .conftest import tiny_gpt2, tiny_llama
+
+
+@pytest.fixture
+def compiled() -> None:
+    try:
+        packed._library()
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+def sparse_weight(out_features: int, in_features: int) -> torch.Tensor:
+    """2:4 in bfloat16; some groups have one non-zero or none, and some zeros are negative."""
+    groups = torch.randn(out_features, in_features // 4, 4, generator=torch.Generator().manual_seed(0))
+    groups.scatter_(2, groups.abs().topk(2, largest=False).indices, 0)
+    groups[::3, ::2, 0] = -0.0
+    groups[1::3, ::5] = 0
+    return groups.flatten(1).bfloat16()
+
+
+def merged(dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """With biases, a tied head, and one layer that is not masked."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=34,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).to(dtype).eval()
+    for name, bias in model.named_parameters():
+        if name.endswith(".bias"):
+            bias.data.normal_()
+    config = MaskProConfig(exclude_modules=["model.layers.1.mlp.up_proj"])
+    return get_peft_model(model, config).merge_and_unload()
+
+
+def test_values_and_positions():
+    weight = torch.zeros(1, 32)
+    weight[0, [0, 3, 4, 13, 14, 30, 31]] = torch.tensor([1.0, 2, 3, 4, 5, 6, 7])
+    values, positions = pack(weight)
+    assert values.tolist() == [[1, 2, 3, 0, 0, 0, 4, 5, 0, 0, 0, 0, 0, 0, 6, 7]]
+    bits = [i for i in range(32) if positions.item() >> i & 1]
+    assert bits == [0, 3, 4, 5, 8, 9, 13, 14, 16, 17, 20, 21, 24, 25, 30, 31]
+    values, positions = pack(sparse_weight(48, 64))
+    assert values.nbytes + positions.nbytes == 0.5625 * sparse_weight(48, 64).nbytes
+
+
+def test_unpacking_gives_the_weight_back(compiled):
+    weight = sparse_weight(1027, 96)
+    assert unpack(*pack(weight)).equal(weight)
+    # Without negative zeros, which a merged weight has not, bit for bit.
+    weight += 0
+    assert unpack(*pack(weight)).view(torch.int16).equal(weight.view(torch.int16))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("out_features", [64, 1027])
+def test_products_equal_dense_ones(compiled, bias, out_features):
+    weight = sparse_weight(out_features, 96)
+    layer = PackedLinear(96, out_features, bias)
+    layer.values, layer.positions = pack(weight)
+    if bias:
+        layer.bias = torch.randn(out_features).bfloat16()
+    for tokens in range(11):
+        x = torch.randn(96, tokens).bfloat16().T
+        expected = F.linear(x.float(), weight.float(), layer.bias.float() if bias else None)
+        torch.testing.assert_close(layer(x).float(), expected, rtol=0.01, atol=0.05)
+        assert layer(x[None]).equal(layer(x)[None])
+
+
+def test_wrong_inputs_are_refused(compiled):
+    layer = PackedLinear(32, 8, False)
+    with pytest.raises(ValueError, match=r"32 inputs in bfloat16 on a CPU, not 32 in torch\.float32 on cpu"):
+        layer(torch.zeros(1, 32))
+    with pytest.raises(ValueError, match="not 64 in"):
+        layer(torch.zeros(1, 64).bfloat16())
+
+
+@torch.no_grad()
+def test_a_packed_model_is_the_merged_one(compiled, tmp_path, checkpoint, ids):
+    dense, tokenizer = merged(), AutoTokenizer.from_pretrained(checkpoint)
+    report = to_packed(copy.deepcopy(dense), tokenizer, tmp_path / "packed")
+    assert report == {"layers": 13, "dense_layers": 2}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    assert model.config.quantization_config.modules_to_not_convert == ["lm_head", "model.layers.1.mlp.up_proj"]
+    packed_layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    assert len(packed_layers) == 13
+    for name, layer in packed_layers.items():
+        assert unpack(layer.values, layer.positions).equal(dense.get_submodule(name).weight)
+    others = [name for name, _ in model.named_parameters()]
+    assert all(model.get_parameter(name).equal(dense.get_parameter(name)) for name in others)
+    assert "model.layers.1.mlp.up_proj.weight" in others
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for inputs in (ids[:, :2], ids):  # few tokens and many
+        torch.testing.assert_close(model(inputs).logits, dense(inputs).logits, rtol=0.05, atol=0.05)
+    # What it makes token by token has the highest logits of the merged model, but for rounding.
+    tokens = model.generate(ids[:1], max_new_tokens=8, do_sample=False)
+    logits = dense(tokens).logits[0, 11:-1]
+    assert (logits.amax(-1) - logits.gather(1, tokens[0, 12:, None])[:, 0]).max() < 0.05
+    made = pipeline("text-generation", model=str(tmp_path / "packed"))("w3 w4", max_new_tokens=4)
+    assert len(made[0]["generated_text"].split()) > 2
+
+
+def test_a_loaded_model_can_be_saved_again(compiled, tmp_path):
+    to_packed(merged(), None, tmp_path / "packed")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "packed").save_pretrained(tmp_path / "again")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("packed", "again")]
+    assert weights[0] == weights[1]
+
+
+def test_what_cannot_be_packed_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no layer can be packed: .* the model is torch\.float32, and 13 of its"):
+        to_packed(merged(torch.float32), None, tmp_path / "packed")
+    with pytest.raises(ValueError, match="and 0 of its layers are 2:4"):
+        to_packed(tiny_llama(dtype=torch.bfloat16), None, tmp_path / "packed")
+    # Conv1D.
+    with pytest.raises(ValueError, match="and 8 of its layers are 2:4"):
+        to_packed(get_peft_model(tiny_gpt2(), MaskProConfig()).merge_and_unload(), None, tmp_path / "packed")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="compiled at first use, and no-such-compiler is not there"):
+        packed._library.__wrapped__()
+
+
+def test_without_avx512(monkeypatch, tmp_path, compiled):
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -march=x86-64-v3\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(ValueError, match=r"cannot be compiled here: .*this CPU has no AVX-512 with BF16 and VBMI2"):
+        packed._library.__wrapped__()
