@@ -23,6 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from hf_maskpro import MaskProConfig
 from hf_maskpro.subset import pack_codes
+from hf_maskpro.tuner import MaskProLayer
 
 
 def config_of(gigabytes: float) -> LlamaConfig:
@@ -86,7 +87,7 @@ def write_adapter(folder: Path, config: LlamaConfig) -> None:
     codes = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.int32)
     masks = {}
     for name, module in model.named_modules():
-        if hasattr(module, "maskpro_mask"):
+        if isinstance(module, MaskProLayer):
             choice = torch.randint(6, (module.out_features, module.in_features // 4))
             masks[f"{name}.maskpro_mask"] = pack_codes(codes[choice], 2, 4)
     folder.mkdir()

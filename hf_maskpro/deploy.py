@@ -65,6 +65,8 @@ def check_sparsity(
     Raises:
         `ValueError`: naming the first parameter that violates the pattern, or if there is nothing to check.
     """
+    if not 1 <= n <= m:
+        raise ValueError(f"{n}:{m} is no pattern; n is at least 1 and m no less.")
     wanted = None if names is None else set(names)
     report = {}
     for name, weight in _linear_weights(model):
@@ -156,9 +158,11 @@ def _linear_weights(model: nn.Module | Mapping[str, torch.Tensor] | str | Path) 
                 yield name, weight
     else:
         folder = Path(model)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json; pass the folder of a checkpoint.")
         skeleton = _skeleton(folder)
         names = set(_linear_names(skeleton))
-        for file in _weight_files(folder):
+        for file in weight_files(folder):
             with safe_open(file, framework="pt") as tensors:
                 for key, name in _parameter_names(skeleton, tensors.keys()).items():
                     if name in names:
@@ -171,14 +175,14 @@ def _skeleton(folder: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that transformers loads, which need not be all that lie there."""
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    if not (folder / SAFE_WEIGHTS_NAME).is_file():
+    if not index.is_file():
         raise ValueError(f"{folder} has no safetensors checkpoint.")
-    return [folder / SAFE_WEIGHTS_NAME]
+    return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
 
 
 def _parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
@@ -224,24 +228,33 @@ def new_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         `ValueError`: if the folder is in use and `overwrite` is not set.
     """
-    output = Path(output)
+    output = Path(output).resolve()
     check_free(output, overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as parent:
         folder = Path(parent) / "new"
         folder.mkdir()
         yield folder
-        if output.exists():
-            output.rename(Path(parent) / "old")
+        if not output.exists():
+            folder.rename(output)
+            return
+        # Outside the temporary folder, which is deleted even if the second renaming fails.
+        old = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.old-")) / output.name
+        output.rename(old)
         folder.rename(output)
+        shutil.rmtree(old.parent)
 
 
-def check_free(output: str | Path, overwrite: bool) -> None:
+def check_free(output: str | Path, overwrite: bool, *inputs: str | Path | None) -> None:
     """
     Raises:
-        `ValueError`: if `output` is a file, or a folder in use and `overwrite` is not set.
+        `ValueError`: if `output` is a file, or a folder in use and `overwrite` is not set, or it holds an input.
     """
     output = Path(output)
+    for given in inputs:
+        path = Path(given or "").resolve()
+        if given and path.exists() and output.resolve() in (path, *path.parents):
+            raise ValueError(f"{output} holds {given}, which would be lost; choose another output folder.")
     if output.is_file():
         raise ValueError(f"{output} is a file; choose another output folder.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
@@ -269,14 +282,12 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
         `ValueError`: if the folder is in use, the adapter is no mask adapter or does not fit, the base is quantized or
             not the one that the mask was learned for, or a kept weight is not finite.
     """
-    check_free(output, overwrite)
+    check_free(output, overwrite, model, adapter)
     base, masks = checkpoint_folder(model), locate(str(adapter))
-    raw = json.loads((base / "config.json").read_text())
-    if "quantization_config" in raw:
+    if "quantization_config" in json.loads((base / "config.json").read_text()):
         raise ValueError(f"{model} is quantized; merge into the checkpoint that it was quantized from.")
-    raw.pop("sparsity_config", None)
     config, skeleton = saved_config(masks), _skeleton(base)
-    files = _weight_files(base)
+    files = weight_files(base)
     with ExitStack() as stack:
         keys = list(open_tensors(files, stack))
         names = _parameter_names(skeleton, keys)
@@ -297,13 +308,27 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
         with new_folder(output, overwrite) as folder, tqdm(total=len(keys), desc="merging", disable=None) as bar:
             for file in files:
                 _rewrite(file, folder / file.name, masked, bar)
-            for pattern in _COMPANIONS:
-                for path in base.glob(pattern):
-                    (folder / path.relative_to(base)).parent.mkdir(exist_ok=True)
-                    shutil.copyfile(path, folder / path.relative_to(base))
-            (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+            copy_companions(base, folder, files)
             write_merged_card(folder, config)
             return check_sparsity(folder, config.n, config.m, [f"{name}.weight" for name in layers])
+
+
+def copy_companions(base: Path, folder: Path, files: list[Path]) -> None:
+    """Copy what belongs to a checkpoint besides these weights, without what other tools would make of it."""
+    for pattern in _COMPANIONS:
+        for path in base.glob(pattern):
+            # An index beside a single file is that of other weights.
+            if path.name != SAFE_WEIGHTS_INDEX_NAME or files[0].name != SAFE_WEIGHTS_NAME:
+                (folder / path.relative_to(base)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / path.relative_to(base))
+    drop_sparsity_config(folder)
+
+
+def drop_sparsity_config(folder: Path) -> None:
+    """Take what an earlier compression left out of `config.json`: vLLM fails on it."""
+    raw = json.loads((folder / "config.json").read_text())
+    if raw.pop("sparsity_config", None) is not None:
+        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
 def checkpoint_folder(model: str | Path) -> Path:

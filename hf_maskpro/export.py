@@ -9,7 +9,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .deploy import check_sparsity, checkpoint_folder, merge, new_folder, sparse_weights
+from .deploy import (
+    check_sparsity,
+    checkpoint_folder,
+    copy_companions,
+    drop_sparsity_config,
+    merge,
+    new_folder,
+    sparse_weights,
+    weight_files,
+)
 
 
 ONNX_FILE, TORCHAO_FILE = "model.onnx", "torchao_config.json"
@@ -86,6 +95,7 @@ def to_onnx(
                 f"the graph's logits differ from the model's by {differ:.2g}, more than {ONNX_TOLERANCE}."
             )
         model.config.save_pretrained(folder)
+        drop_sparsity_config(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return {"layers": layers, "logits_differ": differ}
@@ -143,7 +153,11 @@ def to_torchao_fp8(
     )
     with new_folder(output, overwrite) as folder:
         if adapter is None:
-            shutil.copytree(checkpoint_folder(model), folder, dirs_exist_ok=True)
+            base = checkpoint_folder(model)
+            files = weight_files(base)
+            for file in files:
+                shutil.copyfile(file, folder / file.name)
+            copy_companions(base, folder, files)
         else:
             merge(model, adapter, folder)
         report = check_sparsity(folder, 2, 4)

@@ -18,7 +18,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .deploy import new_folder, sparse_weights
+from .deploy import drop_sparsity_config, new_folder, sparse_weights
 
 
 METHOD = "maskpro_2of4"
@@ -171,11 +171,21 @@ class PackedQuantizer(HfQuantizer):
         return torch.bfloat16
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
-        for name in set(_linear_layers(model)) - set(self.quantization_config.modules_to_not_convert):
+        dense = set(self.quantization_config.modules_to_not_convert)
+        # Of a model without its head, layers are called without the prefix.
+        dense |= {name.removeprefix(f"{model.base_model_prefix}.") for name in dense}
+        for name in set(_linear_layers(model)) - dense:
             linear = model.get_submodule(name)
             with torch.device("meta"):
                 packed = PackedLinear(linear.in_features, linear.out_features, linear.bias is not None)
             model.set_submodule(name, packed)
+
+
+def _unpacked(layer: PackedLinear) -> torch.Tensor:
+    """The dense weight without the compiled [`unpack`], which the machine that exports may not have."""
+    positions = layer.positions.view(torch.uint8).numpy()
+    kept = torch.from_numpy(np.unpackbits(positions, axis=1, bitorder="little")).bool()
+    return torch.zeros(kept.shape, dtype=layer.values.dtype).masked_scatter_(kept, layer.values)
 
 
 def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -219,10 +229,13 @@ def to_packed(
         for name, layer in tqdm(packable.items(), desc="packing", disable=None):
             packed = PackedLinear(layer.in_features, layer.out_features, layer.bias is not None)
             packed.values, packed.positions = pack(layer.weight)
+            if not torch.equal(_unpacked(packed), layer.weight):
+                raise ValueError(f"{name}.weight is not what its packed values and positions say.")
             packed.bias = None if layer.bias is None else layer.bias.detach()
             model.set_submodule(name, packed)
         model.config.quantization_config = PackedConfig(sorted(layers.keys() - packable.keys()))
         model.save_pretrained(folder)
+        drop_sparsity_config(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return {"layers": len(packable), "dense_layers": len(layers) - len(packable)}

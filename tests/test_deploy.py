@@ -1,4 +1,5 @@
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -128,6 +129,60 @@ def test_other_adapters(tmp_path):
     two = get_peft_model(tiny_llama(), MaskProConfig())
     two.add_adapter("other", MaskProConfig(n=1, init_mask="random"))
     assert set(check_sparsity(two.merge_and_unload(), 2, 4).values()) == {0.5}
+
+
+def test_of_two_kinds_of_weights_those_that_transformers_loads(tmp_path):
+    """Beside `model.safetensors` an index is stale."""
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    tiny_llama().save_pretrained(base)
+    get_peft_model(tiny_llama(), MaskProConfig()).save_pretrained(tmp_path / "adapter")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    (base / "config.json").write_text(
+        json.dumps(json.loads((base / "config.json").read_text()) | {"sparsity_config": {}})
+    )
+    merge(base, tmp_path / "adapter", merged)
+    assert not (merged / "model.safetensors.index.json").exists()
+    assert "sparsity_config" not in (merged / "config.json").read_text()
+    shutil.copy(base / "model.safetensors", merged / "dense.safetensors")
+    check_sparsity(merged, 2, 4)
+    with pytest.raises(ValueError, match="groups have more than 2 of 4"):
+        check_sparsity(base, 2, 4)
+
+
+@pytest.mark.parametrize("output", ["base", "adapter", "."])
+def test_what_is_merged_is_never_overwritten(tmp_path, output):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    get_peft_model(tiny_llama(), MaskProConfig()).save_pretrained(tmp_path / "adapter")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="which would be lost; choose another output folder"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / output, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").touch()
+    with new_folder(tmp_path / "a", overwrite=True) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+    rename = Path.rename
+
+    def fail(self, target):
+        if self.name == "new":
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no"), new_folder(tmp_path / "a", overwrite=True):
+        pass
+    assert [path.name for path in tmp_path.rglob("new")] == ["new"]
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 2), (0, 4), (5, 4), (1, 0)])
+def test_patterns_that_are_none(n, m):
+    with pytest.raises(ValueError, match="is no pattern"):
+        check_sparsity(tiny_llama(), n, m)
 
 
 def test_what_cannot_be_merged_is_refused_before_anything_is_written(tmp_path):

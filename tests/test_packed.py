@@ -4,7 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    pipeline,
+)
 
 from hf_maskpro import MaskProConfig, packed
 from hf_maskpro.packed import PackedLinear, pack, to_packed, unpack
@@ -149,3 +157,13 @@ def test_without_avx512(monkeypatch, tmp_path, compiled):
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(ValueError, match=r"cannot be compiled here: .*this CPU has no AVX-512 with BF16 and VBMI2"):
         packed._library.__wrapped__()
+
+
+def test_a_model_without_its_head(compiled, tmp_path):
+    """Its layers are called without the prefix that the folder's list of dense ones has."""
+    model = merged()
+    ids = torch.arange(2, 10).unsqueeze(0)
+    expected = copy.deepcopy(model).model(input_ids=ids).last_hidden_state
+    to_packed(model, None, tmp_path / "packed")
+    loaded = AutoModel.from_pretrained(tmp_path / "packed")
+    assert torch.allclose(loaded(input_ids=ids).last_hidden_state, expected, atol=0.1)

@@ -76,7 +76,7 @@ def init(
     """Write a one-shot mask as an adapter."""
     method = init_mask(method)
     config = MaskProConfig(n=n, m=m, init_mask=method)
-    deploy.check_free(output, overwrite)
+    deploy.check_free(output, overwrite, model)
     if text is not None:
         read_text(text)
     if source_settings:
@@ -149,7 +149,9 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Tokens from one window to the next: windows do not overlap unless given."),
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text than this, in tokens.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Use no more of the text than this, in tokens.")
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -276,13 +278,14 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Write an ordinary sparse checkpoint, checked."""
-    deploy.check_free(output, overwrite)
+    deploy.check_free(output, overwrite, model, adapter)
     folder = adapter_folder(adapter, revision, subfolder)
     if allow_dense and not isinstance(PeftConfig.from_pretrained(str(folder)), MaskProConfig):
         loaded, tokenizer = load_model(model, gguf_file)
         with deploy.new_folder(output, overwrite) as new:
             load_adapter(loaded, folder).merge_and_unload(safe_merge=True).save_pretrained(new)
             tokenizer.save_pretrained(new)
+            deploy.drop_sparsity_config(new)
         return show({"output": str(output), "pattern": None}, as_json)
     pattern = saved_config(folder).pattern
     with checkpoint(model, gguf_file, output) as base:

@@ -47,7 +47,7 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:
         # PEFT says of everything that goes wrong that it cannot find a file; why is in the cause.
-        causes = [_line(error)] + ([_line(error.__cause__)] if error.__cause__ is not None else [])
+        causes = [_line(error)] + ([_line(error.__cause__)] if isinstance(error.__cause__, OSError) else [])
         typer.echo(f"error: {': '.join(dict.fromkeys(causes))}", err=True)
         sys.exit(1)
 

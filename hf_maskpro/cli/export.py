@@ -6,12 +6,15 @@ import typer
 
 from .. import deploy, packed
 from .. import export as exports
+from ..initialization.sources import saved_config
 from .common import (
     GgufFile,
     Json,
     Model,
     Output,
     Overwrite,
+    Revision,
+    Subfolder,
     adapter_folder,
     checkpoint,
     load_adapter,
@@ -34,25 +37,30 @@ def export(
         str | None,
         typer.Option(help="Mask adapter: a local folder or a Hub id. Without it the model is a merged one."),
     ] = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write a sparse model for another runtime, checked."""
-    deploy.check_free(output, overwrite)
+    deploy.check_free(output, overwrite, model, adapter)
+    masks = None if adapter is None else adapter_folder(adapter, revision, subfolder)
+    if masks is not None:
+        saved_config(masks)
     figures = {"output": str(output), "target": target}
     if target in ("cpu", "onnx"):
         sparse, tokenizer = load_model(model, gguf_file)
-        if adapter is not None:
-            sparse = load_adapter(sparse, adapter_folder(adapter)).merge_and_unload(safe_merge=True)
+        if masks is not None:
+            sparse = load_adapter(sparse, masks).merge_and_unload(safe_merge=True)
         write = packed.to_packed if target == "cpu" else exports.to_onnx
         show(figures | write(sparse, tokenizer, output, overwrite), as_json)
         return
     with checkpoint(model, gguf_file, output) as folder:
         if target == "torchao-fp8":
-            report = exports.to_torchao_fp8(folder, adapter, output, overwrite)
-        elif adapter is None:
+            report = exports.to_torchao_fp8(folder, masks, output, overwrite)
+        elif masks is None:
             raise ValueError("--target dense merges a mask adapter: pass --adapter.")
         else:
-            report = deploy.merge(folder, adapter, output, overwrite)
+            report = deploy.merge(folder, masks, output, overwrite)
     show(figures | {"layers": len(report), "zeros": sum(report.values()) / len(report)}, as_json)

@@ -76,7 +76,7 @@ def train(
     if resume and checkpoint is None:
         raise ValueError(f"{output} has no checkpoint to resume from; drop --resume.")
     if not resume:
-        check_replaceable(output, overwrite)
+        check_replaceable(output, overwrite, model, adapter)
     if adapter is not None and (n, m, init_mask) != (None, None, None):
         raise ValueError("--n, --m and --init-mask are the adapter's own; drop them or drop --adapter.")
     known = MaskProConfig.from_pretrained(checkpoint) if checkpoint else MaskProConfig(init_mask="wanda")
@@ -145,9 +145,9 @@ def save(masked: PeftModel, output: Path) -> None:
             file.replace(output / file.name)
 
 
-def check_replaceable(output: Path, overwrite: bool) -> None:
+def check_replaceable(output: Path, overwrite: bool, *inputs: str | None) -> None:
     """As [`check_free`], for a folder that is set aside until its successor is complete."""
-    check_free(output, overwrite)
+    check_free(output, overwrite, *inputs)
     previous = output.with_name(f"{output.name}.old")
     if overwrite and previous.exists():
         raise ValueError(f"{previous}, set aside by an earlier run, is still there; remove or rename it.")

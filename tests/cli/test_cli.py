@@ -216,6 +216,8 @@ def test_another_methods_adapter_is_merged_when_asked_for(checkpoint, tmp_path):
     get_peft_model(base, LoraConfig(init_lora_weights=False)).save_pretrained(tmp_path / "lora")
     merge = ["merge", "--model", checkpoint, "--adapter", tmp_path / "lora", "--output", tmp_path / "merged"]
     assert "would make it dense again" in fails(*merge)
+    for target in ("cpu", "onnx", "dense"):
+        assert "would make it dense again" in fails("export", "--target", target, *merge[1:])
     assert not (tmp_path / "merged").exists()
     run(*merge, "--allow-dense")
     assert json.loads(run("inspect", tmp_path / "merged", "--json").stdout)["pattern"] is None
