@@ -14,8 +14,8 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", required=True, help="base model: a local folder or a Hub id")
 parser.add_argument("--text", required=True, help="text file to learn from")
 parser.add_argument("--output", required=True, help="folder for the adapter and its checkpoints")
-parser.add_argument("--max-steps", type=int, default=200)
-parser.add_argument("--seq-len", type=int, default=128)
+parser.add_argument("--max-steps", type=int, default=120)
+parser.add_argument("--seq-len", type=int, default=512)
 options = parser.parse_args()
 
 base = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
@@ -31,7 +31,7 @@ arguments = MaskProTrainingArguments(
     output_dir=options.output,
     estimator="simple",
     max_steps=options.max_steps,
-    per_device_train_batch_size=8,
+    per_device_train_batch_size=2,
     logging_steps=10,
     report_to=[],
 )

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from math import exp
+from math import exp, sqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,13 +33,13 @@ from transformers.trainer_utils import SchedulerType, TrainOutput
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from .tuner import SIMPLE_LOGIT_SCALE, MaskProConfig, MaskProLayer, masked_layers
+from .tuner import MaskProConfig, MaskProLayer, masked_layers
 from .tuner.card import CARD_FILE, PLOT, card_for_repository, load_card, save_card
 
 
 logger = logging.get_logger(__name__)
 
-RESIDUAL_LOGIT_SCALE = 10.0
+RESIDUAL_LOGIT_SCALE, SIMPLE_LOGIT_SCALE = 10.0, 6.0
 STATE_NAME = "residual_state.json"
 
 
@@ -61,7 +61,9 @@ class MaskProTrainingArguments(TrainingArguments):
         modules_to_save_learning_rate (`float`, defaults to 5e-5):
             Learning rate of `MaskProConfig.modules_to_save`, a parameter group of their own.
         learning_rate (`float`, *optional*):
-            Default 50 for `residual` (the paper's), 0.3 for `simple`.
+            Default 50 for `residual` (the paper's). For `simple` 0.2 in a run of 120 steps; in shorter ones more, in
+            longer ones less, by the square root of the ratio: in few steps each must be larger for a logit to cross
+            `logit_scale`, in many the noise of each adds up.
         lr_scheduler_type (`str`, *optional*):
             Default `"constant"` for `residual`; for `simple` 10 warm-up steps and a linear decay to a tenth.
         warmup_steps (`float`, *optional*):
@@ -78,7 +80,7 @@ class MaskProTrainingArguments(TrainingArguments):
         default="auto", metadata={"help": "When `residual` computes the loss of the initial mask."}
     )
     modules_to_save_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of modules_to_save."})
-    learning_rate: float | None = field(default=None, metadata={"help": "50 for `residual`, 0.3 for `simple`."})
+    learning_rate: float | None = field(default=None, metadata={"help": "50 for `residual`, 0.2 for `simple`."})
     lr_scheduler_type: str | None = field(default=None, metadata={"help": "constant for `residual`, else linear."})
     warmup_steps: float | None = field(default=None, metadata={"help": "0 for `residual`, up to 10 for `simple`."})
     adam_beta2: float | None = field(default=None, metadata={"help": "0.98 unless given."})
@@ -92,7 +94,9 @@ class MaskProTrainingArguments(TrainingArguments):
             raise ValueError(f"tracker_decay is {self.tracker_decay}, outside 0 to 1; 0.99 is usual.")
         simple = self.estimator == "simple"
         if self.learning_rate is None:
-            self.learning_rate = 0.3 if simple else 50.0
+            # Of a run that is measured in epochs the number of steps is not known here.
+            steps = self.max_steps if self.max_steps > 0 else 120
+            self.learning_rate = 0.2 * sqrt(120 / steps) if simple else 50.0
         if self.warmup_steps is None:
             # In a short run the rest of the schedule needs steps, too.
             short = simple and 0 < self.max_steps < 50

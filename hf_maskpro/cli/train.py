@@ -53,13 +53,13 @@ def train(
     init_mask: Annotated[
         str | None, typer.Option(help="Starting mask, as init's --method: wanda unless given.")
     ] = None,
-    seq_len: Annotated[int, typer.Option(min=2, help="Length of a training window, in tokens.")] = 128,
+    seq_len: Annotated[int, typer.Option(min=2, help="Length of a training window, in tokens.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text than this, in tokens.")] = None,
-    max_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 200,
-    per_device_train_batch_size: Annotated[int, typer.Option(min=1, help="Windows per micro-batch.")] = 8,
+    max_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 120,
+    per_device_train_batch_size: Annotated[int, typer.Option(min=1, help="Windows per micro-batch.")] = 2,
     gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = 1,
-    learning_rate: Annotated[float | None, typer.Option(help="50 for residual, 0.3 for simple unless given.")] = None,
-    logit_scale: Annotated[float | None, typer.Option(help="10 for residual, 5 for simple unless given.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="50 for residual, 0.2 for simple in 120 steps.")] = None,
+    logit_scale: Annotated[float | None, typer.Option(help="10 for residual, 6 for simple unless given.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of masks and data order.")] = 42,
     logging_steps: Annotated[int, typer.Option(min=1, help="Steps between log lines.")] = 10,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,

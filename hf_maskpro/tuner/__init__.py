@@ -1,7 +1,7 @@
 """The PEFT method: configuration, layer, model and registration. The only room that touches PEFT's internals."""
 
 from .config import DATA_FREE, RULES, MaskProConfig, split_init_mask
-from .layer import SIMPLE_LOGIT_SCALE, MaskProLayer, logit_scale
+from .layer import PLAIN_LOGIT_SCALE, MaskProLayer, logit_scale
 from .model import MaskProModel, evaluating, masked_layers, one_adapter
 from .registration import register
 
@@ -10,8 +10,8 @@ register(MaskProConfig, MaskProModel)
 
 __all__ = [
     "DATA_FREE",
+    "PLAIN_LOGIT_SCALE",
     "RULES",
-    "SIMPLE_LOGIT_SCALE",
     "MaskProConfig",
     "MaskProLayer",
     "MaskProModel",

@@ -32,7 +32,7 @@ from ..subset import (
 from .config import DATA_FREE, MaskProConfig
 
 
-SIMPLE_LOGIT_SCALE = 5.0
+PLAIN_LOGIT_SCALE = 5.0
 
 _UNFILLED = 255
 
@@ -83,7 +83,7 @@ def members_first(theta: torch.Tensor) -> torch.Tensor:
 
 def logit_scale(config: MaskProConfig) -> float:
     """`C`, which matters only once theta has moved."""
-    return SIMPLE_LOGIT_SCALE if config.logit_scale is None else config.logit_scale
+    return PLAIN_LOGIT_SCALE if config.logit_scale is None else config.logit_scale
 
 
 def _after_load(layer: "MaskProLayer", incompatible_keys: Any) -> None:
@@ -308,7 +308,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
     def _seed(self, adapter_name: str) -> int:
         config = self.maskpro_config[adapter_name]
         if config.logit_scale is None:
-            config.logit_scale = SIMPLE_LOGIT_SCALE
+            config.logit_scale = PLAIN_LOGIT_SCALE
         # torch's own generator, so that manual_seed and the replay of gradient checkpointing hold.
         return int(torch.randint(2**63 - 1, ()))
 
