@@ -374,7 +374,7 @@ def test_residual_keeps_nothing_of_the_size_of_a_weight(tmp_path, llama):
 
 def test_modules_to_save_have_a_parameter_group_of_their_own(tmp_path, llama):
     model = get_peft_model(llama, MaskProConfig(modules_to_save=["lm_head"]))
-    args = arguments(tmp_path, "simple", max_steps=2, warmup_steps=0)
+    args = arguments(tmp_path, "simple", max_steps=2, warmup_steps=0, learning_rate=0.3)
     trainer = MaskProTrainer(model, args, train_dataset=rows())
     head = model.base_model.model.lm_head.modules_to_save["default"].weight
     before = head.detach().clone()

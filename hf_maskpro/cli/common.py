@@ -55,7 +55,7 @@ def one_line_errors() -> Iterator[None]:
 def _line(error: BaseException) -> str:
     """The line of an error that tells most: of the Hub's it is what the server says, and not the number."""
     if isinstance(error, HfHubHTTPError) and error.server_message:
-        return error.server_message
+        return f"{error.server_message} ({error.response.url})"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0]
 
