@@ -24,7 +24,7 @@ from hf_maskpro.evaluation import windows
 
 BASE: dict[str, Any] = {
     "start": "sparsegpt+swaps",
-    "logit_scale": 5.0,
+    "logit_scale": 6.0,
     "learning_rate": 0.3,
     "batch": 8,
     "seq_len": 128,
@@ -33,22 +33,21 @@ BASE: dict[str, Any] = {
 }
 CHANGES: list[dict[str, Any]] = [
     {},
-    {"batch": 2, "seq_len": 512},
-    {"learning_rate": 0.15},
-    {"logit_scale": 6.0},
-    {"learning_rate": 0.6},
-    {"logit_scale": 4.0},
     {"seed": 1},
     {"seed": 2},
+    {"logit_scale": 5.0},
+    {"logit_scale": 7.0},
+    {"learning_rate": 0.15},
+    {"learning_rate": 0.6},
     {"start": "wanda"},
     {"start": "wanda+swaps"},
+    {"start": "magnitude"},
     {"tokens": 32_768},
+    {"tokens": 131_072},
+    {"batch": 4},
     {"batch": 16},
     {"batch": 4, "seq_len": 256},
-    {"batch": 4},
-    {"start": "sparsegpt"},
-    {"start": "magnitude"},
-    {"tokens": 131_072},
+    {"batch": 2, "seq_len": 512},
 ]
 MAX_TOKENS = 16_384
 # Curves are measured in the windows that learners train on, too.
