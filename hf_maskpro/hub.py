@@ -243,8 +243,8 @@ def record_evaluation(folder: str | Path, dataset: str, metric: str, value: floa
     if not raw.get("lineage"):
         raise ValueError(f"{path} does not say how its mask was made; save the adapter again.")
     stage = raw["lineage"][-1]
-    same = [known for known in stage.get("evaluations", []) if {**known, "value": value} != entry]
-    stage["evaluations"] = [*same, entry]
+    others = [known for known in stage.get("evaluations", []) if {**known, "value": value} != entry]
+    stage["evaluations"] = [*others, entry]
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(raw, indent=2, sort_keys=True), encoding="utf-8")
     temporary.replace(path)

@@ -207,15 +207,15 @@ def evaluate(
     else:
         figures = measure(model, adapter)
         if record:
-            _record(Path(str(adapter)) / (subfolder or ""), figures)
+            _record(Path(str(adapter)) / (subfolder or ""), text, figures)
         show(figures if as_json else _flat(figures), as_json)
 
 
-def _record(folder: Path, figures: dict[str, Any]) -> None:
+def _record(folder: Path, text: Path | None, figures: dict[str, Any]) -> None:
     """Put perplexity and accuracies into an adapter's card."""
-    if "perplexity" in figures:
-        dataset, _, protocol = figures["protocol"].partition(", ")
-        hub.record_evaluation(folder, Path(dataset).name, "perplexity", figures["perplexity"], protocol)
+    if text is not None:
+        protocol = figures["protocol"].removeprefix(f"{text}, ")
+        hub.record_evaluation(folder, text.name, "perplexity", figures["perplexity"], protocol)
     protocol = "lm-evaluation-harness" + (f", {figures['limit']} examples" if "limit" in figures else "")
     for task, scores in figures.get("tasks", {}).items():
         for metric, value in scores.items():
