@@ -171,6 +171,11 @@ class MaskProTrainer(Trainer):
         self._history: dict[str, list[float]] = {"residual": [], "tracker": []}
         self._baselines: torch.Tensor | None = None
 
+    @property
+    def _card_file(self) -> str:
+        """Where PEFT saves the adapter, and so its card: all but `"default"` in a folder of their own."""
+        return CARD_FILE if self.adapter_name == "default" else f"{self.adapter_name}/{CARD_FILE}"
+
     def _thetas(self) -> list[nn.Parameter]:
         return [layer.maskpro_theta[self.adapter_name] for layer in self.layers]
 
@@ -422,7 +427,7 @@ class MaskProTrainer(Trainer):
         """Add to the card that saving the adapter wrote, where a `Trainer` would put a draft in its place."""
         if not self.is_world_process_zero():
             return
-        path = Path(self.args.output_dir) / CARD_FILE
+        path = Path(self.args.output_dir) / self._card_file
         if not path.is_file():
             self.save_model(_internal_call=True)
         card = load_card(path)
@@ -433,12 +438,14 @@ class MaskProTrainer(Trainer):
         card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *more]))
         if self.hub_model_id is not None:
             api = HfApi(token=self.args.hub_token)
-            card = card_for_repository(card, api, self.hub_model_id, CARD_FILE, self.args.hub_revision)
+            card = card_for_repository(card, api, self.hub_model_id, self._card_file, self.args.hub_revision)
         save_card(card, path)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero():
-            shutil.copy(Path(checkpoint_folder) / CARD_FILE, self.args.output_dir)
+            path = Path(self.args.output_dir) / self._card_file
+            path.parent.mkdir(exist_ok=True)
+            shutil.copy(Path(checkpoint_folder) / self._card_file, path)
             self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
 

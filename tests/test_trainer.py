@@ -467,3 +467,10 @@ def test_the_card_tells_of_the_run(tmp_path, llama):
     assert "![The run](learning.png)" in card.text
     training = json.loads((tmp_path / "adapter_config.json").read_text())["lineage"][0]["training"]
     assert training["steps"] == 4
+
+
+def test_the_card_of_an_adapter_with_a_name(tmp_path, llama):
+    model = get_peft_model(llama, MaskProConfig(), adapter_name="mine")
+    trainer = MaskProTrainer(model, arguments(tmp_path, "simple", max_steps=1), train_dataset=rows())
+    trainer.create_model_card(license="mit")
+    assert ModelCard.load(tmp_path / "mine" / "README.md").data.license == "mit"
