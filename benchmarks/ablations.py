@@ -50,8 +50,6 @@ CHANGES: list[dict[str, Any]] = [
     {"batch": 2, "seq_len": 512},
 ]
 MAX_TOKENS = 16_384
-# Curves are measured in the windows that learners train on, too.
-SHORT = 128
 
 
 class Evaluate(TrainerCallback):
@@ -64,6 +62,7 @@ class Evaluate(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in self.steps or state.global_step == state.max_steps:
             self.curve.append({"step": state.global_step, **self.measure()})
+            print(self.curve[-1], file=sys.stderr, flush=True)
 
 
 def worker(
@@ -78,11 +77,9 @@ def worker(
     inputs = windows(tokenizer, calibration, settings["seq_len"], settings["tokens"])
 
     def measure() -> dict[str, float]:
-        how = {"perplexity": (held_out, protocol.SEQ_LEN)}
-        if evaluate_at:
-            how |= {"short_perplexity": (held_out, SHORT), "calibration_perplexity": (calibration, protocol.SEQ_LEN)}
+        texts = {"perplexity": held_out} | ({"calibration_perplexity": calibration} if evaluate_at else {})
         return {
-            name: perplexity(masked, tokenizer, text, seq_len, MAX_TOKENS) for name, (text, seq_len) in how.items()
+            name: perplexity(masked, tokenizer, text, protocol.SEQ_LEN, MAX_TOKENS) for name, text in texts.items()
         }
 
     args = MaskProTrainingArguments(

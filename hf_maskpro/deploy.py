@@ -19,9 +19,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .initialization.sources import Tensors, locate, open_tensors, saved_codes, saved_config
+from .initialization.sources import Tensors, locate, open_tensors, saved_codes
 from .subset import keep_of
-from .tuner import masked_layers
+from .tuner import masked_layers, saved_config
 from .tuner.card import write_merged_card
 from .tuner.layer import MaskProLayer, to_planes
 from .tuner.model import fingerprint

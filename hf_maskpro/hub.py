@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from .subset import check_packed
 from .subset.codec import word_layout
-from .tuner import MaskProConfig
+from .tuner import MaskProConfig, saved_config
 from .tuner.card import CARD_FILE, card_for_repository, load_card, save_card, write_card
 from .tuner.registration import NAME
 
@@ -122,7 +122,7 @@ def read_masks(folder: str | Path) -> tuple[MaskProConfig, dict[str, torch.Tenso
         `ValueError`: if it is not a mask adapter, or anything in it is not as it should be.
     """
     folder = Path(folder)
-    config = read_config(folder / CONFIG_FILE)
+    config = saved_config(folder)
     digits, size = word_layout(config.n, config.m)
     masks = {}
     try:
@@ -139,23 +139,6 @@ def read_masks(folder: str | Path) -> tuple[MaskProConfig, dict[str, torch.Tenso
         raise ValueError(f"{folder / MASK_FILE} is not a file of masks: {error}") from error
     _check_whole(config, masks)
     return config, masks
-
-
-def read_config(path: Path) -> MaskProConfig:
-    """
-    Read a mask adapter's configuration.
-
-    Raises:
-        `ValueError`: if it is not one.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.get("peft_type") != NAME:
-            raise ValueError(f"it is of a {raw.get('peft_type')} adapter")
-        return MaskProConfig.from_pretrained(str(path.parent))
-    # The file is anybody's, and PEFT builds the configuration without looking at types.
-    except Exception as error:
-        raise ValueError(f"{path} is not the configuration of a mask adapter: {error}.") from error
 
 
 def _kind(key: str, config: MaskProConfig) -> str:
@@ -204,7 +187,7 @@ def inspect_adapter(source: str, revision: str | None = None, subfolder: str | N
         config, masks = read_masks(folder)
         layers, size = list(masks), (folder / MASK_FILE).stat().st_size
     else:
-        config = read_config(folder / CONFIG_FILE)
+        config = saved_config(folder)
         header = HfApi().parse_safetensors_file_metadata(source, name, revision=revision)
         layers = [_layer(key) for key in header.tensors if _kind(key, config) == "mask"]
         _check_whole(config, layers)
@@ -251,7 +234,7 @@ def record_evaluation(folder: str | Path, dataset: str, metric: str, value: floa
     with safe_open(folder / MASK_FILE, framework="pt") as tensors:
         own = [key for key in tensors.keys() if ".maskpro_" in key]  # noqa: SIM118, the handle is no dict
         size = sum(tensors.get_tensor(key).nbytes for key in own)
-    write_card(folder, read_config(path), size)
+    write_card(folder, saved_config(folder), size)
 
 
 def _for_masks(own: Callable[..., Any], name: str) -> None:

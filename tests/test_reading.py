@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from hf_maskpro import MaskProConfig
 from hf_maskpro.hub import CONFIG_FILE, MASK_FILE, read_masks
-from hf_maskpro.initialization.sources import saved_config
 from hf_maskpro.subset import keep_of, unpack_codes
 from hf_maskpro.subset.codec import word_layout
 from hf_maskpro.tuner import masked_layers
@@ -171,10 +170,8 @@ def test_a_configuration_of_other_types_is_refused(valid, change):
     files, folder = valid
     (folder / CONFIG_FILE).write_text(json.dumps(json.loads(files[CONFIG_FILE]) | change))
     (folder / MASK_FILE).write_bytes(files[MASK_FILE])
-    with pytest.raises(ValueError, match="is not the configuration of a mask adapter"):
+    with pytest.raises(ValueError, match=r"not the configuration of a mask adapter|not a mask adapter"):
         read_masks(folder)
-    with pytest.raises(ValueError, match=r"adapter_config\.json|which is|is LORA|is a LORA|not a whole number"):
-        saved_config(folder)
 
 
 def test_pickles_are_not_read(checkpoint, tmp_path):

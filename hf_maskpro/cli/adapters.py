@@ -15,8 +15,7 @@ from transformers.utils import find_adapter_config_file
 from .. import deploy, evaluation, hub
 from ..initialization import generated_text, initialize_masks, needs_data, random_windows
 from ..initialization.calibration import SAMPLES, SEQ_LEN, SOURCE_SAMPLES, SOURCE_SEQ_LEN
-from ..initialization.sources import saved_config
-from ..tuner import RULES, MaskProConfig
+from ..tuner import RULES, MaskProConfig, saved_config
 from .common import (
     Dataset,
     GgufFile,

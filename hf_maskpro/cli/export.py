@@ -6,7 +6,7 @@ import typer
 
 from .. import deploy, packed
 from .. import export as exports
-from ..initialization.sources import saved_config
+from ..tuner import saved_config
 from .common import (
     GgufFile,
     Json,

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ..subset import mask_of, mode, mode_codes, pack, unpack, unpack_codes
-from ..tuner import MaskProConfig, MaskProLayer, logit_scale, masked_layers
+from ..tuner import MaskProConfig, MaskProLayer, logit_scale, masked_layers, saved_config
 from ..tuner.layer import to_planes
 
 
@@ -171,22 +171,6 @@ def _adapter_reader(folder: Path, stack: ExitStack, adapter_name: str) -> Reader
         return mask_of(saved_codes(tensors, config, name, layer), config.m).to(layer.get_base_layer().weight.device)
 
     return read
-
-
-def saved_config(folder: Path) -> MaskProConfig:
-    """The configuration of a saved mask adapter."""
-    try:
-        config = MaskProConfig.from_pretrained(str(folder))
-    # PEFT builds it of whatever the file holds, without looking at types.
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/adapter_config.json is not an adapter's configuration: {error}.") from error
-    if not isinstance(config, MaskProConfig):
-        raise ValueError(
-            f"{folder} is a {config.peft_type.value} adapter, not a mask adapter: merged into a sparse model it would "
-            "make it dense again. Merge it into the dense model, then mask the result "
-            "(hf-maskpro merge --allow-dense merges it all the same)."
-        )
-    return config
 
 
 def saved_codes(tensors: Tensors, config: MaskProConfig, name: str, layer: MaskProLayer) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The PEFT method: configuration, layer, model and registration. The only room that touches PEFT's internals."""
 
-from .config import DATA_FREE, RULES, MaskProConfig, split_init_mask
+from .config import DATA_FREE, RULES, MaskProConfig, saved_config, split_init_mask
 from .layer import PLAIN_LOGIT_SCALE, MaskProLayer, logit_scale
 from .model import MaskProModel, evaluating, masked_layers, one_adapter
 from .registration import register
@@ -19,5 +19,6 @@ __all__ = [
     "logit_scale",
     "masked_layers",
     "one_adapter",
+    "saved_config",
     "split_init_mask",
 ]

@@ -6,7 +6,7 @@ from peft import PeftConfig
 
 from ..subset import Distribution
 from .card import write_card
-from .registration import add_peft_type
+from .registration import NAME, add_peft_type
 
 
 FORMAT_VERSION = 1
@@ -251,3 +251,24 @@ class MaskProConfig(PeftConfig):
                 write_card(Path(save_directory), self, self._file_bytes)
         finally:
             self.format_version, self.lineage = version, lineage
+
+
+def saved_config(folder: Path) -> MaskProConfig:
+    """
+    The configuration of a saved mask adapter.
+
+    Raises:
+        `ValueError`: if it is not one.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        kind = MaskProConfig.from_json_file(str(path)).get("peft_type")
+        if kind == NAME:
+            return MaskProConfig.from_pretrained(str(folder))
+    # The file is anybody's, and PEFT builds the configuration without looking at types.
+    except Exception as error:
+        raise ValueError(f"{path} is not the configuration of a mask adapter: {error}.") from error
+    raise ValueError(
+        f"{folder} is a {kind} adapter, not a mask adapter: merged into a sparse model it would make it dense again. "
+        "Merge it into the dense model, then mask the result (hf-maskpro merge --allow-dense merges it all the same)."
+    )
