@@ -180,9 +180,7 @@ def evaluate(
     def measure(base: str, mask: str | None) -> dict[str, Any]:
         loaded, tokenizer = load_model(base, gguf_file if base == model else None)
         if mask is not None:
-            folder = adapter_folder(mask, revision, subfolder)
-            saved_config(folder)
-            loaded = load_adapter(loaded, folder)
+            loaded = load_adapter(loaded, adapter_folder(mask, revision, subfolder))
         figures: dict[str, Any] = {"model": base, "adapter": mask}
         if content is not None:
             protocol = evaluation.protocol(tokenizer, content, seq_len, max_tokens, stride)
@@ -198,16 +196,23 @@ def evaluate(
 
     if compare:
         pairs = _compared(sources or [], model, adapter)
-        _show_side_by_side(sources or [], [measure(*pair) for pair in pairs], as_json)
     elif sources:
         raise ValueError(f"{sources[0]} is one too many: pass --model {sources[0]}, or --compare to compare several.")
     elif model is None:
         raise ValueError("no model to measure: pass --model, or --compare with several.")
     else:
-        figures = measure(model, adapter)
-        if record:
-            _record(Path(str(adapter)) / (subfolder or ""), text, figures)
-        show(figures if as_json else _flat(figures), as_json)
+        pairs = [(model, adapter)]
+    # A wrong adapter is not found out after the others were measured.
+    for _, mask in pairs:
+        if mask is not None:
+            saved_config(adapter_folder(mask, revision, subfolder))
+    results = [measure(*pair) for pair in pairs]
+    if record:
+        _record(Path(str(adapter)) / (subfolder or ""), text, results[0])
+    if compare:
+        _show_side_by_side(sources or [], results, as_json)
+    else:
+        show(results[0] if as_json else _flat(results[0]), as_json)
 
 
 def _record(folder: Path, text: Path | None, figures: dict[str, Any]) -> None:
