@@ -94,6 +94,19 @@ def protocol(
 
 
 @torch.no_grad()
+def check_length(model: torch.nn.Module, seq_len: int) -> None:
+    """
+    Raises:
+        `ValueError`: if windows are longer than the model has positions: learned ones end in an index error there, and
+            rotary ones in a figure that says nothing.
+    """
+    config: Any = model.config
+    # Not every architecture counts positions.
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise ValueError(f"windows of {seq_len:,} tokens exceed the model's {positions:,} positions; lower seq_len.")
+
+
 def perplexity(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -131,8 +144,10 @@ def perplexity(
         `float`: exp of the mean negative log-likelihood per predicted token, which is taken in float32.
 
     Raises:
-        `ValueError`: if the text is shorter than one window, or `stride` or `batch_size` out of range.
+        `ValueError`: if the text is shorter than one window, the model's positions are fewer, or `stride` or
+            `batch_size` out of range.
     """
+    check_length(model, seq_len)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it needs to be at least 1.")
     ids = _tokens(tokenizer, text, seq_len, max_tokens)

@@ -28,7 +28,7 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> 
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=64,
+        max_position_embeddings=2048,
         **options,
     )
     return LlamaForCausalLM(config).to(dtype).eval()

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_maskpro import MaskProConfig, evaluation, perplexity
 from hf_maskpro.evaluation import ZERO_SHOT, find_tasks, protocol, task_scores
 
-from .conftest import tiny_llama
+from .conftest import tiny_gpt2, tiny_llama
 
 
 TEXT = " ".join(f"w{(i * i) % 32}" for i in range(50))
@@ -75,6 +75,8 @@ def test_bad_input(tokenizer):
     for stride in (0, 16):
         with pytest.raises(ValueError, match=f"stride is {stride}, outside 1 to seq_len - 1 = 15"):
             perplexity(tiny_llama(), tokenizer, TEXT, seq_len=16, stride=stride)
+    with pytest.raises(ValueError, match="windows of 128 tokens exceed the model's 64 positions"):
+        perplexity(tiny_gpt2(), tokenizer, TEXT, seq_len=128)
     with pytest.raises(ValueError, match="batch_size is 0"):
         perplexity(tiny_llama(), tokenizer, TEXT, seq_len=16, batch_size=0)
 

@@ -38,6 +38,7 @@ from .common import (
     load_model,
     read_text,
     show,
+    sources_of,
     text_name,
 )
 
@@ -75,7 +76,7 @@ def init(
     """Write a one-shot mask as an adapter."""
     method = init_mask(method)
     config = MaskProConfig(n=n, m=m, init_mask=method)
-    deploy.check_free(output, overwrite, model)
+    deploy.check_free(output, overwrite, model, *sources_of(method, text, dataset))
     if text is not None:
         read_text(text)
     if source_settings:
@@ -87,6 +88,8 @@ def init(
     if with_data and [text is not None, dataset is not None, self_generated].count(True) != 1:
         raise ValueError(f"{method} needs a text: pass one of --text FILE, --dataset NAME and --self-generated.")
     base, tokenizer = load_model(model, gguf_file)
+    if with_data:
+        evaluation.check_length(base, seq_len)
     torch.manual_seed(seed)
     batches: list[dict[str, torch.Tensor]] = []
     if with_data and self_generated:
@@ -120,7 +123,7 @@ def import_masks(
     config = MaskProConfig(n=n, m=m, init_mask=init_mask(source))
     if needs_data(config.init_mask) or config.init_mask in RULES:
         raise ValueError(f"{source} is made from the weights or a text; use hf-maskpro init --method {source}.")
-    deploy.check_free(output, overwrite)
+    deploy.check_free(output, overwrite, model, source)
     base, _ = load_model(model, gguf_file)
     masked = get_peft_model(base, config)
     initialize_masks(masked)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from ..evaluation import windows
 from ..initialization import initialize_masks, needs_data
-from ..tuner import RULES
+from ..tuner import RULES, split_init_mask
 
 
 console = Console()
@@ -141,7 +141,16 @@ def read_text(path: Path) -> str:
 
 def text_name(text: Path | None, dataset: str | None) -> str:
     """A text's name as an adapter records it: without the folders of the machine it was made on."""
-    return text.name if text is not None else str(dataset)
+    if text is not None:
+        return text.name
+    name, colon, config = str(dataset).partition(":")
+    return Path(name).name + colon + config if Path(name).exists() else str(dataset)
+
+
+def sources_of(method: str | None, text: Path | None, dataset: str | None) -> list[str | Path | None]:
+    """What a starting mask is made from, besides the model: none of it may lie in the folder to write."""
+    rule = split_init_mask(method)[0] if method is not None else None
+    return [rule if rule not in RULES else None, text, (dataset or "").partition(":")[0]]
 
 
 def learning_windows(
@@ -170,6 +179,8 @@ def _documents(dataset: str, characters: int) -> Iterator[str]:
     for row in rows:
         if "text" not in row:
             raise ValueError(f"dataset {dataset} has no column 'text', only {', '.join(row)}.")
+        if not row["text"]:
+            continue
         yield row["text"]
         characters -= len(row["text"])
         if characters <= 0:

@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..deploy import check_free
+from ..evaluation import check_length
 from ..initialization import random_windows
 from ..initialization.calibration import SAMPLES, SEQ_LEN
 from ..trainer import MaskProTrainer, MaskProTrainingArguments
@@ -33,6 +34,7 @@ from .common import (
     load_model,
     read_text,
     show,
+    sources_of,
     text_name,
 )
 from .common import init_mask as source_or_rule
@@ -76,7 +78,7 @@ def train(
     if resume and checkpoint is None:
         raise ValueError(f"{output} has no checkpoint to resume from; drop --resume.")
     if not resume:
-        check_replaceable(output, overwrite, model, adapter)
+        check_replaceable(output, overwrite, model, adapter, *sources_of(init_mask, text, dataset))
     if adapter is not None and (n, m, init_mask) != (None, None, None):
         raise ValueError("--n, --m and --init-mask are the adapter's own; drop them or drop --adapter.")
     known = MaskProConfig.from_pretrained(checkpoint) if checkpoint else MaskProConfig(init_mask="wanda")
@@ -104,6 +106,7 @@ def train(
     if text is not None:
         read_text(text)
     base, tokenizer = load_model(model, gguf_file)
+    check_length(base, seq_len)
     inputs = learning_windows(tokenizer, text, dataset, seq_len, max_tokens)
     if adapter is None:
         torch.manual_seed(seed)
@@ -145,7 +148,7 @@ def save(masked: PeftModel, output: Path) -> None:
             file.replace(output / file.name)
 
 
-def check_replaceable(output: Path, overwrite: bool, *inputs: str | None) -> None:
+def check_replaceable(output: Path, overwrite: bool, *inputs: str | Path | None) -> None:
     """As [`check_free`], for a folder that is set aside until its successor is complete."""
     check_free(output, overwrite, *inputs)
     previous = output.with_name(f"{output.name}.old")

@@ -80,6 +80,8 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
     error_left: list[float] = []
 
     def choose(name: str, layer: MaskProLayer, inputs: Inputs | None) -> None:
+        if inputs is not None and not inputs.squares.isfinite().all():
+            raise ValueError(f"{name}: its inputs are not finite; load the model in bfloat16 or float32.")
         weight = layer.out_in(layer.get_base_layer().weight.detach()).float()
         calibration = Calibration(inputs, gradients.pop(name, None))
         mask = _mask_by_rule(rule, weight, calibration, config, name)

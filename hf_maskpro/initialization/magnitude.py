@@ -1,4 +1,4 @@
-"""Magnitude: keep the largest |W_ij|."""
+"""Magnitude (Han et al., 2015, arXiv 1506.02626): keep the largest |W_ij|."""
 
 import torch
 

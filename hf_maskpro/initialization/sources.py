@@ -1,10 +1,12 @@
 """Starting masks that somebody else made: adapters, pruned checkpoints, mask files."""
 
+import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -72,8 +74,12 @@ def _reader(path: Path, stack: ExitStack, layers: dict[str, MaskProLayer], adapt
             raise ValueError(f"{path} has no adapter, no {MASKLLM_FILE} and no safetensors checkpoint.")
         return _parameter_reader(open_tensors(files, stack), adapter_name, _of_zeros, "weight")
     if path.suffix == ".npz":
-        # Without pickles, which numpy would run.
-        arrays = stack.enter_context(np.load(path, allow_pickle=False))
+        file = stack.enter_context(path.open("rb"))
+        try:
+            # Without pickles, which numpy would run.
+            arrays = stack.enter_context(np.lib.npyio.NpzFile(file, allow_pickle=False))
+        except BadZipFile as error:
+            raise ValueError(f"{path} is not a whole .npz file: {error}.") from error
         masks: Tensors = {key.removesuffix(".mask"): partial(_array, arrays, key) for key in arrays.files}
         return _parameter_reader(masks, adapter_name, _of_bits, "mask")
     if path.suffix == ".safetensors":
@@ -93,7 +99,10 @@ def open_tensors(files: list[Path], stack: ExitStack) -> Tensors:
 
 
 def _array(arrays: Any, key: str) -> torch.Tensor:
-    return torch.from_numpy(arrays[key])
+    try:
+        return torch.from_numpy(arrays[key])
+    except (BadZipFile, zlib.error, EOFError, TypeError) as error:
+        raise ValueError(f"the source's entry cannot be read: {error}.") from error
 
 
 def _parameter_reader(

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from shutil import copytree, rmtree
+from shutil import copy, copytree, rmtree
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_maskpro import check_sparsity
 from hf_maskpro.cli import main
+from hf_maskpro.cli.common import load_adapter, load_model
 from hf_maskpro.evaluation import windows
+from hf_maskpro.initialization import random_windows
+
+from ..conftest import tiny_gpt2
+from ..initialization.test_sources import by_parameter, maskllm, masks_of
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -158,10 +163,20 @@ def test_init_on_text_that_the_model_generates(checkpoint, tmp_path):
     }
 
 
-def test_settings_of_the_sources(checkpoint, text, tmp_path):
-    init = ["init", "--model", checkpoint, "--text", text, "--source-settings", "--output", tmp_path / "a"]
-    assert "2000 tokens, fewer than one window of 2048" in fails(*init)
-    assert "drop the one or the other" in fails(*init, "--samples", 8)
+def test_settings_of_the_sources(checkpoint, text, tmp_path, monkeypatch):
+    init = ["init", "--model", checkpoint, "--source-settings", "--output", tmp_path / "a", "--text"]
+    assert "2000 tokens, fewer than one window of 2048" in fails(*init, text)
+    assert "drop the one or the other" in fails(*init, text, "--samples", 8)
+    (tmp_path / "long.txt").write_text(2 * text.read_text())
+    asked = []
+
+    def few_windows(ids, samples, seq_len, seed):
+        asked.append((samples, seq_len))
+        return random_windows(ids, 2, 16, seed)
+
+    monkeypatch.setattr("hf_maskpro.cli.adapters.random_windows", few_windows)
+    run(*init, tmp_path / "long.txt")
+    assert asked == [(128, 2048)]
 
 
 def test_import(checkpoint, adapter, tmp_path, monkeypatch):
@@ -184,6 +199,28 @@ def test_import(checkpoint, adapter, tmp_path, monkeypatch):
         "import", "merged", "--n", 1, "--model", checkpoint, "--output", tmp_path / "c"
     )
     assert not (tmp_path / "c").exists()
+
+
+def test_import_of_files(checkpoint, adapter, tmp_path):
+    masked = load_adapter(load_model(str(checkpoint))[0], adapter)
+    layers = by_parameter(masked, masks_of(masked))
+    save_file(layers, tmp_path / "masks.safetensors")
+    maskllm(tmp_path / "masks.npz", layers)
+    for file in ("masks.safetensors", "masks.npz"):
+        run("import", tmp_path / file, "--model", checkpoint, "--output", tmp_path / file.replace(".", "-"))
+        written = (tmp_path / file.replace(".", "-") / "adapter_model.safetensors").read_bytes()
+        assert written == (adapter / "adapter_model.safetensors").read_bytes()
+    whole = (tmp_path / "masks.npz").read_bytes()
+    for broken in (b"", whole[:-100], whole[: len(whole) // 2], b"nonsense"):
+        (tmp_path / "broken.npz").write_bytes(broken)
+        line = fails("import", tmp_path / "broken.npz", "--model", checkpoint, "--output", tmp_path / "c")
+        assert "broken.npz is not a whole .npz file" in line
+    middle = bytearray(whole)
+    middle[200:260] = bytes(60)
+    (tmp_path / "broken.npz").write_bytes(middle)
+    assert "cannot be read" in fails(
+        "import", tmp_path / "broken.npz", "--model", checkpoint, "--output", tmp_path / "c"
+    )
 
 
 def test_export(checkpoint, adapter, tmp_path):
@@ -263,9 +300,13 @@ def test_residual_lowers_the_training_loss(checkpoint, text, tmp_path):
 def test_a_local_dataset(checkpoint, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
-    (data / "train.jsonl").write_text("\n".join(json.dumps({"text": "w1 w2 w3 w4 " * 10}) for _ in range(20)))
+    (data / "train.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for text in [None, *["w1 w2 w3 w4 " * 10] * 20])
+    )
     run("init", "--model", checkpoint, "--dataset", data, "--seq-len", 16, "--output", tmp_path / "a")
-    assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["lineage"][0]["calibration"] == {"sequences": 128, "tokens": 2048, "text": "data", "seed": 42}
+    assert str(tmp_path) not in (tmp_path / "a" / "README.md").read_text()
 
 
 def test_in_a_process_of_its_own(checkpoint):
@@ -341,6 +382,37 @@ class TestBadInput:
         assert [path.name for path in output.iterdir()] == ["precious"]
         run("init", "--method", "magnitude", "--model", checkpoint, "--output", output, "--overwrite")
         assert not (output / "precious").exists()
+
+    def test_what_is_read_is_not_replaced(self, checkpoint, text, adapter, tmp_path):
+        output = tmp_path / "a"
+        run("import", adapter, "--model", checkpoint, "--output", output)
+        copy(text, output / "text.txt")
+        copytree(checkpoint, output / "base")
+        before = sorted(output.rglob("*"))
+        given = ["--output", output, "--overwrite"]
+        for verb in (
+            ["import", adapter, "--model", output / "base"],
+            ["import", output, "--model", checkpoint],
+            ["init", "--method", output, "--model", checkpoint],
+            ["init", "--method", f"{output}+swaps", "--model", checkpoint, "--text", text],
+            ["init", "--text", output / "text.txt", "--model", checkpoint],
+            ["init", "--dataset", output, "--model", checkpoint],
+            ["train", "--text", output / "text.txt", "--model", checkpoint],
+            ["train", "--init-mask", output, "--text", text, "--model", checkpoint],
+        ):
+            assert "which would be lost" in fails(*verb, *given)
+        assert sorted(output.rglob("*")) == before
+
+    def test_windows_longer_than_the_positions(self, checkpoint, text, tmp_path):
+        tiny_gpt2().save_pretrained(tmp_path / "gpt2")
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "gpt2")
+        given = ["--model", tmp_path / "gpt2", "--text", text]
+        for verb in (
+            ["init", "--output", tmp_path / "a"],
+            ["train", "--output", tmp_path / "a"],
+            ["eval", "--seq-len", 512],
+        ):
+            assert "exceed the model's 64 positions; lower seq_len" in fails(*verb, *given)
 
     def test_altered_adapters(self, checkpoint, text, adapter, tmp_path):
         tensors = load_file(adapter / "adapter_model.safetensors")

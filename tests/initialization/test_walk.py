@@ -134,6 +134,14 @@ def test_bad_input():
         initialize_masks(model, [])
 
 
+@pytest.mark.parametrize("rule", ["wanda", "sparsegpt", "wanda+swaps"])
+def test_inputs_that_overflow_are_refused(rule, ids):
+    base = tiny_llama()
+    base.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj: its inputs are not finite"):
+        initialize_masks(get_peft_model(base, MaskProConfig(init_mask=rule)), batches(ids))
+
+
 SIZES = {
     "vocab_size": 34,
     "hidden_size": 16,
