@@ -463,7 +463,21 @@ class MaskProTrainer(Trainer):
             if mine not in (None, theirs):
                 raise ValueError(f"{name} is {mine}, and {theirs} in {resume_from_checkpoint}; resume with the same.")
         self.config.logit_scale, self.config.start = saved.logit_scale, saved.start
+        # A mask that is no loaded adapter's may not even be there.
+        loaded = self.layers if self.config.awaits_file else []
+        masks = [layer.packed_initial_mask(self.adapter_name).clone() for layer in loaded]
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for layer, mask in zip(loaded, masks, strict=True):
+            if not torch.equal(layer.packed_initial_mask(self.adapter_name), mask):
+                raise ValueError(
+                    f"{resume_from_checkpoint} was begun from another mask than that of the adapter; "
+                    "resume with the adapter that it was begun from."
+                )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed from its last checkpoint, a Trainer would take one step more.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -77,6 +77,8 @@ def train(
     checkpoint = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
     if resume and checkpoint is None:
         raise ValueError(f"{output} has no checkpoint to resume from; drop --resume.")
+    if checkpoint is not None and max_steps < int(checkpoint.rpartition("-")[2]):
+        raise ValueError(f"--max-steps is {max_steps}, and {checkpoint} is beyond it; raise it or drop --resume.")
     if not resume:
         check_replaceable(output, overwrite, model, adapter, *sources_of(init_mask, text, dataset))
     if adapter is not None and (n, m, init_mask) != (None, None, None):

@@ -141,6 +141,35 @@ def test_resuming_with_another_pattern_is_refused(checkpoint, text, tmp_path):
     assert config["lineage"][0]["calibration"]["tokens"] == 128 * 256
 
 
+def test_resuming_another_run_is_refused(checkpoint, text, adapter, tmp_path):
+    run("init", "--model", checkpoint, "--method", "random", "--output", tmp_path / "other")
+    train = ["train", "--model", checkpoint, "--text", text, "--seq-len", 32, "--save-steps", 1, "--json"]
+    train += ["--output", tmp_path / "a", "--adapter"]
+    run(*train, adapter, "--max-steps", 2)
+
+    def files():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")}
+
+    before = files()
+    assert "was begun from another mask" in fails(*train, tmp_path / "other", "--max-steps", 2, "--resume")
+    assert "--max-steps is 1, and" in fails(*train, adapter, "--max-steps", 1, "--resume")
+    assert files() == before
+
+
+def test_a_run_that_has_its_steps_takes_no_more(checkpoint, text, tmp_path):
+    train = ["train", "--model", checkpoint, "--text", text, "--seq-len", 32, "--logit-scale", 2, "--json"]
+    train += ["--max-steps", 2, "--logging-steps", 1, "--output", tmp_path / "a"]
+    first = json.loads(run(*train).stdout.splitlines()[-1])
+    learned = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    again = json.loads(run(*train, "--resume").stdout.splitlines()[-1])
+    assert again["steps"] == 2
+    assert again["loss"] == first["loss"]
+    masks = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert all(torch.equal(masks[name], mask) for name, mask in learned.items())
+    assert not (tmp_path / "a" / "checkpoint-3").exists()
+
+
 @pytest.mark.parametrize("method", ["ria", "sparsegpt", "gblm", "pruner-zero", "magnitude+swaps"])
 def test_init_by_every_rule(checkpoint, text, tmp_path, method):
     init = ["init", "--model", checkpoint, "--text", text, "--seq-len", 16, "--samples", 8]
