@@ -242,8 +242,9 @@ class MaskProConfig(PeftConfig):
         version, lineage = self.format_version, self.lineage
         if self._groups_changed is not None:
             self.format_version = FORMAT_VERSION
-            moved = self.start["init_mask"] != "adapter" or any(self._groups_changed.values())
-            self.lineage = self._earlier + [{**self.start, "groups_changed": self._groups_changed}] * moved
+            # An adapter that was loaded and is saved again as it was has no further stage.
+            passed = self.start != {"init_mask": "adapter"} or any(self._groups_changed.values())
+            self.lineage = self._earlier + [{**self.start, "groups_changed": self._groups_changed}] * passed
         try:
             super().save_pretrained(save_directory, **kwargs)
             if self._groups_changed is not None:

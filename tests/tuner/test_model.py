@@ -183,6 +183,22 @@ def test_file_is_small_and_config_tells_the_rest(saved):
     assert all(share > 0 for share in stage["groups_changed"].values())
 
 
+def test_lineage_keeps_a_training_that_changed_nothing(saved, base_folder, tmp_path):
+    folder, _ = saved
+    for name in ("first", "again"):
+        base = AutoModelForCausalLM.from_pretrained(base_folder)
+        model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+        config = model.peft_config["default"]
+        config.save_logits = True
+        config.start.setdefault("training", {"steps": 3})
+        model.save_pretrained(tmp_path / name)
+        folder = tmp_path / name
+        lineage = json.loads((folder / "adapter_config.json").read_text())["lineage"]
+        assert [stage["init_mask"] for stage in lineage] == ["magnitude", "adapter"]
+        assert lineage[1]["training"] == {"steps": 3}
+        assert not any(lineage[1]["groups_changed"].values())
+
+
 def test_lineage_follows_an_adapter_through_its_stages(saved, base_folder, tmp_path):
     folder, _ = saved
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder, is_trainable=True)
