@@ -1,7 +1,7 @@
 """
 Every one-shot rule, and both learners from the best of them, on one model, text and protocol. Each row is made by the
 command line in a process of its own. Rows that are in the file of results are not made again, so an interrupted call
-goes on where it stopped.
+goes on where it stopped; those of learners are if their budget was another.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def evaluate(base: str, held_out: Path, max_tokens: int, adapter: Path | None) -
     return json.loads(output)["perplexity"], peak
 
 
-def bits(base: str, adapter: Path | None) -> float | None:
+def bits(adapter: Path | None) -> float | None:
     if adapter is None:
         return None
     return json.loads(run(["inspect", str(adapter), "--json"])[0])["bits_per_weight"]
@@ -66,14 +67,23 @@ def one_shot(method: str, base: str, work: Path) -> tuple[Path, dict[str, Any]]:
     return adapter, {"seconds": seconds, "peak_bytes": peak, "steps": 0, "error_left": lineage.get("error_left")}
 
 
-def learned(estimator: str, start: Path, base: str, work: Path, steps: int) -> tuple[Path, dict[str, Any]]:
-    adapter = work / estimator
-    command = ["train", "--model", base, "--adapter", str(start), "--estimator", estimator, "--output", str(adapter)]
-    command += ["--text", str(work / "calibration.txt"), "--max-steps", str(steps), "--json"]
-    command += ["--logging-steps", str(min(10, steps))]
+def learned(estimator: str, method: str, base: str, work: Path, budget: float) -> tuple[Path, dict[str, Any]]:
+    start = work / method
+    # Its row may come from elsewhere.
+    if not start.is_dir():
+        one_shot(method, base, work)
+    # Of this estimator, start and budget alone, so that nothing else is resumed.
+    folder = work / f"{estimator} from {method} in {budget} seconds"
+    folder.mkdir(exist_ok=True)
+    adapter, planned, spent = folder / "adapter", folder / "steps.json", folder / "seconds.json"
+    command = ["train", "--model", base, "--adapter", str(start), "--estimator", estimator, "--json"]
+    command += ["--text", str(work / "calibration.txt")]
+    if not planned.is_file():
+        planned.write_text(json.dumps(steps_within(budget, command, folder)))
+    steps = json.loads(planned.read_text())
+    command += ["--output", str(adapter), "--max-steps", str(steps), "--logging-steps", str(min(10, steps))]
     command += ["--resume"] if list(adapter.glob("checkpoint-*")) else ["--overwrite"]
     # What was spent before an interruption counts.
-    spent = work / f"{estimator}-seconds.json"
     before = json.loads(spent.read_text()) if spent.is_file() else 0.0
     begun = time.perf_counter()
     try:
@@ -81,8 +91,19 @@ def learned(estimator: str, start: Path, base: str, work: Path, steps: int) -> t
     finally:
         seconds = before + time.perf_counter() - begun
         spent.write_text(json.dumps(seconds))
-    figures = json.loads(output.splitlines()[-1])
-    return adapter, {"seconds": seconds, "peak_bytes": peak, "steps": steps, "changed": figures["changed"]}
+    training = json.loads((adapter / "adapter_config.json").read_text())["lineage"][-1]["training"]
+    figures = {"seconds": seconds, "peak_bytes": peak, "steps": steps, "budget_seconds": budget, "training": training}
+    return adapter, figures | {"changed": json.loads(output.splitlines()[-1])["changed"]}
+
+
+def steps_within(budget: float, command: list[str], work: Path) -> int:
+    """How many steps the budget holds, by the difference of two short trials after one that compiles."""
+    taken = []
+    for steps in (2, 2, 10):
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            output, _, _ = run([*command, "--max-steps", str(steps), "--output", f"{folder}/trial"])
+        taken.append(json.loads(output.splitlines()[-1])["seconds"])
+    return max(1, int((budget - taken[1]) / (taken[2] - taken[1]) * 8))
 
 
 def main() -> None:
@@ -103,49 +124,32 @@ def main() -> None:
     described = protocol.describe(args.text, args.model, args.max_tokens)
     rows = protocol.read(args.results, described)
 
-    def add(method: str, make) -> None:
-        if any(row["method"] == method for row in rows):
+    def add(method: str, make, budget: float | None = None) -> None:
+        same = [row for row in rows if row["method"] == method]
+        if any(row.get("budget_seconds") == budget for row in same):
             return
         print(method, file=sys.stderr)
         adapter, figures = make()
         value, peak = evaluate(base, held_out, args.max_tokens, adapter)
         figures = {"peak_bytes": peak, "seconds": 0.0, "steps": 0} | figures
-        row = {"method": method, "perplexity": value, "bits_per_weight": bits(base, adapter), **figures}
-        rows.append(row | {"protocol": described})
+        row = {"method": method, "perplexity": value, "bits_per_weight": bits(adapter), **figures}
+        rows[:] = [other for other in rows if other not in same] + [row | {"protocol": described}]
         protocol.write(args.results, rows)
 
     add("dense", lambda: (None, {}))
     for method in (*RULES, *REFINED):
         add(method, lambda method=method: one_shot(method, base, args.work))
-    best = min((row for row in rows if row["steps"] == 0 and row["method"] != "dense"), key=lambda r: r["perplexity"])
+    starts = [row for row in rows if row["method"] in (*RULES, *REFINED)]
+    best = min(starts, key=lambda row: row["perplexity"])["method"]
     for estimator in ("simple", "residual"):
-        name = f"{estimator} from {best['method']}"
-        if not any(row["method"] == name for row in rows):
-            steps = planned_steps(estimator, args.work / best["method"], base, args.work, args.seconds)
-            start = args.work / best["method"]
-            add(name, lambda e=estimator, s=steps, a=start: learned(e, a, base, args.work, s))
+        make = partial(learned, estimator, best, base, args.work, args.seconds)
+        add(f"{estimator} from {best}", make, args.seconds)
     plot(rows, args.plot)
     if args.json:
         print(json.dumps(rows))
         return
     print(described + "\n")
     print(table(rows))
-
-
-def planned_steps(estimator: str, start: Path, base: str, work: Path, seconds: float) -> int:
-    """How many steps the budget holds, by the difference of two short trials after one that compiles."""
-    planned = work / f"{estimator}-steps.json"
-    if not planned.is_file():
-        taken = []
-        for steps in (2, 2, 10):
-            command = ["train", "--model", base, "--adapter", str(start), "--estimator", estimator, "--json"]
-            command += ["--text", str(work / "calibration.txt"), "--max-steps", str(steps)]
-            with tempfile.TemporaryDirectory(dir=work) as folder:
-                output, _, _ = run([*command, "--output", f"{folder}/trial"])
-            taken.append(json.loads(output.splitlines()[-1])["seconds"])
-        step = (taken[2] - taken[1]) / 8
-        planned.write_text(json.dumps(max(1, int((seconds - taken[1]) / step))))
-    return json.loads(planned.read_text())
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
