@@ -112,6 +112,16 @@ def worker(
     result.write_text(json.dumps(row))
 
 
+def setting(entry: str) -> tuple[str, Any]:
+    try:
+        name, value = entry.split("=", 1)
+        return name, type(BASE[name] or 0)(value)
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"{entry!r} is no setting; name one of {', '.join(BASE)}, as in batch=8 or start=wanda."
+        ) from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, required=True, help="WikiText-2's raw text")
@@ -121,7 +131,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--evaluate-at", type=int, nargs="*", default=[], help="further steps to measure at")
     parser.add_argument("--base-only", action="store_true", help="the settings that the others are changed from")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="one run with these settings")
+    parser.add_argument(
+        "--set", type=setting, nargs="*", default=[], metavar="NAME=VALUE", help="one run with these settings"
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON, not as a table")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -133,10 +145,7 @@ def main() -> None:
     base = protocol.prepare(args.text, args.model, args.work)
     changes = CHANGES[:1] if args.base_only else CHANGES
     if args.set:
-        pairs = [entry.split("=") for entry in args.set]
-        if unknown := {name for name, _ in pairs} - set(BASE):
-            parser.error(f"--set knows {', '.join(BASE)}, not {unknown.pop()}.")
-        changes = [{name: type(BASE[name] or 0)(value) for name, value in pairs}]
+        changes = [dict(args.set)]
     described = protocol.describe(args.text, args.model, MAX_TOKENS)
     rows = protocol.read(args.results, described)
     for change in changes:

@@ -47,12 +47,12 @@ def describe(text: Path, model: str | None, max_tokens: int) -> str:
     )
 
 
-def start(base: str, method: str, work: Path, *options: str) -> Path:
+def start(base: str, method: str, work: Path) -> Path:
     """The one-shot mask of a rule as an adapter, made unless it is there."""
     folder = work / "starts" / method
     if not folder.is_dir():
         command = [sys.executable, "-m", "hf_maskpro.cli", "init", "--model", base, "--method", method]
-        command += ["--output", str(folder), *options]
+        command += ["--output", str(folder)]
         if method not in ("magnitude", "random"):
             command += ["--text", str(work / "calibration.txt")]
         subprocess.run(command, check=True, env=KEEP_MEMORY | os.environ)
