@@ -1,0 +1,206 @@
+"""The scripts of `benchmarks/`, whose rows cost minutes to hours each: which are made, and which are kept."""
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from shutil import rmtree
+
+import ablations
+import leaderboard
+import protocol
+import pytest
+
+
+PERPLEXITIES = {"wanda": 60.0, "sparsegpt+swaps": 50.0, "adapter": 30.0}
+
+
+class CommandLine:
+    """Stands in for `hf-maskpro`: notes its calls, and leaves behind what the scripts read. A step takes 0.5 s."""
+
+    def __init__(self):
+        self.calls: list[list[str]] = []
+        self.interrupt_at = ""
+
+    def __call__(self, arguments):
+        options = dict(pairwise(arguments))
+        if self.interrupt_at and self.interrupt_at in " ".join(arguments):
+            if arguments[0] == "train":
+                (Path(options["--output"]) / "checkpoint-50").mkdir(parents=True)
+            raise KeyboardInterrupt
+        self.calls.append(arguments)
+        figures = {"bits_per_weight": 0.67}
+        if arguments[0] == "eval":
+            name = Path(options["--adapter"]).name if "--adapter" in options else "dense"
+            figures = {"perplexity": PERPLEXITIES.get(name, 100.0)}
+        elif arguments[0] in ("init", "train"):
+            folder = Path(options["--output"])
+            folder.mkdir(parents=True, exist_ok=True)
+            steps = int(options.get("--max-steps", 0))
+            (folder / "adapter_config.json").write_text(json.dumps({"lineage": [{"training": {"steps": steps}}]}))
+            figures = {"seconds": 1 + steps / 2, "changed": 0.1}
+        return json.dumps(figures), 1.0, 2**20
+
+    def trained(self):
+        """What was trained, but for the trials."""
+        return [arguments for arguments in self.calls if arguments[0] == "train" and "--logging-steps" in arguments]
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    stand_in = CommandLine()
+    monkeypatch.setattr(leaderboard, "run", stand_in)
+    monkeypatch.setattr(leaderboard, "plot", lambda rows, path: None)
+    return stand_in
+
+
+@pytest.fixture
+def make(commands, monkeypatch, tmp_path):
+    """Run the leaderboard; returns its rows by method."""
+    text = tmp_path / "wiki.txt"
+    text.write_text("".join(f"line {i}\n" for i in range(100)))
+    results = tmp_path / "results.json"
+
+    def make(*options, seconds=100):
+        commands.calls.clear()
+        argv = ["--text", text, "--model", "me/model", "--work", tmp_path / "work", "--results", results]
+        monkeypatch.setattr(sys, "argv", ["leaderboard.py", *map(str, [*argv, "--seconds", seconds, *options])])
+        leaderboard.main()
+        rows = json.loads(results.read_text())
+        known = {row["method"]: row for row in rows}
+        assert len(known) == len(rows)
+        return known
+
+    return make
+
+
+def test_an_interrupted_leaderboard_goes_on(make, commands, tmp_path):
+    commands.interrupt_at = "init --model me/model --method ria"
+    with pytest.raises(KeyboardInterrupt):
+        make()
+    made = ["dense", "magnitude", "random", "wanda"]
+    assert [row["method"] for row in json.loads((tmp_path / "results.json").read_text())] == made
+    commands.interrupt_at = ""
+    rows = make()
+    again = [arguments[arguments.index("--method") + 1] for arguments in commands.calls if arguments[0] == "init"]
+    assert again == ["ria", "sparsegpt", "gblm", "pruner-zero", "wanda+swaps", "sparsegpt+swaps"]
+    assert list(rows) == [*made, *again, "simple from sparsegpt+swaps", "residual from sparsegpt+swaps"]
+    assert make() == rows
+    assert commands.calls == []
+
+
+def test_an_interrupted_learner_goes_on(make, commands, tmp_path):
+    commands.interrupt_at = "--max-steps 196"
+    with pytest.raises(KeyboardInterrupt):
+        make()
+    commands.interrupt_at = ""
+    (spent,) = (tmp_path / "work").glob("*/seconds.json")
+    spent.write_text("80")
+    row = make()["simple from sparsegpt+swaps"]
+    simple, residual = commands.trained()
+    assert "--resume" in simple
+    assert "--resume" not in residual
+    assert len([arguments for arguments in commands.calls if arguments[0] == "train"]) == 1 + 3 + 1
+    assert 80 < row["seconds"] < 85
+    # (100 s - 2 s of two steps) / 0.5 s.
+    assert row["steps"] == 196
+    assert row["budget_seconds"] == 100
+    assert row["training"] == {"steps": 196}
+
+
+def test_another_budget_makes_the_learners_anew(make, commands, tmp_path):
+    first = make()
+    (tmp_path / "work" / "simple from sparsegpt+swaps in 100.0 seconds" / "adapter" / "checkpoint-196").mkdir()
+    second = make(seconds=200)
+    learners = {name for name in first if " from " in name}
+    assert {name: row for name, row in first.items() if name not in learners} == {
+        name: row for name, row in second.items() if name not in learners
+    }
+    assert not any(arguments[0] == "init" for arguments in commands.calls)
+    assert not any("--resume" in arguments for arguments in commands.trained())
+    # Though what was learned is better than any start.
+    assert (
+        learners
+        == {name for name in second if " from " in name}
+        == {
+            "simple from sparsegpt+swaps",
+            "residual from sparsegpt+swaps",
+        }
+    )
+    for name in learners:
+        assert second[name]["perplexity"] == 30
+        assert second[name]["budget_seconds"] == 200
+        assert second[name]["steps"] == second[name]["training"]["steps"] == 396
+
+
+def test_a_start_that_is_not_there_is_made_again(make, commands, tmp_path):
+    first = make()
+    rmtree(tmp_path / "work")
+    second = make(seconds=200)
+    (init,) = (arguments for arguments in commands.calls if arguments[0] == "init")
+    assert str(tmp_path / "work" / "sparsegpt+swaps") in init
+    assert second["sparsegpt+swaps"] == first["sparsegpt+swaps"]
+
+
+def test_results_of_another_protocol_are_not_mixed(make, commands, tmp_path):
+    make()
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(SystemExit, match=r"results\.json was obtained by another protocol: me/model on .* 16,384 tok"):
+        make("--max-tokens", 512)
+    assert commands.calls == []
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_the_text_is_split_once(tmp_path):
+    lines = [f"Line {i} : a well @-@ known 1 @,@ 024 and 3 @.@ 5 , <unk> .\n" for i in range(50)]
+    (tmp_path / "wiki.txt").write_text("".join(lines))
+    calibration, held_out = protocol.split(tmp_path / "wiki.txt")
+    whole = "".join(f"Line {i} : a well-known 1,024 and 3.5 , <unk> .\n" for i in range(50))
+    assert calibration + held_out == whole
+    assert held_out[0] == "\n"
+    assert 0 <= len(calibration) - 0.8 * len(whole) < len(lines[0])
+
+
+def test_interrupted_ablations_go_on(monkeypatch, tmp_path, capsys):
+    runs = []
+
+    def run(command, **options):
+        job = json.loads(command[command.index("--worker") + 1])
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        runs.append(job["settings"])
+        figures = {"steps": 50, "training_tokens": 4096, "changed": 0.1, "perplexity": 40.0}
+        Path(job["result"]).write_text(json.dumps(job["settings"] | figures))
+
+    monkeypatch.setattr(ablations.subprocess, "run", run)
+    monkeypatch.setattr(protocol, "start", lambda base, method, work: work / method)
+    (tmp_path / "wiki.txt").write_text("line\n" * 100)
+    argv = ["--text", tmp_path / "wiki.txt", "--model", "me/model", "--work", tmp_path / "work"]
+    argv += ["--results", tmp_path / "results.json", "--json"]
+    monkeypatch.setattr(sys, "argv", ["ablations.py", *map(str, argv)])
+    with pytest.raises(KeyboardInterrupt):
+        ablations.main()
+    assert runs == [ablations.BASE | change for change in ablations.CHANGES[:2]]
+    made = runs.copy()
+    runs[:] = [None] * 3
+    ablations.main()
+    assert made + runs[3:] == [ablations.BASE | change for change in ablations.CHANGES]
+    assert len(json.loads(capsys.readouterr().out)) == len(ablations.CHANGES)
+
+
+@pytest.mark.parametrize("wrong", ["foo", "start", "width=3", "batch=many", "tokens="])
+def test_a_wrong_setting_of_the_ablations(monkeypatch, capsys, wrong):
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "--text", "absent.txt", "--set", "batch=4", wrong])
+    with pytest.raises(SystemExit):
+        ablations.main()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: argument --set: {wrong!r} is no setting; name one of start, logit_scale" in last
+
+
+def test_settings_of_the_ablations_have_the_type_of_the_default():
+    entries = ["start=wanda", "logit_scale=5", "batch=4", "tokens=32768"]
+    settings = dict(map(ablations.setting, entries))
+    assert settings == {"start": "wanda", "logit_scale": 5.0, "batch": 4, "tokens": 32_768}
+    assert {name: type(value) for name, value in settings.items()} == {
+        "start": str, "logit_scale": float, "batch": int, "tokens": int,
+    }  # fmt: skip
