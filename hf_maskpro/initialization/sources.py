@@ -127,7 +127,7 @@ def _parameter_reader(
         if not fits.all():
             raise ValueError(
                 f"{key}: {int((~fits).sum()):,} of {kept.numel():,} groups do not keep {config.n} of {config.m}; "
-                "pass the n and m of the source."
+                "pass the n and m that the source was pruned to."
             )
         # Where a pruned group has fewer weights left, it may have kept a zero; else the largest of the dropped joins.
         size = to_planes(layer.out_in(weight.detach()), config.m).float().abs()
