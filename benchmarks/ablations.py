@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import protocol
 import torch
 from transformers import TrainerCallback
 
+import protocol
 from hf_maskpro import MaskProTrainer, MaskProTrainingArguments, perplexity
 from hf_maskpro.cli.common import load_adapter, load_model
 from hf_maskpro.evaluation import windows

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import protocol
-
 from hf_maskpro.tuner import RULES
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import ForgetFirstStep, forget_peak, peak_bytes
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
 from hf_maskpro.tuner import MaskProLayer
+from memory import ForgetFirstStep, forget_peak, peak_bytes
 
 
 PARTS = ("forward", "sample and apply", "update", "baseline", "everything else")

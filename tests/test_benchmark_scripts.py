@@ -6,10 +6,11 @@ from itertools import pairwise
 from pathlib import Path
 from shutil import rmtree
 
+import pytest
+
 import ablations
 import leaderboard
 import protocol
-import pytest
 
 
 PERPLEXITIES = {"wanda": 60.0, "sparsegpt+swaps": 50.0, "adapter": 30.0}
