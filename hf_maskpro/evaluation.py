@@ -93,7 +93,6 @@ def protocol(
     return f"{kind}, {spans[-1][-1]} tokens"
 
 
-@torch.no_grad()
 def check_length(model: torch.nn.Module, seq_len: int) -> None:
     """
     Raises:
@@ -107,6 +106,7 @@ def check_length(model: torch.nn.Module, seq_len: int) -> None:
         raise ValueError(f"windows of {seq_len:,} tokens exceed the model's {positions:,} positions; lower seq_len.")
 
 
+@torch.no_grad()
 def perplexity(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,

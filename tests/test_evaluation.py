@@ -43,6 +43,14 @@ def test_perplexity_equals_its_definition(tokenizer, stride, tokens):
     assert perplexity(model, tokenizer, TEXT, 16, tokens, stride=stride) == pytest.approx(expected, rel=1e-6)
 
 
+def test_perplexity_records_no_graph(tokenizer):
+    model, recorded = tiny_llama(), []
+    model.register_forward_pre_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
+    perplexity(model, tokenizer, TEXT, seq_len=16)
+    assert recorded
+    assert not any(recorded)
+
+
 def test_protocols_differ(tokenizer):
     apart, overlapping = (perplexity(tiny_llama(), tokenizer, TEXT, 16, stride=stride) for stride in (None, 8))
     assert abs(apart / overlapping - 1) > 1e-4
