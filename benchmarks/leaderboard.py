@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     dense = next(row["perplexity"] for row in rows if row["method"] == "dense")
     axes.axhline(dense, linestyle="--", color="gray", label="dense")
-    for row, marker in zip(rows[1:], "os^vD<>pP*Xh", strict=False):
+    for row, marker in zip(rows[1:], cycle("os^vD<>pP*Xh"), strict=False):
         # What has collapsed would hide the differences between the others.
         if row["perplexity"] < 20 * dense:
             axes.scatter(row["seconds"], row["perplexity"], marker=marker, label=row["method"], s=60)

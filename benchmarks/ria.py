@@ -1,6 +1,6 @@
 """
 Why RIA falls behind Wanda at 2:4: its two differences, the power of the input norm and the balance of columns, apart.
-Its other balance, that of rows, divides all members of a group by one number and changes no mask.
+Its other balance, that of rows, divides all members of a group by one number and changes no mask by itself.
 """
 
 import argparse

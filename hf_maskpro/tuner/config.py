@@ -264,6 +264,8 @@ def saved_config(folder: Path) -> MaskProConfig:
     path = folder / "adapter_config.json"
     try:
         kind = MaskProConfig.from_json_file(str(path)).get("peft_type")
+        if kind is None:
+            raise ValueError("it has no peft_type")
         if kind == NAME:
             return MaskProConfig.from_pretrained(str(folder))
     # The file is anybody's, and PEFT builds the configuration without looking at types.
