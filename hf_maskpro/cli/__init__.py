@@ -7,7 +7,7 @@ from logging import ERROR, getLogger
 import typer
 from transformers.utils import logging
 
-from . import adapters, bench, export, quickstart, train
+from . import bench, evaluate, export, import_masks, init, inspect, merge, push, quickstart, train
 from .common import one_line_errors
 
 
@@ -19,14 +19,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(quickstart.quickstart)
-app.command()(adapters.init)
-app.command("import")(adapters.import_masks)
+app.command()(init.init)
+app.command("import")(import_masks.import_masks)
 app.command()(train.train)
-app.command("eval")(adapters.evaluate)
-app.command()(adapters.merge)
+app.command("eval")(evaluate.evaluate)
+app.command()(merge.merge)
 app.command()(export.export)
-app.command()(adapters.inspect)
-app.command()(adapters.push)
+app.command()(inspect.inspect)
+app.command()(push.push)
 app.command()(bench.bench)
 
 

@@ -9,7 +9,7 @@ import torch
 import typer
 from rich.table import Table
 
-from .. import benchmark
+from ..deploy import bench as benchmark
 from .common import Json, console, load_model
 
 

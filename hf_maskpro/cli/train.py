@@ -12,9 +12,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..deploy import check_free
 from ..evaluation import check_length
-from ..initialization import random_windows
-from ..initialization.calibration import SAMPLES, SEQ_LEN
-from ..trainer import MaskProTrainer, MaskProTrainingArguments
+from ..learning import MaskProTrainer, MaskProTrainingArguments
+from ..starts import random_windows
+from ..starts.calibration import SAMPLES, SEQ_LEN
 from ..tuner import MaskProConfig
 from ..tuner.card import CARD_FILE, PLOT
 from .common import (

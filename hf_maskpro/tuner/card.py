@@ -1,9 +1,10 @@
-"""The model cards of a mask adapter and of a merged checkpoint, made from the adapter's configuration alone."""
+"""The model card of a mask adapter, made from the configuration that was saved beside it, and as it is pushed."""
 
+import json
 import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
@@ -13,46 +14,33 @@ from jinja2 import Environment
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-if TYPE_CHECKING:
-    from .config import MaskProConfig
-
-
 # What is between them is made anew with every save; what a user writes around them stays.
 BEGIN, END = "<!-- made by hf_maskpro: begin -->", "<!-- made by hf_maskpro: end -->"
-CARD_FILE, PLOT = "README.md", "learning.png"
+CARD_FILE, PLOT, CONFIG_FILE = "README.md", "learning.png", "adapter_config.json"
 REPO = "user/repo"
 
+# What an `adapter_config.json` holds.
+Saved = dict[str, Any]
 
-def write_card(folder: Path, config: "MaskProConfig", file_bytes: int) -> None:
+
+def write_card(folder: Path, file_bytes: int) -> None:
     """
     Write the `README.md` of a saved mask adapter; the text that a user has put into one stays.
 
     Args:
         folder (`Path`): Where `adapter_config.json` is.
-        config ([`MaskProConfig`]): As it was saved.
         file_bytes (`int`): Bytes of the saved masks and logits.
 
     Raises:
         `ValueError`: if there is a `README.md` that is no model card.
     """
+    saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     card = load_card(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else ModelCard("---\n{}\n---\n")
-    _describe(cast(ModelCardData, card.data), config)
+    _describe(cast(ModelCardData, card.data), saved)
     before, _, after = split_card(card.text)
-    body = _render("card.md", config, **_adapter_facts(folder, config, file_bytes))
+    body = render(Path(__file__).with_name("card.md"), saved, **_adapter_facts(folder, saved, file_bytes))
     card.text = f"{before}{BEGIN}\n\n{body}\n{END}{after}"
     save_card(card, folder / CARD_FILE)
-
-
-def write_merged_card(folder: Path, config: "MaskProConfig") -> None:
-    """Write the card of a checkpoint into which a mask adapter was merged."""
-    data = ModelCardData(
-        base_model=hub_id(config.base_model_name_or_path),
-        library_name="transformers",
-        pipeline_tag="text-generation" if _is_causal(config) else None,
-        tags=["maskpro", "n-m-sparsity", config.pattern],
-    )
-    body = _render("merged_card.md", config, layers=len(_last_stage(config)["groups_changed"]))
-    save_card(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{BEGIN}\n\n{body}\n{END}\n"), folder / CARD_FILE)
 
 
 def load_card(path: Path) -> ModelCard:
@@ -89,8 +77,8 @@ def card_for_repository(card: ModelCard, api: HfApi, repo_id: str, name: str, re
     subfolder = name.rpartition("/")[0] or None
     for auto_class in ("AutoPeftModelForCausalLM", "AutoPeftModel"):
         base = card.data.get("base_model")
-        lines = _loading(base, REPO, None, auto_class)
-        card.text = card.text.replace(lines, _loading(base, repo_id, subfolder, auto_class))
+        lines = loading_lines(base, REPO, None, auto_class)
+        card.text = card.text.replace(lines, loading_lines(base, repo_id, subfolder, auto_class))
     arguments = f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder else "")
     card.text = card.text.replace(f'from_pretrained("{REPO}"', f"from_pretrained({arguments}")
     try:
@@ -135,16 +123,16 @@ def _tags(ours: list[str], others: list[str]) -> list[str]:
     return list(dict.fromkeys([*ours, *(tag for tag in others if not re.fullmatch(r"\d+:\d+", tag))]))
 
 
-def _describe(data: ModelCardData, config: "MaskProConfig") -> None:
+def _describe(data: ModelCardData, saved: Saved) -> None:
     data.library_name = "peft"
-    data.base_model = hub_id(config.base_model_name_or_path) or data.base_model
+    data.base_model = hub_id(saved["base_model_name_or_path"]) or data.base_model
     data["base_model_relation"] = "adapter"
-    if _is_causal(config):
+    if is_causal(saved):
         data.pipeline_tag = "text-generation"
-    data.tags = _tags(["peft", "maskpro", "n-m-sparsity", config.pattern], data.tags or [])
-    evaluations = _last_stage(config).get("evaluations", [])
+    data.tags = _tags(["peft", "maskpro", "n-m-sparsity", pattern_of(saved)], data.tags or [])
+    evaluations = last_stage(saved).get("evaluations", [])
     # Earlier results were of the mask that was here before.
-    data.model_name = f"{config.pattern} mask" if evaluations else None
+    data.model_name = f"{pattern_of(saved)} mask" if evaluations else None
     data.eval_results = [
         EvalResult(
             task_type="text-generation",
@@ -158,24 +146,29 @@ def _describe(data: ModelCardData, config: "MaskProConfig") -> None:
     ] or None
 
 
-def _is_causal(config: "MaskProConfig") -> bool:
-    base_class = (config.auto_mapping or {}).get("base_model_class")
-    return config.task_type == "CAUSAL_LM" or base_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+def pattern_of(saved: Saved) -> str:
+    """The pattern as it is usually written, `"2:4"`."""
+    return f"{saved['n']}:{saved['m']}"
 
 
-def _last_stage(config: "MaskProConfig") -> dict[str, Any]:
-    return (config.lineage or [{"init_mask": config.init_mask, "groups_changed": {}}])[-1]
+def is_causal(saved: Saved) -> bool:
+    base_class = (saved["auto_mapping"] or {}).get("base_model_class")
+    return saved["task_type"] == "CAUSAL_LM" or base_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
-def _render(template: str, config: "MaskProConfig", **variables: Any) -> str:
+def last_stage(saved: Saved) -> dict[str, Any]:
+    return (saved["lineage"] or [{"init_mask": saved["init_mask"], "groups_changed": {}}])[-1]
+
+
+def render(template: Path, saved: Saved, **variables: Any) -> str:
     environment = Environment(keep_trailing_newline=True)
-    auto_class = "AutoModelForCausalLM" if _is_causal(config) else "AutoModel"
-    known = {"n": config.n, "m": config.m, "pattern": config.pattern, "repo": REPO, "auto_class": auto_class}
-    known["base_id"] = hub_id(config.base_model_name_or_path)
-    return environment.from_string((Path(__file__).parent / template).read_text()).render(**known, **variables)
+    auto_class = "AutoModelForCausalLM" if is_causal(saved) else "AutoModel"
+    known = {"n": saved["n"], "m": saved["m"], "pattern": pattern_of(saved), "repo": REPO, "auto_class": auto_class}
+    known["base_id"] = hub_id(saved["base_model_name_or_path"])
+    return environment.from_string(template.read_text()).render(**known, **variables)
 
 
-def _loading(base: str | None, repo: str, subfolder: str | None, auto_class: str) -> str:
+def loading_lines(base: str | None, repo: str, subfolder: str | None, auto_class: str) -> str:
     """The lines that load an adapter; PEFT looks for the base model in the same subfolder unless it is there first."""
     first = "import hf_maskpro  # without it PEFT does not know the method and raises KeyError: 'MASKPRO'\n"
     if base and not subfolder:
@@ -189,30 +182,30 @@ def _loading(base: str | None, repo: str, subfolder: str | None, auto_class: str
     )
 
 
-def _adapter_facts(folder: Path, config: "MaskProConfig", file_bytes: int) -> dict[str, Any]:
+def _adapter_facts(folder: Path, saved: Saved, file_bytes: int) -> dict[str, Any]:
     """What the template of an adapter's card is filled with."""
-    base, stage = config.base_model_name_or_path, _last_stage(config)
+    base, stage = saved["base_model_name_or_path"], last_stage(saved)
     shares = {name: stage["groups_changed"][name] for name in sorted(stage["groups_changed"], key=_by_number)}
-    assert config.target_weights is not None
+    assert saved["target_weights"] is not None
     packages = ("hf-maskpro", "peft", "transformers", "torch")
     shown = hub_id(base) or (Path(base).name if base else None)
-    bits = 8 * file_bytes / config.target_weights
+    bits = 8 * file_bytes / saved["target_weights"]
     return {
         "base": shown,
         "layers": shares,
         "facts": {
             "Base model": shown or "unknown",
-            "Revision of the base": config.revision or "not recorded",
-            "Pattern": f"{config.pattern}: {1 - config.n / config.m:.0%} of the masked weights are zero",
+            "Revision of the base": saved["revision"] or "not recorded",
+            "Pattern": f"{pattern_of(saved)}: {1 - saved['n'] / saved['m']:.0%} of the masked weights are zero",
             "Masked layers": ", ".join(sorted({name.rpartition(".")[2] for name in shares})),
-            "Masked weights": f"{config.target_weights:,}",
+            "Masked weights": f"{saved['target_weights']:,}",
             "Size of the masks": f"{file_bytes:,} bytes, {bits:.3f} bits per masked weight",
             "Made with": ", ".join(f"{name} {version(name).partition('+')[0]}" for name in packages),
         },
-        "stages": [_stage_facts(known) for known in config.lineage or []],
+        "stages": [_stage_facts(known) for known in saved["lineage"] or []],
         "plot": PLOT if (folder / PLOT).is_file() else None,
         "evaluations": stage.get("evaluations", []),
-        "loading": _loading(hub_id(base), REPO, None, f"AutoPeftModel{'ForCausalLM' * _is_causal(config)}"),
+        "loading": loading_lines(hub_id(base), REPO, None, f"AutoPeftModel{'ForCausalLM' * is_causal(saved)}"),
     }
 
 

@@ -11,7 +11,7 @@ from .registration import NAME, add_peft_type
 
 FORMAT_VERSION = 1
 
-# The one-shot rules of `hf_maskpro.initialization`, and those of them whose masks are there at once.
+# The one-shot rules of `hf_maskpro.starts`, and those of them whose masks are there at once.
 RULES = ("magnitude", "random", "wanda", "ria", "sparsegpt", "gblm", "pruner-zero")
 DATA_FREE = ("magnitude", "random")
 
@@ -248,8 +248,7 @@ class MaskProConfig(PeftConfig):
         try:
             super().save_pretrained(save_directory, **kwargs)
             if self._groups_changed is not None:
-                self.auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping  # type: ignore[has-type]
-                write_card(Path(save_directory), self, self._file_bytes)
+                write_card(Path(save_directory), self._file_bytes)
         finally:
             self.format_version, self.lineage = version, lineage
 

@@ -10,9 +10,11 @@ from .test_cli import fails, run
 @pytest.fixture
 def pretended(monkeypatch):
     """A GPU that is none, on which nothing becomes sparse: what is printed, not what it is worth."""
-    monkeypatch.setattr("hf_maskpro.benchmark.check_device", lambda fp8: None)
+    monkeypatch.setattr("hf_maskpro.deploy.bench.check_device", lambda fp8: None)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "no GPU")
-    monkeypatch.setattr("hf_maskpro.deploy.to_semi_structured", lambda model: {"lm_head.weight": "it is not 2:4"})
+    monkeypatch.setattr(
+        "hf_maskpro.deploy.bench.to_semi_structured", lambda model: {"lm_head.weight": "it is not 2:4"}
+    )
 
 
 def test_bench(checkpoint, pretended):

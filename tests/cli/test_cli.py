@@ -19,10 +19,10 @@ from hf_maskpro import check_sparsity
 from hf_maskpro.cli import main
 from hf_maskpro.cli.common import load_adapter, load_model
 from hf_maskpro.evaluation import windows
-from hf_maskpro.initialization import random_windows
+from hf_maskpro.starts import random_windows
 
 from ..conftest import tiny_gpt2
-from ..initialization.test_sources import by_parameter, maskllm, masks_of
+from ..starts.test_sources import by_parameter, maskllm, masks_of
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -203,7 +203,7 @@ def test_settings_of_the_sources(checkpoint, text, tmp_path, monkeypatch):
         asked.append((samples, seq_len))
         return random_windows(ids, 2, 16, seed)
 
-    monkeypatch.setattr("hf_maskpro.cli.adapters.random_windows", few_windows)
+    monkeypatch.setattr("hf_maskpro.cli.init.random_windows", few_windows)
     run(*init, tmp_path / "long.txt")
     assert asked == [(128, 2048)]
 

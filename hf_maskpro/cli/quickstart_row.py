@@ -1,4 +1,4 @@
-"""One row of the quickstart's table, in a process of its own: `python -m hf_maskpro.cli.contestant`."""
+"""One row of the quickstart's table, in a process of its own: `python -m hf_maskpro.cli.quickstart_row`."""
 
 import json
 import resource
@@ -16,8 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from ..evaluation import perplexity, windows
-from ..initialization import random_windows
-from ..trainer import MaskProTrainer, MaskProTrainingArguments
+from ..learning import MaskProTrainer, MaskProTrainingArguments
+from ..starts import random_windows
 from ..tuner import MaskProConfig, masked_layers
 from .common import calibrate, load_adapter, load_model, one_line_errors, read_text
 from .train import save
@@ -116,7 +116,7 @@ def learn(
     }
 
 
-def contestant(
+def quickstart_row(
     method: Annotated[Literal["dense", "magnitude", "wanda", "residual", "simple"], typer.Option()],
     base: Annotated[str, typer.Option()],
     calibration: Annotated[Path, typer.Option()],
@@ -177,6 +177,6 @@ if __name__ == "__main__":
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command()(contestant)
+    app.command()(quickstart_row)
     with one_line_errors():
         app()

@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from hf_maskpro import MaskProConfig, packed
-from hf_maskpro.packed import PackedLinear, pack, to_packed, unpack
+from hf_maskpro.deploy.packed import PackedLinear, pack, to_packed, unpack
 
-from .conftest import tiny_gpt2, tiny_llama
+from ..conftest import tiny_gpt2, tiny_llama
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_maskpro import MaskProConfig, evaluation, perplexity
 from hf_maskpro.evaluation import ZERO_SHOT, find_tasks, protocol, task_scores
 
-from .conftest import tiny_gpt2, tiny_llama
+from ..conftest import tiny_gpt2, tiny_llama
 
 
 TEXT = " ".join(f"w{(i * i) % 32}" for i in range(50))

@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
 from hf_maskpro.hub import record_evaluation
 
-from .cli.test_cli import fails, run
-from .hub_server import Hub
+from ..cli.test_cli import fails, run
+from .server import Hub
 
 
 class Machine:

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
 from hf_maskpro.tuner import MaskProLayer, masked_layers
 
-from .conftest import tiny_llama
+from ..conftest import tiny_llama
 
 
 def arguments(folder, estimator, **options):

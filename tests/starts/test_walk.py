@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from hf_maskpro import MaskProConfig, initialize_masks
-from hf_maskpro.initialization import random_windows, swaps
-from hf_maskpro.initialization.gradients import gradient_norms
-from hf_maskpro.initialization.walk import walk
+from hf_maskpro.starts import random_windows, swaps
+from hf_maskpro.starts.gradients import gradient_norms
+from hf_maskpro.starts.walk import walk
 from hf_maskpro.subset import mask_of
 from hf_maskpro.tuner import masked_layers
 

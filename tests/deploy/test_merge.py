@@ -14,7 +14,7 @@ from hf_maskpro import MaskProConfig, check_sparsity
 from hf_maskpro.deploy import merge, new_folder
 from hf_maskpro.tuner import masked_layers
 
-from .conftest import headers, tiny_gpt2, tiny_llama
+from ..conftest import headers, tiny_gpt2, tiny_llama
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])

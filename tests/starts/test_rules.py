@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from hf_maskpro.initialization import gblm, magnitude, pruner_zero, ria, sparsegpt, swaps, wanda
-from hf_maskpro.initialization.walk import Calibration, Inputs
+from hf_maskpro.starts import gblm, magnitude, pruner_zero, ria, sparsegpt, swaps, wanda
+from hf_maskpro.starts.walk import Calibration, Inputs
 from hf_maskpro.subset import mode
 from hf_maskpro.tuner.layer import to_planes
 

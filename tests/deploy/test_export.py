@@ -7,10 +7,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_maskpro import MaskProConfig, check_sparsity
-from hf_maskpro.deploy import _why_dense, to_semi_structured
-from hf_maskpro.export import ONNX_TOLERANCE, TORCHAO_FILE, to_onnx, to_torchao_fp8
+from hf_maskpro.deploy import to_onnx, to_semi_structured, to_torchao_fp8
+from hf_maskpro.deploy.onnx import ONNX_TOLERANCE
+from hf_maskpro.deploy.semi_structured import _why_dense
+from hf_maskpro.deploy.torchao import TORCHAO_FILE
 
-from .conftest import tiny_gpt2, tiny_llama
+from ..conftest import tiny_gpt2, tiny_llama
 
 
 @pytest.mark.parametrize(("make", "layers"), [(tiny_llama, 14), (tiny_gpt2, 8)])

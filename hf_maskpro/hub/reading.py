@@ -1,110 +1,23 @@
-"""Mask adapters on the Hub: push, look into, record results."""
+"""Look into a saved mask adapter, and put results into it."""
 
-import inspect
 import json
-from collections.abc import Callable, Collection
-from functools import wraps
+from collections.abc import Collection
 from pathlib import Path
 from statistics import mean
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    HfApi,
-    get_hf_file_metadata,
-    hf_hub_download,
-    hf_hub_url,
-    try_to_load_from_cache,
-)
-from peft import PeftModel
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
-from .subset import check_packed
-from .subset.codec import word_layout
-from .tuner import MaskProConfig, saved_config
-from .tuner.card import CARD_FILE, card_for_repository, load_card, save_card, write_card
-from .tuner.registration import NAME
+from ..subset import check_packed
+from ..subset.codec import word_layout
+from ..tuner import MaskProConfig, saved_config
+from ..tuner.card import CONFIG_FILE, write_card
 
 
-CONFIG_FILE, MASK_FILE = "adapter_config.json", "adapter_model.safetensors"
-
-# What may run code when it is read.
-_NOT_PUSHED = (".bin", ".pt", ".pth", ".pkl")
-
-
-def push_folder(
-    folder: str | Path,
-    repo_id: str,
-    subfolder: str | None = None,
-    *,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str = "Upload mask adapter",
-    commit_description: str | None = None,
-) -> CommitInfo:
-    """
-    Push a saved adapter or merged checkpoint to the Hub, in one commit.
-
-    A user's own text in the card stays: the folder's if there is any, else the repository's. Hidden files, checkpoints
-    of a training and pickles are not pushed.
-
-    Args:
-        folder (`str` or `Path`): The folder. Nothing in it changes.
-        repo_id (`str`): The repository, which is made if there is none.
-        subfolder (`str`, *optional*): The folder of the repository to push to.
-        private (`bool`, *optional*): Whether a new repository is private; `None` leaves it to the account's default.
-        token (`bool` or `str`, *optional*): A token to use instead of the stored one.
-        revision (`str`, *optional*): The branch to push to, made if there is none.
-        create_pr (`bool`): Open a pull request instead.
-        commit_message (`str`): First line of the commit's message.
-        commit_description (`str`, *optional*): The rest of it.
-
-    Returns:
-        `CommitInfo`: The commit; of a push that changes nothing, the present head.
-
-    Raises:
-        `ValueError`: if the folder has neither an adapter nor a checkpoint, or the Hub rejects a card's metadata.
-        `HfHubHTTPError`: if the Hub refuses.
-    """
-    folder = Path(folder)
-    if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
-        raise ValueError(f"subfolder is {subfolder!r}; name a folder inside the repository.")
-    roots = [folder] if (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file() else []
-    # Where no adapter is called "default", PEFT saves each to a subfolder of its name.
-    roots = roots or [path.parent for path in sorted(folder.glob(f"*/{CONFIG_FILE}"))]
-    files = [path for root in roots for path in sorted(root.rglob("*")) if path.is_file()]
-    files = [path for path in files if _is_pushed(path.relative_to(folder))]
-    if not any(path.name in (CONFIG_FILE, "config.json") for path in files):
-        raise ValueError(f"{folder} holds neither {CONFIG_FILE} nor config.json; pass an adapter's or model's folder.")
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not create_pr and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    operations = []
-    for path in files:
-        name = (Path(subfolder or "") / path.relative_to(folder)).as_posix()
-        content: str | bytes = str(path)
-        if path.name == CARD_FILE:
-            content = str(card_for_repository(load_card(path), api, repo_id, name, revision)).encode()
-        operations.append(CommitOperationAdd(name, content))
-    return api.create_commit(
-        repo_id,
-        operations,
-        commit_message=commit_message,
-        commit_description=commit_description,
-        revision=revision,
-        create_pr=create_pr,
-    )
-
-
-def _is_pushed(path: Path) -> bool:
-    hidden = any(part.startswith((".", "checkpoint-")) for part in path.parts)
-    return not hidden and path.suffix not in _NOT_PUSHED
+MASK_FILE = "adapter_model.safetensors"
+MASK_FILE = "adapter_model.safetensors"
 
 
 def read_masks(folder: str | Path) -> tuple[MaskProConfig, dict[str, torch.Tensor]]:
@@ -234,43 +147,4 @@ def record_evaluation(folder: str | Path, dataset: str, metric: str, value: floa
     with safe_open(folder / MASK_FILE, framework="pt") as tensors:
         own = [key for key in tensors.keys() if ".maskpro_" in key]  # noqa: SIM118, the handle is no dict
         size = sum(tensors.get_tensor(key).nbytes for key in own)
-    write_card(folder, saved_config(folder), size)
-
-
-def _for_masks(own: Callable[..., Any], name: str) -> None:
-    """Let a method of `PeftModel` do something else for mask adapters; PEFT has no hook for either."""
-    original = inspect.unwrap(getattr(PeftModel, name))
-
-    @wraps(original)
-    def method(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        masks = any(config.peft_type == NAME for config in self.peft_config.values())
-        return (own if masks else original)(self, *args, **kwargs)
-
-    setattr(PeftModel, name, method)
-
-
-def _no_card(model: PeftModel, output_dir: str) -> None:
-    """PEFT's is a form to fill in; `MaskProConfig.save_pretrained` writes ours."""
-
-
-def _push_model(
-    model: PeftModel,
-    repo_id: str,
-    *,
-    tags: list[str] | None = None,
-    commit_message: str | None = None,
-    **kwargs: Any,
-) -> CommitInfo:
-    """`PeftModel.push_to_hub`, which would put a card without content in the place of the adapter's."""
-    with TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        if tags:
-            for path in Path(folder).rglob(CARD_FILE):
-                card = load_card(path)
-                card.data["tags"] = [*card.data["tags"], *tags]
-                save_card(card, path)
-        return push_folder(folder, repo_id, commit_message=commit_message or "Upload mask adapter", **kwargs)
-
-
-_for_masks(_no_card, "create_or_update_model_card")
-_for_masks(_push_model, "push_to_hub")
+    write_card(folder, size)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from hf_maskpro import benchmark, check_sparsity
+from hf_maskpro import check_sparsity
+from hf_maskpro.deploy import bench as benchmark
 
-from .conftest import tiny_llama
+from ..conftest import tiny_llama
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_the_sparse_model_is_a_copy(small, monkeypatch):
         model.lm_head.weight.data.zero_()
         return {"lm_head.weight": "it is not 2:4"}
 
-    monkeypatch.setattr("hf_maskpro.deploy.to_semi_structured", convert)
+    monkeypatch.setattr("hf_maskpro.deploy.bench.to_semi_structured", convert)
     dense, sparse, left = benchmark.sparse_pair(small)
     assert dense is small
     assert dense.lm_head.weight.abs().max() > 0 == sparse.lm_head.weight.abs().max()

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_maskpro import MaskProConfig
-from hf_maskpro.hub import CONFIG_FILE, MASK_FILE, read_masks
+from hf_maskpro.hub.reading import MASK_FILE, read_masks
 from hf_maskpro.subset import keep_of, unpack_codes
 from hf_maskpro.subset.codec import word_layout
 from hf_maskpro.tuner import masked_layers
+from hf_maskpro.tuner.card import CONFIG_FILE
 
-from .conftest import tiny_llama
+from ..conftest import tiny_llama
 
 
 @pytest.fixture(scope="module")

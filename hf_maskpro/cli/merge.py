@@ -1,0 +1,56 @@
+"""The verb that writes a sparse checkpoint."""
+
+from typing import Annotated
+
+import typer
+from peft import PeftConfig
+
+from .. import deploy
+from ..deploy.merge import drop_sparsity_config
+from ..tuner import MaskProConfig, saved_config
+from .common import (
+    GgufFile,
+    Json,
+    Model,
+    Output,
+    Overwrite,
+    Revision,
+    Subfolder,
+    adapter_folder,
+    checkpoint,
+    load_adapter,
+    load_model,
+    show,
+)
+
+
+def merge(
+    model: Model,
+    adapter: Annotated[str, typer.Option(help="Mask adapter: a local folder or a Hub id.")],
+    output: Output,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    allow_dense: Annotated[
+        bool,
+        typer.Option("--allow-dense", help="Merge another method's adapter all the same: it fills zeros."),
+    ] = False,
+    gguf_file: GgufFile = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write an ordinary sparse checkpoint, checked."""
+    deploy.check_free(output, overwrite, model, adapter)
+    folder = adapter_folder(adapter, revision, subfolder)
+    if allow_dense and not isinstance(PeftConfig.from_pretrained(str(folder)), MaskProConfig):
+        loaded, tokenizer = load_model(model, gguf_file)
+        with deploy.new_folder(output, overwrite) as new:
+            load_adapter(loaded, folder).merge_and_unload(safe_merge=True).save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            drop_sparsity_config(new)
+        return show({"output": str(output), "pattern": None}, as_json)
+    pattern = saved_config(folder).pattern
+    with checkpoint(model, gguf_file, output) as base:
+        report = deploy.merge(base, folder, output, overwrite)
+    zeros = sum(report.values()) / len(report)
+    show({"output": str(output), "pattern": pattern, "layers": len(report), "zeros": zeros}, as_json)
+    return None

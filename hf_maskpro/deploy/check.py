@@ -1,0 +1,153 @@
+"""The check that a model has a pattern of sparsity."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..tuner.layer import MaskProLayer, to_planes
+
+
+_NOT_MASKED = {
+    "embed_tokens",
+    "embed_positions",
+    "wte",
+    "wpe",
+    "shared",
+    "lm_head",
+    "embed_out",
+    "score",
+    "classifier",
+}
+
+
+def check_sparsity(
+    model: nn.Module | Mapping[str, torch.Tensor] | str | Path, n: int, m: int, names: Iterable[str] | None = None
+) -> dict[str, float]:
+    """
+    Check that every group of m consecutive input weights has at most n non-zeros.
+
+    Args:
+        model (`torch.nn.Module`, `dict` or `str`): A model, a state dict, or the folder of a safetensors checkpoint.
+            In a state dict the weight of a `Conv1D` cannot be told from that of a linear layer: pass the model.
+        n (`int`): Non-zeros allowed per group.
+        m (`int`): Size of a group.
+        names (`Iterable[str]`, *optional*): Parameters to check. By default the weight of every linear layer except
+            the output head.
+
+    Returns:
+        `dict[str, float]`: Share of zeros by parameter.
+
+    Raises:
+        `ValueError`: naming the first parameter that violates the pattern, or if there is nothing to check.
+    """
+    if not 1 <= n <= m:
+        raise ValueError(f"{n}:{m} is no pattern; n is at least 1 and m no less.")
+    wanted = None if names is None else set(names)
+    report = {}
+    for name, weight in _linear_weights(model):
+        if wanted is not None and name not in wanted:
+            continue
+        if problem := violation(weight, n, m):
+            raise ValueError(f"{name}: {problem}.")
+        report[name] = 1 - torch.count_nonzero(weight).item() / weight.numel()
+    if missing := (wanted or set()) - set(report):
+        raise ValueError(f"{sorted(missing)[0]} is not a linear weight of the model.")
+    if not report:
+        raise ValueError("there is no linear weight to check.")
+    return report
+
+
+def violation(weight: torch.Tensor, n: int, m: int) -> str | None:
+    """How a weight violates a pattern, or `None`."""
+    if weight.shape[1] % m:
+        return f"{weight.shape[1]} inputs do not divide into groups of {m}"
+    nonzeros = (to_planes(weight, m) != 0).sum(1)
+    if int(nonzeros.max()) <= n:
+        return None
+    groups = int((nonzeros > n).sum())
+    return f"{groups:,} of {nonzeros.numel():,} groups have more than {n} of {m} non-zeros"
+
+
+def sparse_weights(model: nn.Module | Mapping[str, torch.Tensor], n: int, m: int) -> list[str]:
+    """The linear weights of a model or state dict that have a pattern."""
+    return [name for name, weight in _linear_weights(model) if violation(weight, n, m) is None]
+
+
+def _linear_weights(model: nn.Module | Mapping[str, torch.Tensor] | str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of linear layers as `[out_features, in_features]`, one at a time."""
+    if isinstance(model, nn.Module):
+        if any(isinstance(module, MaskProLayer) for module in model.modules()):
+            raise ValueError("the model has a mask adapter that is not merged; call merge_and_unload first.")
+        for name in linear_names(model):
+            yield name, _rows(model, name)(model.get_parameter(name).detach())
+    elif isinstance(model, Mapping):
+        for name, weight in model.items():
+            if name.endswith(".weight") and weight.ndim == 2 and not _NOT_MASKED & set(name.split(".")):
+                yield name, weight
+    else:
+        folder = Path(model)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json; pass the folder of a checkpoint.")
+        skeleton = skeleton_of(folder)
+        names = set(linear_names(skeleton))
+        for file in weight_files(folder):
+            with safe_open(file, framework="pt") as tensors:
+                for key, name in parameter_names(skeleton, tensors.keys()).items():
+                    if name in names:
+                        yield name, _rows(skeleton, name)(tensors.get_tensor(key))
+
+
+def skeleton_of(folder: Path) -> PreTrainedModel:
+    """The model of a checkpoint, without memory for its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads, which need not be all that lie there."""
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        raise ValueError(f"{folder} has no safetensors checkpoint.")
+    return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+
+
+def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """
+    The parameters that tensors of a checkpoint become as transformers loads them; without those that it converts, such
+    as experts that it fuses.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    parameters = model.state_dict()
+    names = {}
+    for key in keys:
+        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        if converted is None:
+            names[key] = name
+    return names
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    ]
+
+
+def _rows(model: nn.Module, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    transposed = isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D)
+    return lambda weight: weight.T if transposed else weight

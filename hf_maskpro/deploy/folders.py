@@ -1,0 +1,52 @@
+"""Output folders that are complete or not there."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """
+    A temporary folder that takes the place of `output` once it is complete.
+
+    Args:
+        output (`str` or `Path`): The folder to make.
+        overwrite (`bool`): Replace a folder that is there.
+
+    Raises:
+        `ValueError`: if the folder is in use and `overwrite` is not set.
+    """
+    output = Path(output).resolve()
+    check_free(output, overwrite)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as parent:
+        folder = Path(parent) / "new"
+        folder.mkdir()
+        yield folder
+        if not output.exists():
+            folder.rename(output)
+            return
+        # Outside the temporary folder, which is deleted even if the second renaming fails.
+        old = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.old-")) / output.name
+        output.rename(old)
+        folder.rename(output)
+        shutil.rmtree(old.parent)
+
+
+def check_free(output: str | Path, overwrite: bool, *inputs: str | Path | None) -> None:
+    """
+    Raises:
+        `ValueError`: if `output` is a file, or a folder in use and `overwrite` is not set, or it holds an input.
+    """
+    output = Path(output)
+    for given in inputs:
+        path = Path(given or "").resolve()
+        if given and path.exists() and output.resolve() in (path, *path.parents):
+            raise ValueError(f"{output} holds {given}, which would be lost; choose another output folder.")
+    if output.is_file():
+        raise ValueError(f"{output} is a file; choose another output folder.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ValueError(f"{output} is not empty; choose another output folder or pass --overwrite.")

@@ -1,0 +1,74 @@
+"""Perplexity of a language model on a text."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..tuner import evaluating
+from .windows import check_length, spans_of, tokens_of
+
+
+@torch.no_grad()
+def perplexity(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    seq_len: int = 2048,
+    max_tokens: int | None = None,
+    progress: bool = False,
+    stride: int | None = None,
+    batch_size: int = 1,
+) -> float:
+    """
+    Perplexity by one of the two usual protocols.
+
+    Without `stride`, over non-overlapping windows, as in the pruning papers: every window is predicted from its own
+    first token on, and what is left over at the end of the text is not used.
+
+    With `stride`, every window starts `stride` tokens after the one before, and only those of its tokens count that no
+    earlier window has predicted: every token but the very first is predicted once, from at least `seq_len - stride`
+    tokens before it once there are so many. The last window may be shorter. The figure is lower, and takes
+    `seq_len / stride` times as long.
+
+    Args:
+        model (`torch.nn.Module`): A causal language model. It is put into eval mode meanwhile, in which a mask adapter
+            applies its learned mask.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        text (`str`): The text.
+        seq_len (`int`, defaults to 2048): Length of a window, in tokens.
+        max_tokens (`int`, *optional*): Use no more of the text than this, in tokens.
+        progress (`bool`): Show a progress bar.
+        stride (`int`, *optional*): Tokens from one window to the next, fewer than `seq_len`.
+        batch_size (`int`, defaults to 1): Windows per forward pass. The figure does not depend on it, beyond the
+            rounding of the model's dtype.
+
+    Returns:
+        `float`: exp of the mean negative log-likelihood per predicted token, which is taken in float32.
+
+    Raises:
+        `ValueError`: if the text is shorter than one window, the model's positions are fewer, or `stride` or
+            `batch_size` out of range.
+    """
+    check_length(model, seq_len)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it needs to be at least 1.")
+    ids = tokens_of(tokenizer, text, seq_len, max_tokens)
+    spans = spans_of(len(ids), seq_len, stride)
+    whole = sum(end - start == seq_len for start, _, end in spans)
+    batches = [
+        group[i : i + batch_size] for group in (spans[:whole], spans[whole:]) for i in range(0, len(group), batch_size)
+    ]
+    ids = ids.to(next(model.parameters()).device)
+    total = 0.0
+    with evaluating(model):
+        for batch in tqdm(batches, desc="perplexity", disable=not progress):
+            inputs = torch.stack([ids[start:end] for start, _, end in batch])
+            logits = model(input_ids=inputs, use_cache=False).logits
+            # Row by row, so that only one window's logits are ever there in float32.
+            for row, (start, first, end) in zip(logits, batch, strict=True):
+                predicted = row[first - start - 1 : -1].float()
+                total += F.cross_entropy(predicted, ids[first:end], reduction="sum").item()
+    return math.exp(total / sum(end - first for _, first, end in spans))
