@@ -19,7 +19,8 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from hf_maskpro.subset import kernels, pack, sample_and_apply, score_and_update
+from hf_maskpro.subset import compiling as compilation
+from hf_maskpro.subset import pack, sample_and_apply, score_and_update
 
 
 SCALE = 10.0
@@ -81,11 +82,11 @@ class Ours:
 
 @contextmanager
 def compiling(enabled: bool) -> Iterator[None]:
-    before, kernels.SMALLEST_COMPILED = kernels.SMALLEST_COMPILED, 1 if enabled else 1 << 62
+    before, compilation.SMALLEST_COMPILED = compilation.SMALLEST_COMPILED, 1 if enabled else 1 << 62
     try:
         yield
     finally:
-        kernels.SMALLEST_COMPILED = before
+        compilation.SMALLEST_COMPILED = before
 
 
 def seconds(run: Callable[[], None], device: str) -> float:

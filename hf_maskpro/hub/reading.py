@@ -147,4 +147,4 @@ def record_evaluation(folder: str | Path, dataset: str, metric: str, value: floa
     with safe_open(folder / MASK_FILE, framework="pt") as tensors:
         own = [key for key in tensors.keys() if ".maskpro_" in key]  # noqa: SIM118, the handle is no dict
         size = sum(tensors.get_tensor(key).nbytes for key in own)
-    write_card(folder, size)
+    write_card(folder, raw, size)

@@ -1,6 +1,7 @@
 """Who moves the logits: the trainer, its arguments, and one file an estimator."""
 
-from .trainer import MaskProTrainer, MaskProTrainingArguments
+from .arguments import MaskProTrainingArguments
+from .trainer import MaskProTrainer
 
 
 __all__ = ["MaskProTrainer", "MaskProTrainingArguments"]

@@ -19,6 +19,9 @@ from .walk import Calibration, Inputs, walk
 
 __all__ = ["generated_text", "initialize_masks", "needs_data", "random_windows"]
 
+# How far swaps go from the outputs of a layer's own inputs towards those of the dense model.
+TOWARDS_DENSE = 0.3
+
 _SCORES = {
     "magnitude": magnitude.scores,
     "random": random.scores,
@@ -89,11 +92,13 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
             mask = mask_of(layer.initial_codes(adapter_name), config.m)
         if refined:
             assert inputs is not None
-            assert inputs.gram is not None
-            before = swaps.reconstruction_error(weight, mask, inputs.gram).sum().item()
-            mask = swaps.refine(weight, mask, inputs.gram)
-            after = swaps.reconstruction_error(weight, mask, inputs.gram).sum().item()
-            error_left.append(after / before if before > 0 else 1.0)
+            # Of a layer that has seen nothing there is no error to lower.
+            if inputs.weighted is not None:
+                before = swaps.reconstruction_error(weight, mask, inputs.weighted).sum().item()
+                shift = None if inputs.lost is None else TOWARDS_DENSE * weight @ inputs.lost
+                mask = swaps.refine(weight, mask, inputs.weighted, shift)
+                after = swaps.reconstruction_error(weight, mask, inputs.weighted).sum().item()
+                error_left.append(after / before if before > 0 else 1.0)
         layer.set_initial_mask(adapter_name, mask)
 
     if rule == "pruner-zero" and not refined:
@@ -101,7 +106,7 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
         for name, layer in masked_layers(model, adapter_name).items():
             choose(name, layer, None)
     else:
-        walk(model, adapter_name, batches, refined or rule == "sparsegpt", choose)
+        walk(model, adapter_name, batches, rule == "sparsegpt", choose, in_order=refined)
     config.start["calibration"] = {
         "sequences": sum(len(batch["input_ids"]) for batch in batches),
         "tokens": sum(batch["input_ids"].numel() for batch in batches),

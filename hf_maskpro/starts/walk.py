@@ -1,8 +1,8 @@
 """The calibration walk: decoder layer by decoder layer, each seeing what the masked layers before it produce."""
 
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,12 +20,17 @@ class Inputs:
     Attributes:
         squares (`torch.Tensor`): Sum of the squares of every feature, `[in_features]`.
         gram (`torch.Tensor` or `None`): X^T X, `[in_features, in_features]`, if asked for.
+        weighted (`torch.Tensor` or `None`): The same of tokens of size 1, as [`of_size_one`] makes them.
+        lost (`torch.Tensor` or `None`): (X_dense - X)^T X of such tokens, where X_dense is what the dense model gives
+            the layer: what the masks before it have lost.
         sequences (`int`): How many sequences the tokens came in.
     """
 
     def __init__(self, in_features: int, device: torch.device, with_gram: bool):
         self.squares = torch.zeros(in_features, device=device)
         self.gram = torch.zeros(in_features, in_features, device=device) if with_gram else None
+        self.weighted: torch.Tensor | None = None
+        self.lost: torch.Tensor | None = None
         self.sequences = 0
 
     def update(self, rows: torch.Tensor, sequences: int) -> None:
@@ -37,6 +42,23 @@ class Inputs:
         else:
             self.gram.addmm_(rows.T, rows)
             self.squares = self.gram.diagonal()
+
+    def update_target(self, rows: torch.Tensor, dense: torch.Tensor | None) -> None:
+        """Add inputs for swaps, beside those that the dense model would have had for the same tokens."""
+        rows = rows.float()
+        scale = of_size_one(rows)
+        weighted = rows * scale
+        if self.weighted is None:
+            self.weighted = rows.new_zeros(rows.shape[1], rows.shape[1])
+            self.lost = torch.zeros_like(self.weighted) if dense is not None else None
+        self.weighted.addmm_(weighted.T, weighted)
+        if dense is not None and self.lost is not None:
+            self.lost.addmm_(((dense.float() - rows) * scale).T, weighted)
+
+
+def of_size_one(rows: torch.Tensor) -> torch.Tensor:
+    """What brings every token's input to a root mean square of 1: a few massive ones would rule otherwise."""
+    return rows.square().mean(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny).rsqrt()
 
 
 @dataclass
@@ -56,15 +78,17 @@ class Calibration:
 
 @dataclass
 class _Batch:
-    """What enters the first decoder layer, the other arguments of every decoder layer, and which tokens are none."""
+    """What enters a decoder layer, the other arguments of every decoder layer, and which tokens are none."""
 
     hidden: torch.Tensor
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    attention_mask: torch.Tensor | None
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    attention_mask: torch.Tensor | None = None
+    # The same in the dense model.
+    dense_hidden: torch.Tensor | None = None
 
-    def run(self, block: nn.Module, index: int) -> torch.Tensor:
+    def run(self, block: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self.arguments[index]
-        output = block(self.hidden, *args, **kwargs)
+        output = block(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def rows(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -74,9 +98,15 @@ class _Batch:
             return rows
         return rows[self.attention_mask.flatten() != 0]
 
+    def is_row_a_token(self, inputs: torch.Tensor) -> bool:
+        return inputs[..., 0].numel() == self.hidden[..., 0].numel()
+
 
 class _StopForward(Exception):
-    """Raised where the last decoder layer would run: nothing after it is wanted."""
+    """Raised where nothing that would still run is wanted."""
+
+
+Choose = Callable[[str, MaskProLayer, Inputs], None]
 
 
 @torch.no_grad()
@@ -85,14 +115,18 @@ def walk(
     adapter_name: str,
     batches: list[dict[str, Any]],
     with_gram: bool,
-    choose: Callable[[str, MaskProLayer, Inputs], None],
+    choose: Choose,
+    in_order: bool = False,
 ) -> None:
     """
     Visit the masked layers in order: gather what their inputs add up to, then choose their masks.
 
-    After a pass through the dense model, which captures the arguments of the decoder layers, each of these runs twice:
-    dense to gather and masked to hand its outputs on, as in the code of Wanda, RIA and SparseGPT, so that one layer's
-    activations are in memory at a time. Layers that are given the same tensor, as q, k and v are, share [`Inputs`].
+    Each decoder layer runs twice: dense to gather and masked to hand its outputs on, as in the code of Wanda, RIA and
+    SparseGPT, so that one layer's activations are in memory at a time. Layers that are given the same tensor, as q, k
+    and v are, share [`Inputs`].
+
+    `in_order` goes on within a decoder layer as it runs: what is given the same tensor is one stage, each sees what
+    the masks before it make of the tokens, and what the dense model would have made of them.
 
     Args:
         model (`torch.nn.Module`): A model with one active mask adapter.
@@ -100,6 +134,7 @@ def walk(
         batches (`list[dict]`): Batches for the model's forward.
         with_gram (`bool`): Gather X^T X too.
         choose (`Callable`): Sets the mask of a layer, given its name and its inputs.
+        in_order (`bool`): Go by stages. The inputs of a decoder layer's dense linear layers are in memory meanwhile.
 
     Raises:
         `ValueError`: if there is no batch, or a masked layer lies outside the decoder layers.
@@ -110,11 +145,14 @@ def walk(
         captured = _capture(model, blocks, batches)
         for index, block in enumerate(tqdm(blocks, desc="calibration")):
             inside = [layer for layer in block.modules() if layer in names]
-            gathered = _gather(block, index, inside, captured, with_gram)
-            for layer in inside:
-                choose(names[layer], layer, gathered[layer])
+            if in_order:
+                _choose_in_order(block, index, inside, captured, names, choose)
+            else:
+                gathered = _gather(block, index, inside, captured, with_gram)
+                for layer in inside:
+                    choose(names[layer], layer, gathered[layer])
             for batch in captured:
-                batch.hidden = batch.run(block, index)
+                batch.hidden = batch.run(block, index, batch.hidden)
             for layer in inside:
                 layer.forget_masked_weight()
 
@@ -124,34 +162,114 @@ def _gather(
 ) -> dict[MaskProLayer, Inputs]:
     """Run a decoder layer dense, and add up the inputs of the masked layers inside."""
     gathered: dict[MaskProLayer, Inputs] = {}
-    # The inputs of one batch, held so that no other tensor takes a freed one's identity.
-    seen: list[tuple[torch.Tensor, Inputs]] = []
-
-    def record(layer: MaskProLayer, args: tuple[torch.Tensor, ...], batch: _Batch) -> None:
-        tensor = args[0]
-        shared = next((inputs for other, inputs in seen if other is tensor), None)
-        if layer not in gathered:
-            gathered[layer] = shared or Inputs(tensor.shape[-1], tensor.device, with_gram)
-        if shared is not gathered[layer]:
-            gathered[layer].update(batch.rows(tensor), len(batch.hidden))
-            seen.append((tensor, gathered[layer]))
-
-    for layer in inside:
-        layer.dense = True
-    try:
+    with _dense(inside):
         for batch in batches:
-            handles = [layer.register_forward_pre_hook(partial(record, batch=batch)) for layer in inside]
-            try:
-                batch.run(block, index)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            seen.clear()
-    finally:
-        for layer in inside:
-            layer.dense = False
+            given = _inputs_of(block, index, inside, batch, batch.hidden)[0]
+            for inputs, tensor in _shared(gathered, given, with_gram):
+                inputs.update(batch.rows(tensor), len(batch.hidden))
     # An expert that no token was sent to has seen nothing.
     return {layer: gathered.get(layer) or _nothing(layer, with_gram) for layer in inside}
+
+
+def _choose_in_order(
+    block: nn.Module,
+    index: int,
+    inside: list[MaskProLayer],
+    batches: list[_Batch],
+    names: dict[MaskProLayer, str],
+    choose: Choose,
+) -> None:
+    """Choose the masks of a decoder layer stage by stage, and hand on what the dense model makes of the tokens."""
+    dense: list[dict[MaskProLayer, torch.Tensor]] = []
+    stages: list[list[MaskProLayer]] = []
+    with _dense(inside):
+        for batch in batches:
+            hidden = batch.hidden if batch.dense_hidden is None else batch.dense_hidden
+            given, batch.dense_hidden = _inputs_of(block, index, inside, batch, hidden)
+            dense.append(given)
+            _add_stages(stages, given)
+        never = [layer for layer in inside if not any(layer in stage for stage in stages)]
+        for stage in stages:
+            gathered: dict[MaskProLayer, Inputs] = {}
+            for batch, known in zip(batches, dense, strict=True):
+                given, _ = _inputs_of(block, index, stage, batch, batch.hidden, stop=True)
+                for inputs, tensor in _shared(gathered, given, True):
+                    rows = batch.rows(tensor)
+                    other = next(known.get(layer) for layer in given if given[layer] is tensor)
+                    beside = other if batch.is_row_a_token(tensor) and other is not None else None
+                    inputs.update(rows, len(batch.hidden))
+                    inputs.update_target(rows, None if beside is None else batch.rows(beside))
+            for layer in stage:
+                choose(names[layer], layer, gathered.get(layer) or _nothing(layer, True))
+                layer.dense = False
+            for known in dense:
+                for layer in stage:
+                    known.pop(layer, None)
+        for layer in never:
+            choose(names[layer], layer, _nothing(layer, True))
+
+
+def _add_stages(stages: list[list[MaskProLayer]], given: dict[MaskProLayer, torch.Tensor]) -> None:
+    """Sort layers that no batch before has reached: those that are given the same tensor are one stage."""
+    known = {layer for stage in stages for layer in stage}
+    last: torch.Tensor | None = None
+    for layer, tensor in given.items():
+        if layer not in known:
+            if tensor is not last:
+                stages.append([])
+            stages[-1].append(layer)
+            last = tensor
+
+
+def _inputs_of(
+    block: nn.Module, index: int, wanted: list[MaskProLayer], batch: _Batch, hidden: torch.Tensor, stop: bool = False
+) -> tuple[dict[MaskProLayer, torch.Tensor], torch.Tensor]:
+    """
+    Run a decoder layer on one batch: what the wanted layers are given, in the order in which they run, and its output.
+    With `stop` it goes no further than the last of them.
+    """
+    given: dict[MaskProLayer, torch.Tensor] = {}
+
+    def record(layer: MaskProLayer, args: tuple[torch.Tensor, ...]) -> None:
+        given.setdefault(layer, args[0])
+        if stop and len(given) == len(wanted):
+            raise _StopForward
+
+    output = hidden
+    handles = [layer.register_forward_pre_hook(record) for layer in wanted]
+    try:
+        with suppress(_StopForward):
+            output = batch.run(block, index, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return given, output
+
+
+def _shared(
+    gathered: dict[MaskProLayer, Inputs], given: dict[MaskProLayer, torch.Tensor], with_gram: bool
+) -> Iterator[tuple[Inputs, torch.Tensor]]:
+    """Every tensor that layers are given in a batch, once for each [`Inputs`] that it belongs to."""
+    done: list[tuple[Inputs, torch.Tensor]] = []
+    for layer, tensor in given.items():
+        same = next((inputs for inputs, other in done if other is tensor), None)
+        if layer not in gathered:
+            gathered[layer] = same or Inputs(tensor.shape[-1], tensor.device, with_gram)
+        if same is not gathered[layer]:
+            done.append((gathered[layer], tensor))
+            yield gathered[layer], tensor
+
+
+@contextmanager
+def _dense(layers: list[MaskProLayer]) -> Iterator[None]:
+    """Let layers apply no mask."""
+    for layer in layers:
+        layer.dense = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.dense = False
 
 
 def _nothing(layer: MaskProLayer, with_gram: bool) -> Inputs:
@@ -176,14 +294,24 @@ def _decoder_layers(model: nn.Module, names: dict[MaskProLayer, str]) -> list[nn
 def _capture(model: nn.Module, blocks: list[nn.Module], batches: list[dict[str, Any]]) -> list[_Batch]:
     """
     What every decoder layer of the dense model is given: models that mix kinds of attention give each its own mask and
-    positions.
+    positions. Only the first layer is computed, for what else it hands on; the others pass their input on.
     """
     captured: list[_Batch] = []
+    rest: list[tuple[Any, ...] | None] = [None]
+
+    def compute(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        rest[:] = [output[1:] if isinstance(output, tuple) else None]
+        return output
+
+    def pass_on(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden if rest[0] is None else (hidden, *rest[0])
 
     def capture(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> None:
         states, args = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
         if index == 0:
-            captured.append(_Batch(states, [], None))
+            captured.append(_Batch(states))
         others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         captured[-1].arguments.append((args, others))
         if index == len(blocks) - 1:
@@ -195,19 +323,24 @@ def _capture(model: nn.Module, blocks: list[nn.Module], batches: list[dict[str, 
         block.register_forward_pre_hook(partial(capture, index=index), with_kwargs=True)
         for index, block in enumerate(blocks)
     ]
-    for layer in layers:
-        layer.dense = True
+    # Where something else has replaced a layer's forward, it is put back.
+    before = [vars(block).get("forward") for block in blocks]
+    for index, block in enumerate(blocks):
+        block.forward = pass_on if index else partial(compute, block.forward)
     try:
-        for batch in tqdm(batches, desc="reading the calibration text"):
-            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-            with suppress(_StopForward):
-                model(**inputs, use_cache=False)
-            captured[-1].attention_mask = inputs.get("attention_mask")
+        with _dense(layers):
+            for batch in tqdm(batches, desc="reading the calibration text"):
+                inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+                with suppress(_StopForward):
+                    model(**inputs, use_cache=False)
+                captured[-1].attention_mask = inputs.get("attention_mask")
     finally:
         for handle in handles:
             handle.remove()
-        for layer in layers:
-            layer.dense = False
+        for block, forward in zip(blocks, before, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
     if not captured:
         raise ValueError("the calibration data is empty; pass at least one batch.")
     return captured

@@ -1,8 +1,20 @@
 """N-of-M subset distributions, their fused kernels, the mask codec and the random bits. Pure torch."""
 
-from .bits import uniform_bits
-from .codec import check_packed, codes_of, mask_of, pack, pack_codes, packed_width, unpack, unpack_codes
-from .distributions import Distribution, log_prob, marginals, marginals_backward, mode, sample, score
+from .bits import random_keys, uniform_bits
+from .codec import (
+    candidates,
+    check_packed,
+    codes_of,
+    group_members,
+    mask_of,
+    pack,
+    pack_codes,
+    packed_width,
+    unpack,
+    unpack_codes,
+)
+from .compiling import Kernel
+from .distributions import Distribution, gumbel, log_prob, marginals, marginals_backward, mode, sample, score
 from .kernels import (
     apply_packed,
     keep_of,
@@ -17,9 +29,13 @@ from .kernels import (
 
 __all__ = [
     "Distribution",
+    "Kernel",
     "apply_packed",
+    "candidates",
     "check_packed",
     "codes_of",
+    "group_members",
+    "gumbel",
     "keep_of",
     "log_prob",
     "marginals",
@@ -31,6 +47,7 @@ __all__ = [
     "pack",
     "pack_codes",
     "packed_width",
+    "random_keys",
     "sample",
     "sample_and_apply",
     "sample_codes",

@@ -86,3 +86,16 @@ def uniform_bits(
     """
     position = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=device).view(shape)
     return hash_positions(position, *keys(seed, layer))
+
+
+def random_keys(seed: int, layer: int, device: torch.device) -> list[torch.Tensor]:
+    """The two [`keys`] as int32 tensors, which a compiled kernel takes without compiling them in."""
+    # full, unlike tensor, does not wait for the device.
+    return [torch.full((), key, dtype=torch.int32, device=device) for key in keys(seed, layer)]
+
+
+def position_words(like: torch.Tensor, first: torch.Tensor, second: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """The words of [`uniform_bits`] of shape `[count, rows, groups]`, given a tensor `[rows, groups]` and the keys."""
+    rows, groups = like.shape
+    position = torch.arange(rows * groups, dtype=torch.int32, device=like.device).view(rows, groups)
+    return [hash_positions(position + i * (rows * groups), first, second) for i in range(count)]

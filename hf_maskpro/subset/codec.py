@@ -68,6 +68,17 @@ def code_table(n: int, m: int, device: torch.device) -> torch.Tensor:
     return codes.to(device)
 
 
+def group_members(rows: torch.Tensor, m: int) -> torch.Tensor:
+    """`[out_features, in_features]` to `[out_features, m, in_features // m]`, a view."""
+    return rows.unflatten(1, (-1, m)).transpose(1, 2)
+
+
+def candidates(n: int, m: int, device: torch.device) -> torch.Tensor:
+    """The masks of a group in lexicographic order, float32 `[C(m, n), m]`."""
+    codes = _codes_by_rank(n, m).to(device)
+    return mask_of(codes, m).T.float()
+
+
 def codes_of(mask: torch.Tensor) -> torch.Tensor:
     """
     A mask as codes, one number per group whose bit i stands for member i.

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from .bits import both_ends, to_uniform, uniform_bits
+from .bits import both_ends, position_words, to_uniform, uniform_bits
 from .codec import join, mask_of
 
 
@@ -65,6 +65,26 @@ def _exp(exponent: torch.Tensor) -> torch.Tensor:
     for coefficient in _POWER_OF_TWO[2:]:
         power = power * fraction + coefficient
     return (power.view(torch.int32) + (whole.int() << 23)).view(torch.float32)
+
+
+def gumbel(like: torch.Tensor, first: torch.Tensor, second: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """
+    Standard Gumbel noise, a function of the keys and the position.
+
+    Args:
+        like (`torch.Tensor`): Of the shape and device of each draw, `[rows, groups]`.
+        first, second (`torch.Tensor`): From [`random_keys`].
+        count (`int`): Draws.
+
+    Returns:
+        `list[torch.Tensor]`: float32.
+    """
+    draws = []
+    for word in position_words(like, first, second, count):
+        low, high = both_ends(word)
+        # Each logarithm where its argument is exact.
+        draws.append(-torch.log(torch.where(low < 0.5, -torch.log(low), -torch.log1p(-high))))
+    return draws
 
 
 def mode(logits: torch.Tensor, n: int) -> torch.Tensor:

@@ -6,18 +6,16 @@ packed, uint8. Every kernel unpacks the mask, rebuilds the logits and does its j
 (logits, seed, layer) and never stored. Inside, masks are codes (see `codec.codes_of`).
 """
 
-import logging
-import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import comb
-from threading import Timer
 from typing import Any
 
 import torch
 
-from .bits import hash_positions, keys, more_words
+from .bits import more_words, position_words, random_keys
 from .codec import code_table, join, mask_of, word_codes, word_layout
+from .compiling import Kernel
 from .distributions import (
     Distribution,
     draw,
@@ -31,59 +29,8 @@ from .distributions import (
 )
 
 
-logger = logging.getLogger(__name__)
-
-# Smaller layers take less time than compiling for them.
-SMALLEST_COMPILED = 1 << 14
-
-_SECONDS_OF_SILENCE = 2.0
-
-
-class _Kernel:
-    """A function that is compiled for large layers, and runs eagerly for small ones or where no compiler works."""
-
-    compiles = True
-
-    def __init__(self, function: Callable[..., Any], n: int, m: int, job: str):
-        self.function = function
-        self.name = name = f"{n}:{m} {job}"
-        self.layout = word_layout(n, m)
-        # torch.compile counts recompilations by code object, and kernels of several patterns would share one.
-        function.__code__ = function.__code__.replace(co_name=name)
-        self.compiled: Callable[..., Any] | None = torch.compile(function, dynamic=True, fullgraph=True)
-        self.met: set[tuple[Any, ...]] = set()
-
-    @torch.no_grad()
-    def __call__(self, groups: int, *args: Any) -> Any:
-        if not _Kernel.compiles or not self.compiled or groups < SMALLEST_COMPILED:
-            return self.function(*args)
-        timer = None
-        if (shape_class := self._shape_class(groups, args)) not in self.met:
-            self.met.add(shape_class)
-            line = f"compiling the mask kernel {self.name} (up to a minute), or loading it from an earlier run ..."
-            timer = Timer(_SECONDS_OF_SILENCE, logger.warning, [line])
-            timer.start()
-        try:
-            return self.compiled(*args)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:
-            self.compiled = None
-            warnings.warn(f"the mask kernel {self.name} met too many kinds of layers to compile for all", stacklevel=3)
-        except (torch._dynamo.exc.BackendCompilerFailed, torch._inductor.exc.InductorError) as error:
-            _Kernel.compiles = False
-            reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"masks are computed without torch.compile, about 20x slower: {reason}", stacklevel=3)
-        finally:
-            if timer is not None:
-                timer.cancel()
-        return self.function(*args)
-
-    def _shape_class(self, groups: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What the calls that one compiled kernel serves have in common: all but sizes, and padding of rows."""
-        tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg]) if isinstance(t, torch.Tensor)]
-        digits, size = self.layout
-        packed = next(tensor for tensor in tensors if tensor.dtype == torch.uint8)
-        padded = packed.numel() // size * digits != groups
-        return (padded, *((tensor.dtype, tensor.device, tensor.is_contiguous()) for tensor in tensors))
+def _kernel(function: Callable[..., Any], n: int, m: int, job: str) -> Kernel:
+    return Kernel(function, f"{n}:{m} {job}", word_layout(n, m))
 
 
 def _reader(n: int, m: int) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
@@ -107,18 +54,6 @@ def _planes(codes: torch.Tensor, theta: Sequence[torch.Tensor], scale: torch.Ten
     """The logits of every member, float32."""
     planes = [member.float() for member in theta]
     return [torch.where(codes & 1 << i != 0, plane + scale, plane) for i, plane in enumerate(planes)]
-
-
-def _words(member: torch.Tensor, first: torch.Tensor, second: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """The words of [`uniform_bits`] of shape `[count, out_features, groups]`."""
-    rows, groups = member.shape
-    position = torch.arange(rows * groups, dtype=torch.int32, device=member.device).view(rows, groups)
-    return [hash_positions(position + i * (rows * groups), first, second) for i in range(count)]
-
-
-def _keys(seed: int, layer: int, device: torch.device) -> list[torch.Tensor]:
-    # full, unlike tensor, does not wait for the device.
-    return [torch.full((), key, dtype=torch.int32, device=device) for key in keys(seed, layer)]
 
 
 @lru_cache
@@ -153,14 +88,14 @@ def keep_of(codes: torch.Tensor, m: int) -> torch.Tensor:
 
 
 @lru_cache
-def _apply_kernel(n: int, m: int) -> _Kernel:
+def _apply_kernel(n: int, m: int) -> Kernel:
     read = _reader(n, m)
 
     def apply(rows: torch.Tensor, packed: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         groups = rows.shape[1] if rows.dtype == torch.int64 else rows.shape[1] // m
         return _select(rows, read(packed, table, groups), m)
 
-    return _Kernel(apply, n, m, "apply")
+    return _kernel(apply, n, m, "apply")
 
 
 def apply_packed(rows: torch.Tensor, packed: torch.Tensor, n: int, m: int) -> torch.Tensor:
@@ -176,7 +111,7 @@ def apply_packed(rows: torch.Tensor, packed: torch.Tensor, n: int, m: int) -> to
 
 
 @lru_cache
-def _mode_kernel(n: int, m: int, select: bool) -> _Kernel:
+def _mode_kernel(n: int, m: int, select: bool) -> Kernel:
     read = _reader(n, m)
 
     def mode(
@@ -186,7 +121,7 @@ def _mode_kernel(n: int, m: int, select: bool) -> _Kernel:
         codes = join(mode_of(_planes(initial, theta.unbind(1), scale), n))
         return codes if rows is None else _select(rows, codes, m)
 
-    return _Kernel(mode, n, m, "mode and apply" if select else "mode")
+    return _kernel(mode, n, m, "mode and apply" if select else "mode")
 
 
 def _mode(theta: torch.Tensor, packed: torch.Tensor, scale: float, n: int, rows: torch.Tensor | None) -> torch.Tensor:
@@ -210,7 +145,7 @@ def mode_and_apply(
 
 
 @lru_cache
-def _sample_kernel(n: int, m: int, distribution: Distribution, select: bool) -> _Kernel:
+def _sample_kernel(n: int, m: int, distribution: Distribution, select: bool) -> Kernel:
     read = _reader(n, m)
 
     def sample(
@@ -224,10 +159,10 @@ def _sample_kernel(n: int, m: int, distribution: Distribution, select: bool) -> 
     ) -> torch.Tensor:
         initial = read(packed, table, theta.shape[2])
         weights = weights_of(_planes(initial, theta.unbind(1), scale), n, work_dtype(n))
-        codes = draw(weights, n, _words(theta[:, 0], first, second, draws(n, distribution)), distribution)
+        codes = draw(weights, n, position_words(theta[:, 0], first, second, draws(n, distribution)), distribution)
         return codes if rows is None else _select(rows, codes, m)
 
-    return _Kernel(sample, n, m, "sample and apply" if select else "sample")
+    return _kernel(sample, n, m, "sample and apply" if select else "sample")
 
 
 def _sample(
@@ -242,7 +177,7 @@ def _sample(
 ) -> torch.Tensor:
     m = theta.shape[1]
     kernel = _sample_kernel(n, m, distribution, rows is not None)
-    first, second = _keys(seed, layer, theta.device)
+    first, second = random_keys(seed, layer, theta.device)
     return kernel(
         theta.numel() // m,
         theta,
@@ -289,7 +224,7 @@ def sample_and_apply(
 
 
 @lru_cache
-def _update_kernel(n: int, m: int, distribution: Distribution, dtype: torch.dtype) -> _Kernel:
+def _update_kernel(n: int, m: int, distribution: Distribution, dtype: torch.dtype) -> Kernel:
     read = _reader(n, m)
 
     def update(
@@ -303,7 +238,7 @@ def _update_kernel(n: int, m: int, distribution: Distribution, dtype: torch.dtyp
     ) -> None:
         planes = _planes(read(packed, table, theta[0].shape[1]), theta, scale)
         weights = weights_of(planes, n, work_dtype(n))
-        words = _words(theta[0], first, second, draws(n, distribution))
+        words = position_words(theta[0], first, second, draws(n, distribution))
         codes = draw(weights, n, words, distribution)
         if n > 2 and distribution == "plackett_luce":
             scores = list(score(torch.stack(planes, dim=1), mask_of(codes, m), distribution).unbind(1))
@@ -315,7 +250,7 @@ def _update_kernel(n: int, m: int, distribution: Distribution, dtype: torch.dtyp
         for member, value in zip(theta, moved, strict=True):
             member.copy_(value)
 
-    return _Kernel(update, n, m, "update")
+    return _kernel(update, n, m, "update")
 
 
 def _round_at_random(planes: list[torch.Tensor], words: torch.Tensor) -> list[torch.Tensor]:
@@ -350,7 +285,7 @@ def score_and_update(
         step (`float`): Minus the learning rate times the advantage.
     """
     m = theta.shape[1]
-    first, second = _keys(seed, layer, theta.device)
+    first, second = random_keys(seed, layer, theta.device)
     amount = torch.full((), step, dtype=torch.float32, device=theta.device)
     # The score of Plackett-Luce beyond n = 2 sums over 2**n subsets, which do not fit into one compiled kernel.
     groups = 0 if n > 2 and distribution == "plackett_luce" else theta.numel() // m
@@ -377,7 +312,7 @@ def _members(rows: torch.Tensor, m: int, as_words: bool) -> list[torch.Tensor]:
 
 
 @lru_cache
-def _gradient_kernel(n: int, m: int, as_words: bool) -> _Kernel:
+def _gradient_kernel(n: int, m: int, as_words: bool) -> Kernel:
     read = _reader(n, m)
 
     def gradient(
@@ -395,7 +330,7 @@ def _gradient_kernel(n: int, m: int, as_words: bool) -> _Kernel:
         planes = marginal_gradient(weights_of(_planes(initial, theta.unbind(1), scale), n, dtype), worth, n)
         return torch.stack([plane.to(theta.dtype) for plane in planes]).transpose(0, 1)
 
-    return _Kernel(gradient, n, m, "marginal gradient")
+    return _kernel(gradient, n, m, "marginal gradient")
 
 
 def theta_gradient(

@@ -1,6 +1,5 @@
 """The model card of a mask adapter, made from the configuration that was saved beside it, and as it is pushed."""
 
-import json
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -23,18 +22,18 @@ REPO = "user/repo"
 Saved = dict[str, Any]
 
 
-def write_card(folder: Path, file_bytes: int) -> None:
+def write_card(folder: Path, saved: Saved, file_bytes: int) -> None:
     """
     Write the `README.md` of a saved mask adapter; the text that a user has put into one stays.
 
     Args:
-        folder (`Path`): Where `adapter_config.json` is.
+        folder (`Path`): Where the adapter is saved.
+        saved (`dict`): What its `adapter_config.json` holds.
         file_bytes (`int`): Bytes of the saved masks and logits.
 
     Raises:
         `ValueError`: if there is a `README.md` that is no model card.
     """
-    saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     card = load_card(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else ModelCard("---\n{}\n---\n")
     _describe(cast(ModelCardData, card.data), saved)
     before, _, after = split_card(card.text)
@@ -211,7 +210,9 @@ def _adapter_facts(folder: Path, saved: Saved, file_bytes: int) -> dict[str, Any
 
 def _stage_facts(stage: dict[str, Any]) -> dict[str, Any]:
     calibration, shares = stage.get("calibration"), stage["groups_changed"].values()
-    training = [f"{name.replace('_', ' ')} {value}" for name, value in stage.get("training", {}).items()]
+    # First, though a file has its keys in alphabetical order.
+    settings = {"estimator": ""} | stage.get("training", {})
+    training = [f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value != ""]
     return {
         "start": stage["init_mask"],
         "calibration": f"{calibration.get('text', 'text')}, {calibration['tokens']:,} tokens" if calibration else "",

@@ -212,6 +212,10 @@ class MaskProConfig(PeftConfig):
         """Whether the mask of an adapter with this configuration comes from a file."""
         return self.format_version is not None
 
+    def resume(self, saved: "MaskProConfig") -> None:
+        """Go on with the stage of training that a checkpoint's configuration is in."""
+        self.logit_scale, self.start, self._earlier = saved.logit_scale, saved.start, saved._earlier
+
     def record_stage(self, groups_changed: dict[str, float], target_weights: int, file_bytes: int) -> None:
         """
         Note how far the mask is from where this stage of its training started, for [`save_pretrained`].
@@ -248,7 +252,8 @@ class MaskProConfig(PeftConfig):
         try:
             super().save_pretrained(save_directory, **kwargs)
             if self._groups_changed is not None:
-                write_card(Path(save_directory), self._file_bytes)
+                mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
+                write_card(Path(save_directory), self.to_dict() | {"auto_mapping": mapping}, self._file_bytes)
         finally:
             self.format_version, self.lineage = version, lineage
 

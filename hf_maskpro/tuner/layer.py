@@ -18,6 +18,7 @@ from ..subset import (
     check_packed,
     codes_of,
     keep_of,
+    mask_of,
     mode,
     mode_and_apply,
     mode_codes,
@@ -66,6 +67,8 @@ class _ApplyMask(torch.autograd.Function):
             grad_weight = layer.masked(grad, name, ctx.seed)
         if ctx.needs_input_grad[1]:
             config, packed = layer.maskpro_config[name], layer.packed_initial_mask(name)
+            # Only now is it trained, by a trainer that has no default of its own.
+            config.logit_scale = logit_scale(config)
             rows = layer.out_in(grad), layer.out_in(weight)
             grad_theta = theta_gradient(theta, packed, logit_scale(config), config.n, *rows)
         return grad_weight, grad_theta, None, None, None
@@ -247,6 +250,15 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         config = self.maskpro_config[adapter_name]
         return unpack_codes(self.packed_initial_mask(adapter_name), config.n, config.m, self._width)
 
+    def initial_mask(self, adapter_name: str) -> torch.Tensor:
+        """The starting mask, bool `[out_features, m, in_features // m]`."""
+        return mask_of(self.initial_codes(adapter_name), self.maskpro_config[adapter_name].m)
+
+    def set_learned_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
+        """Put the logits where they would be if this were the starting mask, `[out_features, m, in_features // m]`."""
+        moved = mask.float() - self.initial_mask(adapter_name).float()
+        self.maskpro_theta[adapter_name].copy_(logit_scale(self.maskpro_config[adapter_name]) * moved)
+
     def set_initial_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
         """Fill the starting mask, bool `[out_features, m, in_features // m]`."""
         config = self.maskpro_config[adapter_name]
@@ -305,10 +317,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         packed = self.packed_initial_mask(adapter_name)
         score_and_update(theta, packed, logit_scale(config), config.n, step, seed, layer, distribution)
 
-    def _seed(self, adapter_name: str) -> int:
-        config = self.maskpro_config[adapter_name]
-        if config.logit_scale is None:
-            config.logit_scale = PLAIN_LOGIT_SCALE
+    def _seed(self) -> int:
         # torch's own generator, so that manual_seed and the replay of gradient checkpointing hold.
         return int(torch.randint(2**63 - 1, ()))
 
@@ -334,7 +343,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
                     if sampled and self.choose_mask is not None:
                         weight = self.choose_mask(weight)
                     else:
-                        seed = self._seed(name) if sampled else None
+                        seed = self._seed() if sampled else None
                         weight = _ApplyMask.apply(weight, self.maskpro_theta[name], self, name, seed)
                 return weight
         return self._cached_masked_weight(weight, names)

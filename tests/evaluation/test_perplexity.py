@@ -7,8 +7,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_maskpro import MaskProConfig, evaluation, perplexity
+from hf_maskpro import MaskProConfig, perplexity
 from hf_maskpro.evaluation import ZERO_SHOT, find_tasks, protocol, task_scores
+from hf_maskpro.evaluation import tasks as task_module
 
 from ..conftest import tiny_gpt2, tiny_llama
 
@@ -135,7 +136,7 @@ def test_tasks_that_are_not_there(tmp_path, monkeypatch):
     (tmp_path / "bad.yaml").write_text("task: [")
     with pytest.raises(ValueError, match=r"bad\.yaml is no YAML file: while parsing"):
         find_tasks([str(tmp_path / "bad.yaml")])
-    evaluation._task_manager.cache_clear()
+    task_module._task_manager.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ImportError, match=r"pip install 'hf-maskpro\[eval\]'"):
         find_tasks(["piqa"])

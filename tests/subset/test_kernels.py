@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 
 from hf_maskpro.subset import (
     codes_of,
+    compiling,
     keep_of,
     kernels,
     log_prob,
@@ -17,6 +18,7 @@ from hf_maskpro.subset import (
     mask_of,
     mode,
     pack,
+    random_keys,
     sample,
     score,
     unpack,
@@ -27,7 +29,7 @@ from hf_maskpro.subset.codec import code_table
 
 @pytest.fixture(params=[False, True], ids=["eager", "compiled"])
 def compiled(request, monkeypatch):
-    monkeypatch.setattr(kernels, "SMALLEST_COMPILED", 1 if request.param else 1 << 62)
+    monkeypatch.setattr(compiling, "SMALLEST_COMPILED", 1 if request.param else 1 << 62)
     return request.param
 
 
@@ -103,7 +105,7 @@ def differing(theta, packed, scale, n, seed, distribution):
     m = theta.shape[1]
     eager = kernels._sample_kernel(n, m, distribution, False).function
     arguments = (code_table(n, m, theta.device), kernels._number(scale, theta.device))
-    words = kernels._keys(seed, 3, theta.device)
+    words = random_keys(seed, 3, theta.device)
     drawn = kernels.sample_codes(theta, packed, scale, n, seed, 3, distribution)
     return (drawn != eager(theta, packed, *arguments, *words, None)).sum().item()
 
@@ -210,8 +212,8 @@ def test_one_kernel_serves_all_shapes(compiled):
 
 
 def test_a_long_compilation_is_announced(monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "SMALLEST_COMPILED", 1)
-    monkeypatch.setattr(kernels, "_SECONDS_OF_SILENCE", 0.0)
+    monkeypatch.setattr(compiling, "SMALLEST_COMPILED", 1)
+    monkeypatch.setattr(compiling, "_SECONDS_OF_SILENCE", 0.0)
     kernels._mode_kernel.cache_clear()
     # The first has padded rows, which are compiled for by themselves.
     for groups in (40, 60):
@@ -224,7 +226,7 @@ def test_a_long_compilation_is_announced(monkeypatch, caplog):
 def test_without_a_compiler_there_is_one_warning_and_the_same_result(tmp_path):
     program = """
 import warnings, torch
-from hf_maskpro.subset import kernels
+from hf_maskpro.subset import compiling, kernels
 theta, packed = torch.randn(256, 4, 256), torch.zeros(256, 86, dtype=torch.uint8)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

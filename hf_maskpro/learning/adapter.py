@@ -1,0 +1,92 @@
+"""The adapter that is trained: its layers, and the masks that they can apply."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
+
+import torch
+from torch import nn
+
+from ..tuner import MaskProConfig, MaskProLayer, masked_layers
+
+
+# Makes of a layer's weight what its forward multiplies by, given the layer's index and the layer.
+MaskWeight = Callable[[int, MaskProLayer, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class TrainedAdapter:
+    """
+    The one active mask adapter of a model.
+
+    Attributes:
+        name (`str`): Its name.
+        config ([`MaskProConfig`]): Its configuration.
+        layers (`list[MaskProLayer]`): The layers that it masks, in the model's order.
+    """
+
+    name: str
+    config: MaskProConfig
+    layers: list[MaskProLayer]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """
+        Raises:
+            `ValueError`: if the model has none or several, or the adapter was loaded for inference.
+        """
+        layers = [layer for layer in model.modules() if isinstance(layer, MaskProLayer)]
+        names = {name for layer in layers for name in layer.active_adapters}
+        if len(names) != 1:
+            raise ValueError(
+                f"the model has {len(names)} active mask adapters, and one is trained at a time; "
+                "add one with get_peft_model, or choose one with set_adapter."
+            )
+        name = names.pop()
+        masked = list(masked_layers(model, name).values())
+        if not masked[0].maskpro_theta[name].requires_grad:
+            raise ValueError(f"adapter {name!r} was loaded for inference; load it with is_trainable=True.")
+        return cls(name, masked[0].maskpro_config[name], masked)
+
+    def thetas(self) -> list[nn.Parameter]:
+        """The trained offsets of the logits, layer by layer."""
+        return [layer.maskpro_theta[self.name] for layer in self.layers]
+
+    def groups(self) -> int:
+        """How many groups the layers have together."""
+        return sum(theta.shape[0] * theta.shape[2] for theta in self.thetas())
+
+    @contextmanager
+    def masks(self, choose: MaskWeight) -> Iterator[None]:
+        """Let every layer multiply by what `choose` makes of its weight, and keep nothing."""
+        modes = [layer.training for layer in self.layers]
+        for index, layer in enumerate(self.layers):
+            layer.train()
+            layer.choose_mask = partial(choose, index, layer)
+        try:
+            yield
+        finally:
+            for layer, mode in zip(self.layers, modes, strict=True):
+                layer.choose_mask = None
+                layer.train(mode)
+
+    def mode(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:
+        """The weight under the learned mask."""
+        return layer.masked(weight, self.name)
+
+    def initial(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:
+        """The weight under the starting mask."""
+        return layer.initially_masked(weight, self.name)
+
+    def changed_groups(self) -> float:
+        """Share of all groups whose learned mask has left the starting mask."""
+        return self.share_that_differs(lambda index, layer: layer.mode_codes(self.name))
+
+    def share_that_differs(self, choose: Callable[[int, MaskProLayer], torch.Tensor]) -> float:
+        """Share of all groups in which masks, given as codes, differ from the starting mask."""
+        differ = torch.zeros((), dtype=torch.int64, device=self.thetas()[0].device)
+        for index, layer in enumerate(self.layers):
+            differ += (choose(index, layer) != layer.initial_codes(self.name)).sum().to(differ.device)
+        return differ.item() / self.groups()

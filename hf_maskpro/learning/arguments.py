@@ -1,0 +1,76 @@
+"""The arguments of a run."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .estimator import Estimator
+from .maskllm import MaskLLM
+from .proxsparse import ProxSparse
+from .residual import Residual
+from .simple import Simple
+
+
+ESTIMATORS: dict[str, type[Estimator]] = {
+    "residual": Residual,
+    "simple": Simple,
+    "proxsparse": ProxSparse,
+    "maskllm": MaskLLM,
+}
+
+
+# Their own settings become fields of the arguments below.
+_SETTINGS = [estimator.Arguments for estimator in ESTIMATORS.values() if estimator.Arguments is not None]
+
+
+@dataclass
+class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[misc]
+    """
+    `TrainingArguments` with an estimator, and with defaults that suit masks rather than weights. The settings of each
+    estimator are fields too: see [`ResidualArguments`].
+
+    Args:
+        estimator (`str`, defaults to `"residual"`):
+            `"residual"`: the policy gradient of MaskPro (arXiv 2506.12876), forward passes alone. `"simple"`: a
+            backward pass through the exact marginals (Ahmed et al., ICLR 2023); far fewer steps.
+        modules_to_save_learning_rate (`float`, defaults to 5e-5):
+            Learning rate of `MaskProConfig.modules_to_save`, a parameter group of their own.
+        learning_rate (`float`, *optional*):
+            Default 50 for `residual` (the paper's). For `simple` 0.2 in a run of 120 steps; in shorter ones more, in
+            longer ones less, by the square root of the ratio: in few steps each must be larger for a logit to cross
+            `logit_scale`, in many the noise of each adds up.
+        lr_scheduler_type (`str`, *optional*):
+            Default `"constant"` for `residual`; for `simple` 10 warm-up steps and a linear decay to a tenth.
+        warmup_steps (`float`, *optional*):
+            Default 0 for `residual`; for `simple` 10, or a fifth of `max_steps` below 50.
+        adam_beta2 (`float`, *optional*):
+            Default 0.98: gradients of logits change quickly. `residual` has no optimizer state.
+        adam_epsilon (`float`, *optional*):
+            Default 1e-8.
+        weight_decay (`float`, *optional*):
+            Default 0.
+        max_grad_norm (`float`, *optional*):
+            Default 0, no clipping: Adam scales every logit's step by itself, `residual` has no gradient.
+
+    Raises:
+        `ValueError`: if a value is none of those allowed.
+    """
+
+    estimator: str = field(default="residual", metadata={"help": "Who moves the logits."})
+    modules_to_save_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of modules_to_save."})
+    learning_rate: float | None = field(default=None, metadata={"help": "The estimator's own unless given."})
+    lr_scheduler_type: str | None = field(default=None, metadata={"help": "The estimator's own unless given."})
+    warmup_steps: float | None = field(default=None, metadata={"help": "The estimator's own unless given."})
+    adam_beta2: float | None = field(default=None, metadata={"help": "The estimator's own unless given."})
+    adam_epsilon: float | None = field(default=None, metadata={"help": "The estimator's own unless given."})
+    weight_decay: float | None = field(default=None, metadata={"help": "The estimator's own unless given."})
+    max_grad_norm: float | None = field(default=None, metadata={"help": "The estimator's own unless given."})
+
+    def __post_init__(self):
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"estimator is {self.estimator!r}; use one of {', '.join(map(repr, ESTIMATORS))}.")
+        common = {"adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.0, "max_grad_norm": 0.0}
+        for name, value in (common | ESTIMATORS[self.estimator].defaults(self)).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        super().__post_init__()

@@ -1,0 +1,144 @@
+"""What an estimator decides: the trainer asks it at these places, and knows no more of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import get_total_norm
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from .adapter import TrainedAdapter
+
+
+# A single bad batch is skipped; so many in a row are no accident.
+MOST_SKIPPED = 5
+
+TrainingStep = Callable[[nn.Module, dict[str, Any], torch.Tensor | int | None], torch.Tensor]
+
+
+class Estimator:
+    """
+    Moves the logits of one adapter. A subclass answers what is asked below; what it leaves out is answered for one
+    that learns by backward through the layers' own samples.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer that asks.
+        adapter ([`TrainedAdapter`]): What it trains.
+    """
+
+    # A dataclass of the settings that are its own: they become fields of `MaskProTrainingArguments`.
+    Arguments: type | None = None
+    # The `C` of an adapter that was given none.
+    logit_scale = 6.0
+
+    @classmethod
+    def defaults(cls, args: TrainingArguments) -> dict[str, Any]:
+        """
+        The values of the arguments that the user left at `None`.
+
+        Raises:
+            `ValueError`: if a setting of its own is out of range.
+        """
+        raise NotImplementedError
+
+    def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
+        self.trainer, self.adapter = trainer, adapter
+        self.skipped = self._skipped_in_a_row = 0
+
+    def check(self) -> None:
+        """
+        Raises:
+            `ValueError`: if it cannot train this model, by this trainer.
+        """
+
+    def begin(self) -> None:
+        """Called before the first step of a run, new or resumed."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer steps to learn the mask."""
+        return self.adapter.thetas()
+
+    def optimizer(self, default: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        """The optimizer of a run: `default` makes that of a `Trainer`, over all that requires grad."""
+        optimizer = default()
+        thetas = {id(theta) for theta in self.adapter.thetas()}
+        groups = list(optimizer.param_groups)
+        optimizer.param_groups.clear()
+        optimizer.add_param_group({**groups[0], "params": self.parameters()})
+        for group in groups:
+            others = [parameter for parameter in group["params"] if id(parameter) not in thetas]
+            if others:
+                rate = self.trainer.args.modules_to_save_learning_rate
+                optimizer.add_param_group({**group, "params": others, "lr": rate})
+        return optimizer
+
+    def train_dataloader(self, default: Callable[[], DataLoader]) -> DataLoader:
+        """The batches of a run: `default` makes those of a `Trainer`."""
+        return default()
+
+    def training_step(
+        self,
+        default: TrainingStep,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """One micro-batch; returns its loss. `default` is that of a `Trainer`: forward and backward."""
+        return default(model, inputs, num_items_in_batch)
+
+    def settle(self) -> None:
+        """Bring the logits up to what was learned. Called before the mask is measured, logged or saved."""
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged beside the loss."""
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        """What the adapter records of its own settings."""
+        return {}
+
+    def save(self, folder: Path) -> None:
+        """Write into a checkpoint what a resumed run needs beside logits and optimizer."""
+
+    def load(self, folder: Path) -> None:
+        """
+        Read what [`save`] wrote.
+
+        Raises:
+            `ValueError`: if the checkpoint is another estimator's.
+        """
+
+    def flipped_groups(self) -> float:
+        """Share of all groups that one sample changes against the starting mask."""
+        # Seeded by the step: a draw from torch's generator would change the run.
+        seed = self.trainer.state.global_step
+        return self.adapter.share_that_differs(lambda i, layer: layer.sampled_codes(self.adapter.name, seed, i))
+
+    def skip_unless_finite(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the gradients away before a step that would make the logits NaN."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if parameters and not self.is_finite(get_total_norm([p.grad for p in parameters])):
+            for parameter in parameters:
+                parameter.grad = None
+
+    def is_finite(self, value: torch.Tensor) -> bool:
+        """
+        Whether an update may be made, from a number that is finite if all of it is. Those that may not are counted.
+
+        Raises:
+            `FloatingPointError`: if too many in a row may not.
+        """
+        if value.isfinite():
+            self._skipped_in_a_row = 0
+            return True
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row == MOST_SKIPPED:
+            raise FloatingPointError(
+                f"{MOST_SKIPPED} updates in a row were not finite, the last at step {self.trainer.state.global_step}; "
+                "the mask is as before them. Look for batches without labels, or lower the learning rate."
+            )
+        return False

@@ -1,0 +1,296 @@
+"""`residual`: the policy gradient of MaskPro (arXiv 2506.12876), by forward passes alone."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import exp
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
+
+from ..tuner import MaskProLayer
+from .adapter import TrainedAdapter
+from .estimator import Estimator, TrainingStep
+from .objectives import sequence_losses, share_of_loss
+
+
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "residual_state.json"
+# Batches whose loss is computed both ways before cached losses are trusted, and by how much the two may differ.
+PROBES = 4
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+
+_INDEX = "example_index"
+
+
+@dataclass
+class ResidualArguments:
+    """
+    The settings of `estimator="residual"`.
+
+    Args:
+        tracker_decay (`float`, defaults to 0.99):
+            `alpha` of the moving average that is subtracted from the loss residual.
+        baseline (`str`, defaults to `"auto"`):
+            Where the loss of the initial mask comes from: `"step"` computes it with every batch, `"cache"` once per
+            example before training. The latter is refused where an example's loss depends on its company or on when
+            it is drawn, which a few batches tell. `"auto"` is the cheaper of those that are sound.
+    """
+
+    tracker_decay: float = field(default=0.99, metadata={"help": "Decay of the residual's moving average."})
+    baseline: Literal["auto", "step", "cache"] = field(
+        default="auto", metadata={"help": "When `residual` computes the loss of the initial mask."}
+    )
+
+
+class Residual(Estimator):
+    """
+    Samples one mask an optimizer step, and moves the logits by `l <- l - lr * (g - delta) * score(m_t)`, where
+    `g = f(m_t) - f(m_0)` is the loss of the sampled mask minus that of the initial one on the same batch, and `delta`
+    its moving average. It never builds an autograd graph.
+    """
+
+    Arguments = ResidualArguments
+    logit_scale = 10.0
+
+    @classmethod
+    def defaults(cls, args: TrainingArguments) -> dict[str, Any]:
+        if args.baseline not in ("auto", "step", "cache"):
+            raise ValueError(f"baseline is {args.baseline!r}; use one of 'auto', 'step', 'cache'.")
+        if not 0 <= args.tracker_decay < 1:
+            raise ValueError(f"tracker_decay is {args.tracker_decay}, outside 0 to 1; 0.99 is usual.")
+        return {"learning_rate": 50.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
+
+    def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
+        super().__init__(trainer, adapter)
+        self.tracker = 0.0
+        self._seed = -1
+        self._residual = torch.zeros(())
+        self._history: dict[str, list[float]] = {"residual": [], "tracker": []}
+        self._baselines: torch.Tensor | None = None
+
+    def check(self) -> None:
+        args = self.trainer.args
+        if (processes := max(args.world_size, args.n_gpu)) > 1:
+            raise ValueError(
+                f"estimator='residual' runs in one process on one device, not {processes}: "
+                "ranks with different masks would drift apart; use estimator='simple'."
+            )
+        thetas = {id(theta) for theta in self.adapter.thetas()}
+        parameters = self.trainer.model.named_parameters()
+        others = [name for name, p in parameters if p.requires_grad and id(p) not in thetas]
+        if others:
+            raise ValueError(
+                f"estimator='residual' trains nothing but masks, and {others[0]} requires grad; "
+                "drop modules_to_save or use estimator='simple'."
+            )
+        if self.trainer.optimizer is not None:
+            raise ValueError("estimator='residual' has no optimizer; drop optimizers.")
+        if args.baseline == "cache" and not self._has_fixed_examples():
+            raise ValueError("baseline='cache' needs map-style data in the usual order; use baseline='step'.")
+
+    def begin(self) -> None:
+        config = self.adapter.config
+        scale = self.logit_scale if config.logit_scale is None else config.logit_scale
+        n, m = config.n, config.m
+        factor = sum(1 / k for k in range(1, n + 1)) if config.distribution == "plackett_luce" else n
+        share = min(1, (m - n) * factor * exp(-scale))
+        groups = self.adapter.groups()
+        logger.warning(
+            f"residual: a sample changes about {share * groups:,.3g} of {groups:,} groups, so the average one is "
+            f"tried once in {1 / share:,.0f} steps; plan for that many forward passes or more (the paper runs "
+            "10,000 steps). Where a backward pass fits, estimator='simple' needs a few hundred."
+        )
+
+    def optimizer(self, default: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        # Nothing has a gradient, so this steps nothing: it holds the learning rate for the schedule.
+        return torch.optim.SGD(self.adapter.thetas(), lr=self.trainer.args.learning_rate)
+
+    def _sampled(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:
+        """By the mask of this optimiser step, which is drawn again wherever it is needed."""
+        return layer.masked(weight, self.adapter.name, self._seed, index, self.adapter.config.distribution)
+
+    def training_step(
+        self,
+        default: TrainingStep,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        trainer = self.trainer
+        # Dropout would put other noise into the two losses than the mask.
+        model.eval()
+        if self._seed < 0:
+            # torch's own generator, whose state a checkpoint keeps.
+            self._seed = int(torch.randint(2**63 - 1, ()))
+            self._residual = torch.zeros((), device=trainer.args.device)
+        index = inputs.pop(_INDEX, None)
+        inputs = trainer._prepare_inputs(inputs)
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            with self.adapter.masks(self._sampled):
+                loss = share_of_loss(trainer, model, inputs, num_items_in_batch)
+            if index is None:
+                with self.adapter.masks(self.adapter.initial):
+                    baseline = share_of_loss(trainer, model, inputs, num_items_in_batch)
+            else:
+                assert self._baselines is not None
+                assert num_items_in_batch is not None
+                baseline = (self._baselines[index.cpu()].sum() / float(num_items_in_batch)).to(loss)
+        self._residual += loss - baseline
+        if trainer.accelerator.sync_gradients:
+            if self.is_finite(self._residual):
+                self._move_logits(self._residual.item())
+            self._seed = -1
+        return loss
+
+    @torch.no_grad()
+    def _move_logits(self, residual: float) -> None:
+        """`l <- l - lr * (g - delta) * score(m_t)`."""
+        alpha = self.trainer.args.tracker_decay
+        self.tracker = alpha * self.tracker + (1 - alpha) * residual
+        step = -self.trainer._get_learning_rate() * (residual - self.tracker)
+        for index, layer in enumerate(self.adapter.layers):
+            layer.move_logits(self.adapter.name, step, self._seed, index, self.adapter.config.distribution)
+        self._history["residual"].append(residual)
+        self._history["tracker"].append(self.tracker)
+
+    def metrics(self) -> dict[str, float]:
+        logs = {name: sum(values) / len(values) for name, values in self._history.items() if values}
+        self._history = {name: [] for name in self._history}
+        return logs | {"flipped": self.flipped_groups()}
+
+    def flipped_groups(self) -> float:
+        adapter, seed = self.adapter, self.trainer.state.global_step
+        return adapter.share_that_differs(
+            lambda i, layer: layer.sampled_codes(adapter.name, seed, i, adapter.config.distribution)
+        )
+
+    def settings(self) -> dict[str, Any]:
+        args = self.trainer.args
+        return {
+            "tracker_decay": args.tracker_decay,
+            "baseline": args.baseline,
+            "distribution": self.adapter.config.distribution,
+        }
+
+    def save(self, folder: Path) -> None:
+        (folder / STATE_NAME).write_text(json.dumps({"tracker": self.tracker}))
+
+    def load(self, folder: Path) -> None:
+        path = folder / STATE_NAME
+        if not path.is_file():
+            raise ValueError(f"{folder} is not a checkpoint of estimator='residual'; start a new run from it.")
+        self.tracker = json.loads(path.read_text())["tracker"]
+
+    def train_dataloader(self, default: Callable[[], DataLoader]) -> DataLoader:
+        trainer = self.trainer
+        if not self._pays():
+            return default()
+        dataset, collator = trainer.train_dataset, trainer.data_collator
+        trainer.data_collator = _IndexedCollator(trainer._get_collator_with_removed_columns(collator))
+        trainer.train_dataset = _Indexed(dataset)
+        try:
+            if self._cache_is_sound():
+                self._baselines = self._cached(range(len(dataset)), trainer._train_batch_size)
+                return default()
+        finally:
+            trainer.train_dataset, trainer.data_collator = dataset, collator
+        if trainer.args.baseline == "cache":
+            raise ValueError(
+                "baseline='cache' needs examples whose loss is the same in any company, at any time, and the model's "
+                "own causal loss; use baseline='step'."
+            )
+        logger.warning("residual: examples do not have a loss of their own, so every step computes its baseline.")
+        return default()
+
+    def _pays(self) -> bool:
+        """Whether a pass over all examples takes less than a baseline every step, or is asked for."""
+        args = self.trainer.args
+        if args.baseline == "step" or not self._has_fixed_examples():
+            return False
+        examples = len(self.trainer.train_dataset)
+        per_step = self.trainer._train_batch_size * args.gradient_accumulation_steps
+        trained = per_step * args.max_steps if args.max_steps > 0 else examples * args.num_train_epochs
+        return args.baseline == "cache" or examples < trained
+
+    def _has_fixed_examples(self) -> bool:
+        dataset = self.trainer.train_dataset
+        map_style = dataset is not None and not isinstance(dataset, IterableDataset)
+        return map_style and self.trainer.args.train_sampling_strategy in ("random", "sequential")
+
+    def _cache_is_sound(self) -> bool:
+        """
+        By evidence: whether the trainer's loss of a few batches is what the losses of their examples, each computed by
+        itself, add up to.
+        """
+        trainer = self.trainer
+        size = trainer._train_batch_size
+        # A generator of its own: a draw from torch's would change the run.
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(trainer.train_dataset), generator=generator)[: PROBES * size].tolist()
+        tolerance = PROBE_TOLERANCE[next(trainer.model.parameters()).dtype]
+        try:
+            alone = self._cached(order, 1)
+            for inputs in self._batches(order, size):
+                index = inputs.pop(_INDEX)
+                items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+                with torch.no_grad(), self.adapter.masks(self.adapter.initial), trainer.accelerator.autocast():
+                    loss = share_of_loss(trainer, trainer.model, trainer._prepare_inputs(inputs), items).item()
+                expected = alone[index].sum().item() / float(items)
+                if not abs(loss - expected) <= tolerance * abs(expected):
+                    return False
+        # Of what has no labels or no logits, or is no batch of rows, the losses cannot be cached.
+        except (KeyError, AttributeError, TypeError, ValueError, IndexError, RuntimeError, ZeroDivisionError):
+            return False
+        return True
+
+    def _cached(self, examples: Sequence[int], size: int) -> torch.Tensor:
+        """Summed loss of examples under the initial mask, so many at a time: float64 `[all examples]`."""
+        trainer = self.trainer
+        losses = torch.zeros(len(trainer.train_dataset), dtype=torch.float64)
+        trainer.model.eval()
+        for inputs in tqdm(self._batches(examples, size), desc="baseline loss", disable=trainer.args.disable_tqdm):
+            index = inputs.pop(_INDEX)
+            inputs = trainer._prepare_inputs(inputs)
+            labels = inputs.pop("labels")
+            with torch.no_grad(), self.adapter.masks(self.adapter.initial), trainer.accelerator.autocast():
+                logits = trainer.model(**inputs).logits
+            losses[index] = sequence_losses(logits, labels).double().cpu()
+        return losses
+
+    def _batches(self, examples: Sequence[int], size: int) -> DataLoader:
+        dataset, collator = self.trainer.train_dataset, self.trainer.data_collator
+        return DataLoader(
+            dataset, batch_size=size, collate_fn=collator, sampler=list(examples), generator=torch.Generator()
+        )
+
+
+class _Indexed(Dataset):
+    """A map-style dataset whose items know their index."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.dataset[index]
+
+
+class _IndexedCollator:
+    """A collator that passes the indices of its examples on."""
+
+    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, items: list[tuple[int, Any]]) -> dict[str, Any]:
+        batch = self.collator([item for _, item in items])
+        return {**batch, _INDEX: torch.tensor([index for index, _ in items])}
