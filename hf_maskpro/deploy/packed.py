@@ -1,9 +1,6 @@
 """2:4 models with packed weights, for decoding on a CPU. Importing this module registers them with transformers."""
 
 import ctypes
-import os
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..subset.native import compiled
 from .check import sparse_weights
 from .folders import new_folder
 from .merge import drop_sparsity_config
@@ -34,23 +32,7 @@ _ROWS = 1024
 
 @cache
 def _library() -> ctypes.CDLL:
-    return compiled(Path(__file__).with_name("packed.cpp").read_text())
-
-
-def compiled(source: str) -> ctypes.CDLL:
-    """The products in C++, for this CPU; it takes a second."""
-    compiler = os.environ.get("CXX", "g++")
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "packed.so"
-        options = ["-xc++", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-o", str(output), "-"]
-        try:
-            subprocess.run([compiler, *options], check=True, capture_output=True, text=True, input=source)
-        except FileNotFoundError as error:
-            raise ValueError(f"packed products are compiled at first use, and {compiler} is not there.") from error
-        except subprocess.CalledProcessError as error:
-            reason = next(line for line in error.stderr.splitlines() if "error" in line)
-            raise ValueError(f"packed products cannot be compiled here: {reason}") from error
-        library = ctypes.CDLL(str(output))
+    library = compiled(Path(__file__).with_name("packed.cpp"), "packed products")
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.product.argtypes = [pointer, pointer, pointer, pointer, size, size, size, ctypes.c_int]
     library.unpack.argtypes = [pointer, pointer, pointer, size, size, ctypes.c_int]

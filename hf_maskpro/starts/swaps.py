@@ -1,12 +1,25 @@
 """Swaps of kept against dropped weights while the layer's reconstruction error falls (the idea of SparseSwaps)."""
 
+import ctypes
+from functools import cache
+from pathlib import Path
+
 import torch
 
+from ..subset.native import compiled_or_none
 from ..tuner.layer import to_planes
 
 
-# A gain below this share of a row's first error is rounding.
+# A gain below this share of what a row's dropped weights cost, each by itself, is rounding.
 _LEAST_GAIN = 1e-9
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    library = compiled_or_none(Path(__file__).with_name("swaps.cpp"), "swaps")
+    if library is not None:
+        library.refine.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3 + [ctypes.c_int]
+    return library
 
 
 def reconstruction_error(weight: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -21,55 +34,92 @@ def reconstruction_error(weight: torch.Tensor, mask: torch.Tensor, gram: torch.T
     Returns:
         `torch.Tensor`: float64 `[out_features]`.
     """
-    dropped = weight.double().masked_fill(mask.transpose(1, 2).flatten(1), 0)
+    dropped = _dropped(weight.double(), mask)
     return ((dropped @ gram.double()) * dropped).sum(1)
 
 
-def refine(weight: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+def refine(
+    weight: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor, shift: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     Swap within groups, one swap a row at a time, the best of the row, until none lowers its error.
 
     With d the dropped weights of a row and c = G d, to drop p and keep q instead changes `d^T G d` by exactly
     `2 w_p c_p + w_p^2 G_pp - 2 w_q c_q + w_q^2 G_qq - 2 w_p w_q G_pq`.
 
+    On a CPU this is compiled at first use, and a row's swaps are ranked in float32; elsewhere, and without a compiler,
+    it is [`refine_in_torch`].
+
     Args:
-        weight (`torch.Tensor`): `[out_features, in_features]`.
-        mask (`torch.Tensor`): bool `[out_features, m, in_features // m]`.
-        gram (`torch.Tensor`): X^T X, `[in_features, in_features]`.
+        weight (`torch.Tensor`): float32 `[out_features, in_features]`.
+        mask (`torch.Tensor`): bool `[out_features, m, in_features // m]`, with as many kept in every group.
+        gram (`torch.Tensor`): X^T X, float32 `[in_features, in_features]`.
+        shift (`torch.Tensor`, *optional*): float32 `[out_features, in_features]`, added to c at first. With s a row of
+            it, what falls is `d^T G d + 2 s^T d`: the error towards other outputs than those of the dense weight.
 
     Returns:
         `torch.Tensor`: The refined mask, of the same shape. No single swap of it lowers the error of a row by more
-            than a billionth of what it was at first.
+            than rounding, a billionth of `sum_j d_j^2 G_jj` at first.
     """
+    library = _library() if weight.device.type == "cpu" else None
+    if library is None:
+        return refine_in_torch(weight, mask, gram, shift)
     rows, m, groups = mask.shape
+    dropped = _dropped(weight, mask)
+    product = dropped @ gram if shift is None else torch.addmm(shift, dropped, gram)
+    tolerance = _LEAST_GAIN * (dropped.square() @ gram.diagonal())
+    # Of both, the same member of all groups in a row.
+    weight, product = (to_planes(matrix, m).contiguous() for matrix in (weight, product))
+    gram = gram.view(groups, m, groups, m).permute(1, 0, 3, 2).contiguous()
+    refined = mask.clone(memory_format=torch.contiguous_format)
+    pointers = [tensor.data_ptr() for tensor in (weight, gram, product, tolerance, refined)]
+    library.refine(*pointers, rows, m, groups, torch.get_num_threads())
+    return refined
+
+
+def refine_in_torch(
+    weight: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor, shift: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[`refine`] in float64, on any device: all rows at once, one swap of each."""
+    rows, m, groups = mask.shape
+    n = int(mask[0, :, 0].sum())
     weight, gram = weight.double(), gram.double()
-    diagonal = gram.diagonal()
-    keep = mask.transpose(1, 2).flatten(1).clone()
-    product = weight.masked_fill(keep, 0) @ gram
-    # Rounding can make the error of a row whose inputs are all but zero negative.
-    tolerance = _LEAST_GAIN * (product * weight.masked_fill(keep, 0)).sum(1).clamp(min=0)
-    # G_pq within the groups, `[groups, m, m]`.
-    inner = gram.view(groups, m, groups, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    pairs = [(p, q) for p in range(m) for q in range(m) if p != q]
-    active = torch.arange(rows, device=weight.device)
+    dropped = _dropped(weight, mask)
+    product = dropped @ gram if shift is None else shift + dropped @ gram
+    squares = weight.square() * gram.diagonal()
+    tolerance = _LEAST_GAIN * (dropped.square() @ gram.diagonal())
+    # The features of every group, those that are kept first.
+    order = mask.byte().argsort(dim=1, descending=True) + torch.arange(groups, device=mask.device) * m
+    active = torch.arange(rows, device=mask.device)
     while len(active):
-        w, c, k = weight[active], product[active], keep[active]
-        own = w.square() * diagonal
-        dropping = to_planes((2 * w * c + own).masked_fill(~k, torch.inf), m)
-        keeping = to_planes((own - 2 * w * c).masked_fill(k, torch.inf), m)
-        planes = to_planes(w, m)
-        best = torch.full((len(active),), torch.inf, dtype=torch.float64, device=w.device)
-        out, into = torch.zeros_like(active), torch.zeros_like(active)
-        for p, q in pairs:
-            change = dropping[:, p] + keeping[:, q] - 2 * planes[:, p] * planes[:, q] * inner[:, p, q]
-            value, group = change.min(1)
-            better = value < best
-            best = torch.where(better, value, best)
-            out, into = torch.where(better, group * m + p, out), torch.where(better, group * m + q, into)
+        features = order[active].flatten(1)
+        w, c, square = (
+            matrix[active].gather(1, features).unflatten(1, (m, groups)) for matrix in (weight, product, squares)
+        )
+        cross = 2 * w * c
+        dropping, keeping = (square + cross)[:, :n], (square - cross)[:, n:]
+        features = features.unflatten(1, (m, groups))
+        best = torch.full_like(tolerance[active], torch.inf)
+        place = torch.zeros_like(active)
+        for p in range(n):
+            for q in range(n, m):
+                inner = gram[features[:, p], features[:, q]]
+                change = dropping[:, p] + keeping[:, q - n] - 2 * w[:, p] * w[:, q] * inner
+                value, group = change.min(1)
+                place = torch.where(value < best, (p * m + q) * groups + group, place)
+                best = torch.minimum(best, value)
         gains = best < -tolerance[active]
-        active, out, into = active[gains], out[gains], into[gains]
-        keep[active, out], keep[active, into] = False, True
+        active, place = active[gains], place[gains]
+        group, first, second = place % groups, place // groups // m, place // groups % m
+        out, into = order[active, first, group], order[active, second, group]
+        order[active, first, group], order[active, second, group] = into, out
         product[active] += (
             weight[active, out].unsqueeze(1) * gram[out] - weight[active, into].unsqueeze(1) * gram[into]
         )
-    return keep.unflatten(1, (groups, m)).transpose(1, 2).contiguous()
+    keep = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, order[:, :n].flatten(1), True)
+    return to_planes(keep, m).contiguous()
+
+
+def _dropped(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A weight with zeros where the mask keeps it."""
+    return weight.masked_fill(mask.transpose(1, 2).flatten(1), 0)

@@ -1,11 +1,9 @@
 """Every rule against a slow second way, element by element or with explicit inverses."""
 
-import itertools
-
 import pytest
 import torch
 
-from hf_maskpro.starts import gblm, magnitude, pruner_zero, ria, sparsegpt, swaps, wanda
+from hf_maskpro.starts import gblm, magnitude, pruner_zero, ria, sparsegpt, wanda
 from hf_maskpro.starts.walk import Calibration, Inputs
 from hf_maskpro.subset import mode
 from hf_maskpro.tuner.layer import to_planes
@@ -72,8 +70,16 @@ def test_zeros_do_not_become_nan(rule):
     assert rule.scores(weight, calibration).isfinite().all()
 
 
+@pytest.fixture(params=["compiled", "in torch"])
+def sparsegpt_way(request, monkeypatch):
+    if request.param == "in torch":
+        monkeypatch.setattr(sparsegpt, "_library", lambda: None)
+    elif sparsegpt._library() is None:
+        pytest.skip("no compiler")
+
+
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4)])
-def test_sparsegpt_is_the_optimal_brain_surgeon(n, m):
+def test_sparsegpt_is_the_optimal_brain_surgeon(sparsegpt_way, n, m):
     """Column by column with the inverse of what is left of H, in float64, as its derivation says."""
     weight, _, calibration = random_layer(in_features=24)
     hessian = calibration.inputs.gram.double()
@@ -92,7 +98,7 @@ def test_sparsegpt_is_the_optimal_brain_surgeon(n, m):
     assert torch.equal(mine, keep.view(6, -1, m).transpose(1, 2))
 
 
-def test_sparsegpt_over_several_blocks_and_with_unused_features(monkeypatch):
+def test_sparsegpt_over_several_blocks_and_with_unused_features(sparsegpt_way, monkeypatch):
     weight, _, calibration = random_layer(in_features=24)
     calibration.inputs.gram[5], calibration.inputs.gram[:, 5] = 0, 0
     before = weight.clone()
@@ -103,31 +109,18 @@ def test_sparsegpt_over_several_blocks_and_with_unused_features(monkeypatch):
     assert not whole[:, 1, 1].any()
 
 
-def errors(weight, inputs, mask):
-    """By the outputs themselves."""
-    dropped = torch.where(mask.transpose(1, 2).flatten(1), 0, weight).double()
-    return (inputs.double() @ dropped.T).square().sum(0)
+def test_sparsegpt_compiled_chooses_what_torch_does(monkeypatch):
+    weight, _, calibration = random_layer(out_features=150, in_features=600, tokens=300)
+    weight[:, 3] = weight[:, 0]
+    chosen = {m: sparsegpt.mask(weight, calibration, m // 2, m) for m in (4, 8, 12)}
+    monkeypatch.setattr(sparsegpt, "_library", lambda: None)
+    for m, mask in chosen.items():
+        assert (mask.sum(1) == m // 2).all()
+        assert (mask == sparsegpt.mask(weight, calibration, m // 2, m)).float().mean() > 0.999
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4)])
-def test_swaps_end_in_a_local_optimum(n, m):
-    weight, inputs, calibration = random_layer()
-    generator = torch.Generator().manual_seed(1)
-    start = torch.rand(6, m, 16 // m, generator=generator).argsort(1).argsort(1) < n
-    refined = swaps.refine(weight, start, calibration.inputs.gram)
-    assert (refined.sum(1) == n).all()
-    before, after = errors(weight, inputs, start), errors(weight, inputs, refined)
-    gram = calibration.inputs.gram
-    torch.testing.assert_close(swaps.reconstruction_error(weight, refined, gram), after, rtol=1e-4, atol=0)
-    assert (after < before).all()
-    for group, out, into in itertools.product(range(16 // m), range(m), range(m)):
-        neighbour = refined.clone()
-        neighbour[:, out, group], neighbour[:, into, group] = refined[:, into, group], refined[:, out, group]
-        assert (errors(weight, inputs, neighbour) >= after * (1 - 1e-5)).all()
-
-
-def test_swaps_leave_an_optimum_alone():
+def test_sparsegpt_leaves_a_transposed_weight_alone():
     weight, _, calibration = random_layer()
-    start = torch.rand(6, 4, 4).argsort(1).argsort(1) < 2
-    refined = swaps.refine(weight, start, calibration.inputs.gram)
-    assert torch.equal(swaps.refine(weight, refined, calibration.inputs.gram), refined)
+    transposed = weight.T.contiguous().T
+    assert torch.equal(sparsegpt.mask(transposed, calibration, 2, 4), sparsegpt.mask(weight, calibration, 2, 4))
+    assert torch.equal(transposed, weight)

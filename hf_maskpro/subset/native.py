@@ -1,0 +1,48 @@
+"""C++ for the CPU at hand, compiled at first use."""
+
+import ctypes
+import os
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+
+def compiled(source: Path, job: str) -> ctypes.CDLL:
+    """
+    A C++ file as a library, with OpenMP; it takes a second.
+
+    Args:
+        source (`Path`): The file, whose functions are `extern "C"`.
+        job (`str`): What they do, a plural, for the error.
+
+    Returns:
+        `ctypes.CDLL`: The library.
+
+    Raises:
+        `ValueError`: if there is no compiler (`g++`, or what `CXX` names), or it cannot compile this.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "library.so"
+        options = ["-xc++", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-o", str(output), "-"]
+        try:
+            subprocess.run([compiler, *options], check=True, capture_output=True, text=True, input=source.read_text())
+            return ctypes.CDLL(str(output))
+        except FileNotFoundError as error:
+            raise ValueError(f"{job} are compiled at first use, and {compiler} is not there.") from error
+        except subprocess.CalledProcessError as error:
+            exits = f"{compiler} exits with {error.returncode}"
+            reason = next((line for line in error.stderr.splitlines() if "error" in line), exits)
+            raise ValueError(f"{job} cannot be compiled here: {reason}") from error
+        except OSError as error:
+            raise ValueError(f"{job} cannot be compiled here: {error}") from error
+
+
+def compiled_or_none(source: Path, job: str) -> ctypes.CDLL | None:
+    """[`compiled`], or after a warning `None`, for work that plain torch can do as well."""
+    try:
+        return compiled(source, job)
+    except ValueError as error:
+        warnings.warn(f"plain torch takes several times as long: {error}", stacklevel=3)
+        return None

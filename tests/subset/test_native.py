@@ -1,0 +1,36 @@
+import pytest
+
+from hf_maskpro.subset.native import compiled
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "source.cpp"
+    path.write_text('extern "C" int answer() { return 42; }')
+    return path
+
+
+def test_a_source_becomes_a_library(source):
+    try:
+        library = compiled(source, "answers")
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert library.answer() == 42
+
+
+def test_a_compiler_that_says_nothing(source, monkeypatch):
+    monkeypatch.setenv("CXX", "/bin/false")
+    with pytest.raises(ValueError, match=r"^answers cannot be compiled here: /bin/false exits with 1$"):
+        compiled(source, "answers")
+
+
+def test_a_compiler_that_leaves_nothing_behind(source, monkeypatch):
+    monkeypatch.setenv("CXX", "/bin/true")
+    with pytest.raises(ValueError, match=r"^answers cannot be compiled here: .*library\.so"):
+        compiled(source, "answers")
+
+
+def test_a_compiler_that_cannot_be_run(source, monkeypatch):
+    monkeypatch.setenv("CXX", str(source))
+    with pytest.raises(ValueError, match=r"^answers cannot be compiled here: .*Permission denied"):
+        compiled(source, "answers")
