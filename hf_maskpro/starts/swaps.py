@@ -51,9 +51,9 @@ def refine(
     it is [`refine_in_torch`].
 
     Args:
-        weight (`torch.Tensor`): float32 `[out_features, in_features]`.
+        weight (`torch.Tensor`): `[out_features, in_features]`.
         mask (`torch.Tensor`): bool `[out_features, m, in_features // m]`, with as many kept in every group.
-        gram (`torch.Tensor`): X^T X, float32 `[in_features, in_features]`.
+        gram (`torch.Tensor`): X^T X, `[in_features, in_features]`.
         shift (`torch.Tensor`, *optional*): float32 `[out_features, in_features]`, added to c at first. With s a row of
             it, what falls is `d^T G d + 2 s^T d`: the error towards other outputs than those of the dense weight.
 
@@ -65,6 +65,8 @@ def refine(
     if library is None:
         return refine_in_torch(weight, mask, gram, shift)
     rows, m, groups = mask.shape
+    # What is compiled reads float32, whatever is there.
+    weight, gram = weight.float(), gram.float()
     dropped = _dropped(weight, mask)
     product = dropped @ gram if shift is None else torch.addmm(shift, dropped, gram)
     tolerance = _LEAST_GAIN * (dropped.square() @ gram.diagonal())

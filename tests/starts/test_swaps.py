@@ -113,6 +113,12 @@ def test_swaps_take_views(way):
     assert torch.equal(swaps.refine(*views), swaps.refine(weight, mask, gram, weight))
 
 
+def test_swaps_take_other_precisions(way):
+    weight, _, calibration = random_layer()
+    mask, gram = random_mask(6, 2, 4, 4), calibration.inputs.gram
+    assert torch.equal(swaps.refine(weight.double(), mask, gram.double()), swaps.refine(weight, mask, gram))
+
+
 @pytest.mark.parametrize("compiler", ["/no/compiler", "/bin/false"])
 def test_without_a_compiler_there_is_one_warning(compiler):
     program = """
