@@ -164,15 +164,15 @@ def _soft_members(chances: list[torch.Tensor], kept_by: list[list[int]]) -> list
     return [reduce(torch.add, [chances[c] for c in kept]) for kept in kept_by]
 
 
-def _kept_by(n: int, m: int) -> list[list[int]]:
-    """For every member, the candidates that keep it."""
-    table = candidates(n, m, torch.device("cpu")).tolist()
-    return [[c for c, mask in enumerate(table) if mask[i]] for i in range(m)]
+def _kept(n: int, m: int) -> tuple[list[list[int]], list[list[int]]]:
+    """For every member the candidates that keep it, and for every candidate the members that it keeps."""
+    table = candidates(n, m, torch.device("cpu")) == 1
+    return [column.nonzero()[:, 0].tolist() for column in table.T], [row.nonzero()[:, 0].tolist() for row in table]
 
 
 @cache
 def _soft_kernel(n: int, m: int) -> Kernel:
-    kept_by = _kept_by(n, m)
+    kept_by, _ = _kept(n, m)
 
     def soft_mask(gates, rows, first, second, scale, temperature):
         members = _soft_members(soft_choice(gates, first, second, scale, temperature), kept_by)
@@ -183,7 +183,7 @@ def _soft_kernel(n: int, m: int) -> Kernel:
 
 @cache
 def _soft_gradient_kernel(n: int, m: int) -> Kernel:
-    kept_by = _kept_by(n, m)
+    kept_by, keeps = _kept(n, m)
 
     def soft_gradient(gates, rows, first, second, scale, temperature, bonus, grad):
         chances = soft_choice(gates, first, second, scale, temperature)
@@ -192,8 +192,8 @@ def _soft_gradient_kernel(n: int, m: int) -> Kernel:
         for i, member in enumerate(members):
             weight = rows[:, i::m].float()
             worth.append(weight * (grad[:, i::m].float() - 2 * bonus * weight * member))
-        of_candidates = [sum(worth[i] for i in range(m) if c in kept_by[i]) for c in range(len(chances))]
-        mean = sum(chance * value for chance, value in zip(chances, of_candidates, strict=True))
+        of_candidates = [reduce(torch.add, [worth[i] for i in kept]) for kept in keeps]
+        mean = reduce(torch.add, [chance * value for chance, value in zip(chances, of_candidates, strict=True)])
         planes = [chance * (value - mean) for chance, value in zip(chances, of_candidates, strict=True)]
         return scale / temperature * torch.stack(planes, dim=1)
 

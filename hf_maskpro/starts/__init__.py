@@ -92,13 +92,12 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
             mask = mask_of(layer.initial_codes(adapter_name), config.m)
         if refined:
             assert inputs is not None
-            # Of a layer that has seen nothing there is no error to lower.
-            if inputs.weighted is not None:
-                before = swaps.reconstruction_error(weight, mask, inputs.weighted).sum().item()
-                shift = None if inputs.lost is None else TOWARDS_DENSE * weight @ inputs.lost
-                mask = swaps.refine(weight, mask, inputs.weighted, shift)
-                after = swaps.reconstruction_error(weight, mask, inputs.weighted).sum().item()
-                error_left.append(after / before if before > 0 else 1.0)
+            assert inputs.gram is not None
+            before = swaps.reconstruction_error(weight, mask, inputs.gram).sum().item()
+            shift = None if inputs.lost is None else TOWARDS_DENSE * weight @ inputs.lost
+            mask = swaps.refine(weight, mask, inputs.gram, shift)
+            after = swaps.reconstruction_error(weight, mask, inputs.gram).sum().item()
+            error_left.append(after / before if before > 0 else 1.0)
         layer.set_initial_mask(adapter_name, mask)
 
     if rule == "pruner-zero" and not refined:

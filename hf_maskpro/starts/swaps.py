@@ -34,8 +34,8 @@ def reconstruction_error(weight: torch.Tensor, mask: torch.Tensor, gram: torch.T
     Returns:
         `torch.Tensor`: float64 `[out_features]`.
     """
-    dropped = _dropped(weight.double(), mask)
-    return ((dropped @ gram.double()) * dropped).sum(1)
+    dropped = _dropped(weight, mask)
+    return ((dropped @ gram) * dropped).sum(1, dtype=torch.float64)
 
 
 def refine(
