@@ -11,18 +11,17 @@ from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub
 from safetensors import SafetensorError, safe_open
 
 from ..subset import check_packed
-from ..subset.codec import word_layout
+from ..subset.codec import packed_width, word_layout
 from ..tuner import MaskProConfig, saved_config
 from ..tuner.card import CONFIG_FILE, write_card
 
 
 MASK_FILE = "adapter_model.safetensors"
-MASK_FILE = "adapter_model.safetensors"
 
 
 def read_masks(folder: str | Path) -> tuple[MaskProConfig, dict[str, torch.Tensor]]:
     """
-    Read a mask adapter without its base model, checking every word of it.
+    Read a mask adapter without its base model, checking every word and logit of it.
 
     Args:
         folder (`str` or `Path`): The adapter's folder.
@@ -40,24 +39,37 @@ def read_masks(folder: str | Path) -> tuple[MaskProConfig, dict[str, torch.Tenso
     masks = {}
     try:
         with safe_open(folder / MASK_FILE, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118, the handle is no dict
-                if _kind(key, config) != "mask":
-                    continue
-                packed = tensors.get_tensor(key)
-                if packed.ndim != 2:
-                    raise ValueError(f"{key} has shape {list(packed.shape)}, not [out_features, bytes].")
-                check_packed(packed, config.n, config.m, packed.shape[1] // size * digits * config.m)
-                masks[_layer(key)] = packed
+            # A mask comes before its logits.
+            for key in sorted(tensors.keys()):
+                kind = _kind(key, config)
+                if kind == "mask":
+                    packed = tensors.get_tensor(key)
+                    if packed.ndim != 2:
+                        raise ValueError(f"{key} has shape {list(packed.shape)}, not [out_features, bytes].")
+                    check_packed(packed, config.n, config.m, packed.shape[1] // size * digits * config.m)
+                    masks[_layer(key)] = packed
+                elif kind == "theta":
+                    _check_logits(key, tensors.get_tensor(key), masks.get(_layer(key)), config)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{folder / MASK_FILE} is not a file of masks: {error}") from error
     _check_whole(config, masks)
     return config, masks
 
 
+def _check_logits(key: str, theta: torch.Tensor, packed: torch.Tensor | None, config: MaskProConfig) -> None:
+    if packed is None:
+        raise ValueError(f"it holds {key} without the mask that it starts from.")
+    fits = theta.ndim == 3 and theta.shape[:2] == (len(packed), config.m)
+    if not fits or packed.shape[1] != packed_width(config.n, config.m, theta.shape[2] * config.m):
+        raise ValueError(f"{key} has shape {list(theta.shape)}, which is not that of its mask.")
+    if theta.dtype not in (torch.float32, torch.bfloat16) or not theta.isfinite().all():
+        raise ValueError(f"{key} holds logits that are not finite numbers in float32 or bfloat16.")
+
+
 def _kind(key: str, config: MaskProConfig) -> str:
     """What a tensor of an adapter's file is: `mask`, `theta` or a weight that `modules_to_save` names."""
     kind = key.rpartition(".maskpro_")[2]
-    if kind in ("mask", "theta"):
+    if kind in ("mask", "theta") and ".maskpro_" not in _layer(key):
         return kind
     modules = [f".{module}." for module in config.modules_to_save or []]
     if not any(module in key for module in modules):
@@ -66,8 +78,8 @@ def _kind(key: str, config: MaskProConfig) -> str:
 
 
 def _layer(key: str) -> str:
-    """The layer whose mask a tensor of an adapter's file is."""
-    return key.removeprefix("base_model.model.").removesuffix(".maskpro_mask")
+    """The layer whose mask or logits a tensor of an adapter's file is."""
+    return key.removeprefix("base_model.model.").removesuffix(".maskpro_mask").removesuffix(".maskpro_theta")
 
 
 def _check_whole(config: MaskProConfig, layers: Collection[str]) -> None:

@@ -35,6 +35,7 @@ from .config import DATA_FREE, MaskProConfig
 PLAIN_LOGIT_SCALE = 5.0
 
 _UNFILLED = 255
+NO_MASK = "they say nothing of what to keep; load an earlier state, or train anew with a smaller learning rate"
 
 
 def to_planes(rows: torch.Tensor, m: int) -> torch.Tensor:
@@ -90,6 +91,7 @@ def _after_load(layer: "MaskProLayer", incompatible_keys: Any) -> None:
     """A file without theta holds a finished mask, which theta = 0 means; a mask that is not missing was filled."""
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if ".maskpro_theta." not in key]
+    layer._finite.clear()
     for name in list(layer._unfilled):
         if not any(key.endswith(f".maskpro_mask.{name}") for key in missing):
             del layer._unfilled[name]
@@ -128,6 +130,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         # word; transformers replaces the tensor without telling, load_state_dict fills it and calls a hook.
         self._unfilled: dict[str, torch.Tensor] = {}
         self._checked: dict[str, tuple[int, int]] = {}
+        self._finite: dict[str, tuple[int, int]] = {}
         self._masked_weight: tuple[list[tuple[int, int]], torch.Tensor, list[torch.Tensor]] | None = None
         self.register_load_state_dict_post_hook(_after_load)
         self._active_adapter = adapter_name
@@ -213,6 +216,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self._unfilled.pop(adapter_name, None)
         self._checked.pop(adapter_name, None)
+        self._finite.pop(adapter_name, None)
         self._masked_weight = None
 
     def packed_initial_mask(self, adapter_name: str) -> torch.Tensor:
@@ -253,9 +257,27 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self.maskpro_mask[adapter_name].copy_(pack_codes(codes_of(mask), config.n, config.m))
         self._unfilled.pop(adapter_name, None)
 
+    def _theta(self, adapter_name: str, sampled: bool = False) -> torch.Tensor:
+        """
+        The trained offset of the logits, `[out_features, m, in_features // m]`, outside of any graph.
+
+        Raises:
+            `ValueError`: if it is not finite: what is compared with NaN keeps any number of members.
+        """
+        theta = self.maskpro_theta[adapter_name].detach()
+        if not has_memory(theta):
+            return theta
+        # Once for every content, since looking waits for the device; while it is trained, once for all.
+        state, known = (theta.data_ptr(), theta._version), self._finite.get(adapter_name)
+        if known is None or (known != state and not (sampled and known[0] == state[0])):
+            if not theta.isfinite().all():
+                raise ValueError(f"adapter {adapter_name!r} has logits that are not finite: {NO_MASK}.")
+            self._finite[adapter_name] = state
+        return theta
+
     def mode_codes(self, adapter_name: str) -> torch.Tensor:
         """The learned mask, the n largest logits, as codes."""
-        config, theta = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
+        config, theta = self.maskpro_config[adapter_name], self._theta(adapter_name)
         # A theta that was never given memory is zero: the mode is the starting mask.
         if not has_memory(theta):
             return self.initial_codes(adapter_name)
@@ -265,7 +287,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, seed: int, layer: int = 0, distribution: Distribution = "conditional_poisson"
     ) -> torch.Tensor:
         """A mask drawn from the logits, as codes: a pure function of logits, seed and layer."""
-        config, theta = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
+        config, theta = self.maskpro_config[adapter_name], self._theta(adapter_name, sampled=True)
         packed = self.packed_initial_mask(adapter_name)
         return sample_codes(theta, packed, logit_scale(config), config.n, seed, layer, distribution)
 
@@ -285,7 +307,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             adapter_name (`str`): The adapter.
             seed (`int`, *optional*): Draws the mask of [`sampled_codes`]; `None` takes the mode.
         """
-        config, theta = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
+        config, theta = self.maskpro_config[adapter_name], self._theta(adapter_name, sampled=seed is not None)
         if seed is None and not has_memory(theta):
             return self.initially_masked(weight, adapter_name)
         rows, packed, n = self.out_in(weight), self.packed_initial_mask(adapter_name), config.n
@@ -384,7 +406,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             keep (`bool`): Keep the dropped weights for [`unmerge`], bit for bit.
 
         Raises:
-            `ValueError`: with `safe_merge`, if a logit or a kept weight is not finite.
+            `ValueError`: if a logit is not finite; with `safe_merge`, if a kept weight is not.
         """
         self._masked_weight = None
         for name in check_adapters_to_merge(self, adapter_names):
@@ -392,7 +414,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
                 continue
             weight = self.get_base_layer().weight
             masked = self.masked(weight.detach(), name)
-            if safe_merge and not (masked.isfinite().all() and self.maskpro_theta[name].isfinite().all()):
+            if safe_merge and not masked.isfinite().all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             if keep:
                 codes = self.mode_codes(name)

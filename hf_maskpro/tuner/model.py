@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ..subset import mode_codes, pack_codes, unpack_codes
 from .card import hub_id
 from .config import MaskProConfig
-from .layer import MaskProLayer, has_memory, layer_class, logit_scale, members_first
+from .layer import NO_MASK, MaskProLayer, has_memory, layer_class, logit_scale, members_first
 
 
 # Weights of a layer that its fingerprint looks at, at least.
@@ -132,6 +132,7 @@ class MaskProModel(BaseTuner):
             theta_key = f"{name}.maskpro_theta.{adapter_name}"
             layer.packed_initial_mask(adapter_name)
             packed, theta = state_dict[mask_key], state_dict[theta_key]
+            _check_finite(_bare(name), theta)
             initial = unpack_codes(packed, config.n, config.m, theta.shape[1] * theta.shape[2])
             learned = initial if theta.is_meta else mode_codes(theta, packed, logit_scale(config), config.n)
             weights += theta.numel()
@@ -176,6 +177,7 @@ class MaskProModel(BaseTuner):
             ):
                 raise ValueError(f"{_bare(name)}: the adapter file has {len(codes)} rows, the model {len(theta)}.")
             if theta_key in result:
+                _check_finite(_bare(name), result[theta_key])
                 result[theta_key] = members_first(result[theta_key])
                 layer.materialize(adapter_name)
             elif theta.is_meta:
@@ -246,6 +248,11 @@ def _bare(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
+def _check_finite(name: str, theta: torch.Tensor) -> None:
+    if has_memory(theta) and not theta.is_meta and not theta.isfinite().all():
+        raise ValueError(f"{name} has logits that are not finite: {NO_MASK}.")
+
+
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -296,10 +303,18 @@ def fingerprint(weight: torch.Tensor) -> str:
 
 
 def _check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
-    """Record which weights a new mask is for; refuse other weights than those that a loaded mask was learned for."""
+    """
+    Record which weights a new mask is for, which are finite; refuse other weights than those that a loaded mask was
+    learned for.
+    """
     if any(weight.is_meta for weight in weights.values()):
         # A skeleton: there is nothing to compare.
         return
+    # A finished mask may well drop such weights; what is learned from now on would compare with them.
+    if not config.awaits_file:
+        other = [f"{name}.weight" for name, weight in weights.items() if not _is_finite(weight)]
+        if other:
+            raise ValueError(f"cannot mask {_listed(other)}: the base model has weights there that are not finite.")
     if any(weight.dtype == torch.float16 for weight in weights.values()):
         if config.awaits_file:
             warnings.warn("float16 weights cannot be compared with those that the mask was learned for.", stacklevel=2)
@@ -316,6 +331,11 @@ def _check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None
                 f"{_listed(other)}. Load the base model that it names, or pass a config= with check_base = False."
             )
     config.base_fingerprint = found
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    # NaN is the least and the largest of what it is among; and unlike isfinite this takes no memory.
+    return bool(torch.stack(torch.aminmax(weight)).isfinite().all())
 
 
 def _refuse_fused_experts(model: nn.Module, inside: tuple[str, ...]) -> None:
