@@ -3,7 +3,6 @@
 import json
 from collections.abc import Collection
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from ..subset import check_packed
 from ..subset.codec import packed_width, word_layout
 from ..tuner import MaskProConfig, saved_config
-from ..tuner.card import CONFIG_FILE, write_card
+from ..tuner.card import CONFIG_FILE, share_changed, write_card
 
 
 MASK_FILE = "adapter_model.safetensors"
@@ -71,8 +70,8 @@ def _kind(key: str, config: MaskProConfig) -> str:
     kind = key.rpartition(".maskpro_")[2]
     if kind in ("mask", "theta") and ".maskpro_" not in _layer(key):
         return kind
-    modules = [f".{module}." for module in config.modules_to_save or []]
-    if not any(module in key for module in modules):
+    # By the end of a name, as PEFT does: "norm" stands for every layernorm too.
+    if not any(f"{module}." in key for module in config.modules_to_save or []):
         raise ValueError(f"it holds {key}, which is neither a mask nor of modules_to_save.")
     return "weight"
 
@@ -111,10 +110,14 @@ def inspect_adapter(source: str, revision: str | None = None, subfolder: str | N
     if checked:
         config, masks = read_masks(folder)
         layers, size = list(masks), (folder / MASK_FILE).stat().st_size
+        own = _own_bytes(folder)
     else:
         config = saved_config(folder)
         header = HfApi().parse_safetensors_file_metadata(source, name, revision=revision)
-        layers = [_layer(key) for key in header.tensors if _kind(key, config) == "mask"]
+        kinds = {key: _kind(key, config) for key in header.tensors}
+        layers = [_layer(key) for key, kind in kinds.items() if kind == "mask"]
+        spans = [header.tensors[key].data_offsets for key, kind in kinds.items() if kind != "weight"]
+        own = sum(end - start for start, end in spans)
         _check_whole(config, layers)
         size = get_hf_file_metadata(hf_hub_url(source, name, revision=revision)).size or 0
     stages = config.lineage or []
@@ -125,10 +128,10 @@ def inspect_adapter(source: str, revision: str | None = None, subfolder: str | N
         "layers": len(layers),
         "target_weights": config.target_weights,
         "file_bytes": size,
-        "bits_per_weight": 8 * size / config.target_weights if config.target_weights else None,
+        "bits_per_weight": 8 * own / config.target_weights if config.target_weights else None,
         "holds_logits": config.save_logits,
         "started_from": [stage["init_mask"] for stage in stages],
-        "groups_changed": [mean(stage["groups_changed"].values() or [0]) for stage in stages],
+        "groups_changed": [share_changed(stage) for stage in stages],
         "checked": "every word" if checked else "the header of the file",
     }
 
@@ -156,7 +159,11 @@ def record_evaluation(folder: str | Path, dataset: str, metric: str, value: floa
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(raw, indent=2, sort_keys=True), encoding="utf-8")
     temporary.replace(path)
+    write_card(folder, _own_bytes(folder))
+
+
+def _own_bytes(folder: Path) -> int:
+    """Bytes of the masks and logits of an adapter: what the method stores, without a header or `modules_to_save`."""
     with safe_open(folder / MASK_FILE, framework="pt") as tensors:
         own = [key for key in tensors.keys() if ".maskpro_" in key]  # noqa: SIM118, the handle is no dict
-        size = sum(tensors.get_tensor(key).nbytes for key in own)
-    write_card(folder, size)
+        return sum(tensors.get_tensor(key).nbytes for key in own)

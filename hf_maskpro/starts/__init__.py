@@ -104,7 +104,9 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
         walk(model, adapter_name, batches, refined or rule == "sparsegpt", choose)
     config.start["calibration"] = {
         "sequences": sum(len(batch["input_ids"]) for batch in batches),
-        "tokens": sum(batch["input_ids"].numel() for batch in batches),
+        "tokens": sum(
+            int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches
+        ),
     }
     if refined:
         # Of what every layer's outputs lose, the share that the swaps left: median and worst layer.

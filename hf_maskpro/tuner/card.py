@@ -160,6 +160,12 @@ def last_stage(saved: Saved) -> dict[str, Any]:
     return (saved["lineage"] or [{"init_mask": saved["init_mask"], "groups_changed": {}}])[-1]
 
 
+def share_changed(stage: dict[str, Any]) -> float:
+    """The share of all groups that a stage changed; early files say it by layer alone, and then it is their mean."""
+    shares = stage["groups_changed"].values()
+    return stage.get("changed", sum(shares) / max(1, len(shares)))
+
+
 def render(template: Path, saved: Saved, **variables: Any) -> str:
     environment = Environment(keep_trailing_newline=True)
     auto_class = "AutoModelForCausalLM" if is_causal(saved) else "AutoModel"
@@ -210,13 +216,13 @@ def _adapter_facts(folder: Path, saved: Saved, file_bytes: int) -> dict[str, Any
 
 
 def _stage_facts(stage: dict[str, Any]) -> dict[str, Any]:
-    calibration, shares = stage.get("calibration"), stage["groups_changed"].values()
+    calibration = stage.get("calibration")
     training = [f"{name.replace('_', ' ')} {value}" for name, value in stage.get("training", {}).items()]
     return {
         "start": stage["init_mask"],
         "calibration": f"{calibration.get('text', 'text')}, {calibration['tokens']:,} tokens" if calibration else "",
         "training": ", ".join(training).removeprefix("estimator "),
-        "share": 100 * sum(shares) / max(1, len(shares)),
+        "share": 100 * share_changed(stage),
     }
 
 

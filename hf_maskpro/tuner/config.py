@@ -34,6 +34,9 @@ def split_init_mask(init_mask: str) -> tuple[str, bool]:
     return rule, refined
 
 
+# What an entry of the lineage says of the mask at the end of the stage.
+_OUTCOME = ("groups_changed", "changed", "evaluations")
+
 # Of a configuration file. That of a model with 100 layers of 7 linear ones has a hundredth of it.
 _MOST_BYTES = 2**24
 
@@ -72,13 +75,17 @@ def _is_stage(stage: Any) -> bool:
     return (
         isinstance(stage.get("init_mask"), str)
         and isinstance(changed, dict)
-        and all(isinstance(share, (int, float)) for share in changed.values())
+        and all(map(_is_share, [*changed.values(), stage.get("changed", 0)]))
         and isinstance(calibration, dict)
         and isinstance(calibration.get("tokens"), int)
         and isinstance(stage.get("training", {}), dict)
         and isinstance(results, list)
         and all(map(_is_result, results))
     )
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= 1
 
 
 def _is_result(entry: Any) -> bool:
@@ -126,7 +133,7 @@ class MaskProConfig(PeftConfig):
             Other modules to train and save. Needs a backward pass, so the `residual` estimator refuses it.
         lineage (`list[dict]`, *optional*):
             Written when saving: for every stage of training the starting mask and the share of groups that the
-            learned mask changed, per layer.
+            learned mask changed, of all and per layer.
         target_weights (`int`, *optional*):
             Written when saving: how many weights are masked or kept, over all layers.
         base_fingerprint (`dict[str, str]`, *optional*):
@@ -196,11 +203,12 @@ class MaskProConfig(PeftConfig):
         # A file with theta continues its last stage; one without it starts a stage from the mask that it holds.
         self._earlier = list(self.lineage or [])
         self._groups_changed: dict[str, float] | None = None
+        self._changed = 0.0
         self._file_bytes = 0
         self.start: dict[str, Any] = {"init_mask": "adapter" if self.awaits_file else self.init_mask}
         if self.awaits_file and self.save_logits and self._earlier:
             last = self._earlier.pop()
-            self.start = {key: value for key, value in last.items() if key not in ("groups_changed", "evaluations")}
+            self.start = {key: value for key, value in last.items() if key not in _OUTCOME}
 
     @property
     def pattern(self) -> str:
@@ -212,16 +220,19 @@ class MaskProConfig(PeftConfig):
         """Whether the mask of an adapter with this configuration comes from a file."""
         return self.format_version is not None
 
-    def record_stage(self, groups_changed: dict[str, float], target_weights: int, file_bytes: int) -> None:
+    def record_stage(
+        self, groups_changed: dict[str, float], changed: float, target_weights: int, file_bytes: int
+    ) -> None:
         """
         Note how far the mask is from where this stage of its training started, for [`save_pretrained`].
 
         Args:
             groups_changed (`dict[str, float]`): Share of the groups whose mask changed, by layer.
+            changed (`float`): Share of all groups, of whatever layer.
             target_weights (`int`): Weights of those layers together.
             file_bytes (`int`): Bytes of the tensors that are saved.
         """
-        self._groups_changed, self._file_bytes = groups_changed, file_bytes
+        self._groups_changed, self._changed, self._file_bytes = groups_changed, changed, file_bytes
         self.target_weights = target_weights
 
     def to_dict(self) -> dict[str, Any]:
@@ -243,8 +254,9 @@ class MaskProConfig(PeftConfig):
         if self._groups_changed is not None:
             self.format_version = FORMAT_VERSION
             # An adapter that was loaded and is saved again as it was has no further stage.
-            passed = self.start != {"init_mask": "adapter"} or any(self._groups_changed.values())
-            self.lineage = self._earlier + [{**self.start, "groups_changed": self._groups_changed}] * passed
+            passed = self.start != {"init_mask": "adapter"} or self._changed > 0
+            outcome = {"groups_changed": self._groups_changed, "changed": self._changed}
+            self.lineage = self._earlier + [{**self.start, **outcome}] * passed
         try:
             super().save_pretrained(save_directory, **kwargs)
             if self._groups_changed is not None:

@@ -126,7 +126,7 @@ class MaskProModel(BaseTuner):
         assert isinstance(config, MaskProConfig)
         result: dict[str, torch.Tensor] = {}
         changed = {}
-        weights = 0
+        weights = moved = 0
         for name, layer in _layers(model, adapter_name):
             mask_key = f"{name}.maskpro_mask.{adapter_name}"
             theta_key = f"{name}.maskpro_theta.{adapter_name}"
@@ -136,12 +136,14 @@ class MaskProModel(BaseTuner):
             initial = unpack_codes(packed, config.n, config.m, theta.shape[1] * theta.shape[2])
             learned = initial if theta.is_meta else mode_codes(theta, packed, logit_scale(config), config.n)
             weights += theta.numel()
-            changed[_bare(name)] = round((learned != initial).float().mean().item(), 6)
+            moved += (differ := int((learned != initial).sum()))
+            changed[_bare(name)] = round(differ / learned.numel(), 6)
             if config.save_logits:
                 result |= {mask_key: packed, theta_key: theta.contiguous()}
             else:
                 result[mask_key] = pack_codes(learned, config.n, config.m)
-        config.record_stage(changed, weights, sum(tensor.nbytes for tensor in result.values()))
+        size = sum(tensor.nbytes for tensor in result.values())
+        config.record_stage(changed, moved * config.m / weights, weights, size)
         return result
 
     @classmethod

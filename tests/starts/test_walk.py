@@ -136,10 +136,10 @@ def test_bad_input():
 
 @pytest.mark.parametrize("rule", ["wanda", "sparsegpt", "wanda+swaps"])
 def test_inputs_that_overflow_are_refused(rule, ids):
-    base = tiny_llama()
-    base.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.inf
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask=rule))
+    masked_layers(model)["model.layers.0.mlp.down_proj"].get_base_layer().weight.data[0, 0] = torch.inf
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj: its inputs are not finite"):
-        initialize_masks(get_peft_model(base, MaskProConfig(init_mask=rule)), batches(ids))
+        initialize_masks(model, batches(ids))
 
 
 SIZES = {
@@ -179,6 +179,15 @@ def test_families(config, rule, ids):
     model.unload()
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
     assert model.peft_config["default"].start["calibration"] == {"sequences": 4, "tokens": 48}
+
+
+def test_padding_is_not_among_the_tokens_that_are_recorded(ids):
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="wanda"))
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    initialize_masks(model, [{"input_ids": ids, "attention_mask": mask}, {"input_ids": ids}])
+    start = model.peft_config["default"].start["calibration"]
+    assert start == {"sequences": 2 * len(ids), "tokens": int(mask.sum()) + ids.numel()}
 
 
 def test_layers_with_the_same_input_share_what_is_gathered(ids):

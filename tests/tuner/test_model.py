@@ -183,6 +183,15 @@ def test_file_is_small_and_config_tells_the_rest(saved):
     assert all(share > 0 for share in stage["groups_changed"].values())
 
 
+def test_a_change_too_small_for_the_shares_by_layer_is_a_stage(saved, base_folder, tmp_path):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), saved[0], is_trainable=True)
+    config = model.peft_config["default"]
+    config.record_stage({"layer": round(1e-7, 6)}, 1e-7, 1, 1)
+    config.save_pretrained(tmp_path / "again")
+    lineage = json.loads((tmp_path / "again" / "adapter_config.json").read_text())["lineage"]
+    assert [stage["changed"] > 0 for stage in lineage] == [True, True]
+
+
 def test_lineage_keeps_a_training_that_changed_nothing(saved, base_folder, tmp_path):
     folder, _ = saved
     for name in ("first", "again"):
