@@ -13,7 +13,7 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..starts.sources import Tensors, locate, open_tensors, saved_codes
+from ..starts.sources import Tensors, locate, open_adapter, open_tensors, saved_codes
 from ..subset import keep_of
 from ..tuner import masked_layers, saved_config
 from ..tuner.layer import MaskProLayer
@@ -62,7 +62,7 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
         names = parameter_names(skeleton, keys)
         # Only the tuner knows which layers the adapter is for, and which it cannot mask.
         layers = masked_layers(inject_adapter_in_model(config, skeleton))
-        saved = open_tensors([masks / "adapter_model.safetensors"], stack)
+        saved = open_adapter(masks, stack)
         _check_fit(layers, saved, set(names.values()))
 
         def masked(key: str, weight: torch.Tensor) -> torch.Tensor:

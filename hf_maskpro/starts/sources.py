@@ -1,5 +1,6 @@
 """Starting masks that somebody else made: adapters, pruned checkpoints, mask files."""
 
+import re
 import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -98,6 +99,20 @@ def open_tensors(files: list[Path], stack: ExitStack) -> Tensors:
     return known
 
 
+def open_adapter(folder: Path, stack: ExitStack) -> Tensors:
+    """
+    What gives each tensor of a saved mask adapter.
+
+    Raises:
+        `ValueError`: if there is a second name for a mask, by which PEFT would load another one than is read here.
+    """
+    known = open_tensors([folder / "adapter_model.safetensors"], stack)
+    for key in known:
+        if re.search(r"\.maskpro_(mask|theta)\.", key):
+            raise ValueError(f"the adapter file has a name that is none of a mask's: {key}.")
+    return known
+
+
 def _array(arrays: Any, key: str) -> torch.Tensor:
     try:
         return torch.from_numpy(arrays[key])
@@ -169,7 +184,7 @@ def _of_bits(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _adapter_reader(folder: Path, stack: ExitStack, adapter_name: str) -> Reader:
     """The learned mask of a saved mask adapter."""
     config = saved_config(folder)
-    tensors = open_tensors([folder / "adapter_model.safetensors"], stack)
+    tensors = open_adapter(folder, stack)
 
     def read(name: str, layer: MaskProLayer) -> torch.Tensor:
         own = layer.maskpro_config[adapter_name]

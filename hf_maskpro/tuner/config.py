@@ -166,11 +166,16 @@ class MaskProConfig(PeftConfig):
     lineage: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Written when saving."})
     target_weights: int | None = field(default=None, metadata={"help": "Written when saving."})
     base_fingerprint: dict[str, str] | None = field(default=None, metadata={"help": "Written by adding the adapter."})
-    check_base: bool = field(default=True, metadata={"help": "Refuse weights that the mask was not learned for."})
+    # A file has no say in whether it is checked.
+    check_base: bool = field(
+        default=True, init=False, metadata={"help": "Refuse weights that the mask was not learned for."}
+    )
     format_version: int | None = field(default=None, metadata={"help": "Written when saving."})
 
     def __post_init__(self):
         super().__post_init__()
+        # In a file the method's name is plain text.
+        self._read = type(self.peft_type) is str  # type: ignore[has-type]
         self.peft_type = add_peft_type()
         _check_types(self)
         for name in ("n", "m"):
@@ -220,6 +225,15 @@ class MaskProConfig(PeftConfig):
         """Whether the mask of an adapter with this configuration comes from a file."""
         return self.format_version is not None
 
+    def await_file_if_read(self) -> None:
+        """
+        Expect the mask from a file if this configuration comes from one, even if that one says nothing of a version:
+        a mask that the file lacks must not become a starting mask in silence.
+        """
+        if self._read and not self.awaits_file:
+            self.format_version = FORMAT_VERSION
+            self.start = {"init_mask": "adapter"}
+
     def record_stage(
         self, groups_changed: dict[str, float], changed: float, target_weights: int, file_bytes: int
     ) -> None:
@@ -244,10 +258,7 @@ class MaskProConfig(PeftConfig):
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         if (size := Path(path_json_file).stat().st_size) > _MOST_BYTES:
             raise ValueError(f"{path_json_file} has {size:,} bytes, and a configuration at most {_MOST_BYTES:,}.")
-        known = super().from_json_file(path_json_file, **kwargs)
-        # A file has no say in whether it is checked.
-        known.pop("check_base", None)
-        return known
+        return super().from_json_file(path_json_file, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         version, lineage = self.format_version, self.lineage

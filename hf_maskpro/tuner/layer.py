@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from math import comb
 from typing import Any
 
 import torch
@@ -27,14 +28,15 @@ from ..subset import (
     sample_codes,
     score_and_update,
     theta_gradient,
+    uniform_bits,
     unpack_codes,
 )
+from ..subset.codec import word_layout
 from .config import DATA_FREE, MaskProConfig
 
 
 PLAIN_LOGIT_SCALE = 5.0
 
-_UNFILLED = 255
 NO_MASK = "they say nothing of what to keep; load an earlier state, or train anew with a smaller learning rate"
 
 
@@ -87,14 +89,31 @@ def logit_scale(config: MaskProConfig) -> float:
     return PLAIN_LOGIT_SCALE if config.logit_scale is None else config.logit_scale
 
 
+def _placeholder(out_features: int, in_features: int, config: MaskProConfig, device: torch.device) -> torch.Tensor:
+    """
+    What stands for a mask that is not there yet, in a state dict too: digits out of range, or of patterns for which no
+    byte is, as 1:4, noise that no mask is equal to.
+    """
+    shape = (out_features, packed_width(config.n, config.m, in_features))
+    digits, size = word_layout(config.n, config.m)
+    if comb(config.m, config.n) ** digits < 256**size:
+        return torch.full(shape, 255, dtype=torch.uint8, device=device)
+    return uniform_bits(shape, seed=0, device=device).to(torch.uint8)
+
+
 def _after_load(layer: "MaskProLayer", incompatible_keys: Any) -> None:
     """A file without theta holds a finished mask, which theta = 0 means; a mask that is not missing was filled."""
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if ".maskpro_theta." not in key]
     layer._finite.clear()
-    for name in list(layer._unfilled):
-        if not any(key.endswith(f".maskpro_mask.{name}") for key in missing):
-            del layer._unfilled[name]
+    for name, mask in layer.maskpro_mask.items():
+        if any(key.endswith(f".maskpro_mask.{name}") for key in missing):
+            continue
+        layer._unfilled.pop(name, None)
+        # The state dict of a model whose masks were not there yet.
+        config = layer.maskpro_config[name]
+        if mask.equal(_placeholder(layer.out_features, layer.in_features, config, mask.device)):
+            layer._unfilled[name] = mask
 
 
 class MaskProLayer(nn.Module, BaseTunerLayer):
@@ -154,8 +173,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             scores = to_planes(weight.abs(), config.m) if config.init_mask == "magnitude" else torch.rand(shape)
             packed = pack_codes(codes_of(mode(scores.to(weight.device), config.n)), config.n, config.m)
         else:
-            width = packed_width(config.n, config.m, in_features)
-            packed = torch.full((out_features, width), _UNFILLED, dtype=torch.uint8, device=weight.device)
+            packed = _placeholder(out_features, in_features, config, weight.device)
         # An adapter for inference has no logits to move: one zero, expanded, stands for all of them.
         dtype = getattr(torch, config.logits_dtype)
         theta = torch.zeros((), dtype=dtype, device=weight.device).expand(shape)

@@ -47,6 +47,12 @@ class MaskProModel(BaseTuner):
     tuner_layer_cls = MaskProLayer
     target_module_mapping: dict[str, list[str]] = {}
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **options: Any) -> None:
+        # Not from PeftModel but injected, as transformers' load_adapter does, which goes on without what a file lacks.
+        if isinstance(peft_config, MaskProConfig):
+            peft_config.await_file_if_read()
+        super().__init__(model, peft_config, adapter_name, **options)
+
     def _prepare_adapter_config(self, peft_config: MaskProConfig, model_config: dict) -> MaskProConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -152,6 +158,9 @@ class MaskProModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Besides renaming, refuse a file that does not fit, and start from theta = 0 where it has none."""
         assert isinstance(config, MaskProConfig)
+        # PEFT would put the one of two names for the same tensor in the place of the other.
+        if named := [key for key in state_dict if re.search(r"\.maskpro_(mask|theta)\.", key)]:
+            raise ValueError(f"the adapter file has names that are none of a mask's: {_listed(named)}.")
         result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layers = dict(_layers(model, adapter_name))
         known = {f"{name}.maskpro_{part}.{adapter_name}" for name in layers for part in ("mask", "theta")}

@@ -1,5 +1,5 @@
 import pytest
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftType, get_peft_model
 
 from hf_maskpro import MaskProConfig
 
@@ -37,6 +37,12 @@ def test_round_trip_through_a_folder(tmp_path):
     assert isinstance(loaded, MaskProConfig)
     assert loaded.to_dict() == config.to_dict()
     assert not loaded.awaits_file
+
+
+def test_a_configuration_alone_makes_a_new_mask(tmp_path, llama, ids):
+    MaskProConfig(n=1, m=4).save_pretrained(tmp_path)
+    model = get_peft_model(llama, PeftConfig.from_pretrained(str(tmp_path)))
+    model(input_ids=ids)
 
 
 def test_unknown_keys_are_ignored_with_a_warning():

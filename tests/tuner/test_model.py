@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from hf_maskpro import MaskProConfig, check_sparsity
+from hf_maskpro import MaskProConfig, check_sparsity, initialize_masks
+from hf_maskpro.deploy import merge
 from hf_maskpro.subset import keep_of
 from hf_maskpro.tuner import MaskProLayer, masked_layers
 from hf_maskpro.tuner.layer import to_planes
@@ -394,6 +395,19 @@ def test_an_empty_mask_stays_recognisable(llama, ids, n):
         logits(model, ids)
 
 
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (1, 2), (1, 16), (8, 16)])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("init_mask", ["magnitude", "wanda"])
+def test_the_state_of_a_model_without_masks_brings_none(llama, ids, n, m, assign, init_mask):
+    state = get_peft_model(tiny_llama(), MaskProConfig(n=n, m=m, init_mask="wanda")).state_dict()
+    model = get_peft_model(llama, MaskProConfig(n=n, m=m, init_mask=init_mask))
+    model.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=assign)
+    with pytest.raises(ValueError, match="is not there yet"):
+        logits(model, ids)
+    model.load_state_dict(get_peft_model(tiny_llama(), MaskProConfig(n=n, m=m)).state_dict(), assign=assign)
+    logits(model, ids)
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_copy_of_an_empty_mask_is_empty_and_a_filled_one_is_not(llama, ids, n, tmp_path):
     model = get_peft_model(llama, MaskProConfig(n=n, m=4, init_mask="wanda"))
@@ -482,8 +496,8 @@ class TestAlteredFiles:
         if loader == "peft":
             base = PeftModel.from_pretrained(base, folder)
         else:
-            base.load_adapter(str(folder))
-        return logits(base.eval(), ids)
+            base.load_adapter(str(folder), is_trainable=loader == "trained")
+        return logits(base.train(loader == "trained"), ids)
 
     def alter(self, folder, change):
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -499,6 +513,35 @@ class TestAlteredFiles:
         self.alter(tmp_path / "a", lambda tensors: tensors.pop(next(iter(tensors))))
         with pytest.raises(ValueError, match="has no mask for"):
             self.load(loader, base_folder, tmp_path / "a", ids)
+
+    @pytest.mark.parametrize("loader", ["peft", "transformers", "trained"])
+    @pytest.mark.parametrize("keys", [{"format_version": None}, {"format_version": None, "lineage": None}, None])
+    def test_a_missing_tensor_and_no_version(self, saved, base_folder, ids, loader, keys):
+        path = saved[0] / "adapter_config.json"
+        config = json.loads(path.read_text())
+        config |= keys or {"lineage": None, "target_weights": None, "base_fingerprint": None, "inference_mode": False}
+        path.write_text(json.dumps(config | {"format_version": None}))
+        self.alter(saved[0], lambda tensors: tensors.pop(next(iter(tensors))))
+        with pytest.raises(ValueError, match="has no mask for"):
+            self.load(loader, base_folder, saved[0], ids)
+
+    @pytest.mark.parametrize("part", ["mask", "theta"])
+    def test_two_names_for_one_tensor(self, base_folder, tmp_path, part):
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), MaskProConfig(save_logits=True))
+        model.save_pretrained(tmp_path / "a")
+
+        def add(tensors):
+            name = next(name for name in tensors if name.endswith(part))
+            tensors[f"{name}.default"] = torch.zeros_like(tensors[name])
+
+        self.alter(tmp_path / "a", add)
+        with pytest.raises(ValueError, match=rf"none of a mask's: .*_{part}\.default"):
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "a")
+        with pytest.raises(ValueError, match=rf"none of a mask's: .*_{part}\.default"):
+            merge(base_folder, tmp_path / "a", tmp_path / "merged")
+        start = MaskProConfig(init_mask=str(tmp_path / "a"))
+        with pytest.raises(ValueError, match=rf"none of a mask's: .*_{part}\.default"):
+            initialize_masks(get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), start))
 
     @pytest.mark.parametrize("loader", ["peft", "transformers"])
     def test_digits_out_of_range(self, saved, base_folder, ids, loader):
