@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from ..subset import check_packed
 from ..subset.codec import packed_width, word_layout
 from ..tuner import MaskProConfig, saved_config
-from ..tuner.card import CONFIG_FILE, share_changed, write_card
+from ..tuner.card import CARD_FILES, CONFIG_FILE, share_changed, write_card
+from ..tuner.files import private_folder
 
 
 MASK_FILE = "adapter_model.safetensors"
@@ -151,15 +152,15 @@ def record_evaluation(folder: str | Path, dataset: str, metric: str, value: floa
     path = folder / CONFIG_FILE
     raw = json.loads(path.read_text(encoding="utf-8"))
     entry = {"dataset": dataset, "metric": metric, "value": value, "protocol": protocol}
-    if not raw.get("lineage"):
+    saved_config(folder)
+    if not raw.get("lineage") or not raw.get("target_weights"):
         raise ValueError(f"{path} does not say how its mask was made; save the adapter again.")
     stage = raw["lineage"][-1]
     others = [known for known in stage.get("evaluations", []) if {**known, "value": value} != entry]
     stage["evaluations"] = [*others, entry]
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(raw, indent=2, sort_keys=True), encoding="utf-8")
-    temporary.replace(path)
-    write_card(folder, _own_bytes(folder))
+    with private_folder(folder, *CARD_FILES) as new:
+        (new / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True), encoding="utf-8")
+        write_card(new, _own_bytes(folder))
 
 
 def _own_bytes(folder: Path) -> int:

@@ -11,12 +11,17 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment
+from markupsafe import Markup
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .files import private_folder
 
 
 # What is between them is made anew with every save; what a user writes around them stays.
 BEGIN, END = "<!-- made by hf_maskpro: begin -->", "<!-- made by hf_maskpro: end -->"
 CARD_FILE, PLOT, CONFIG_FILE = "README.md", "learning.png", "adapter_config.json"
+# What a card is made from besides the configuration.
+CARD_FILES = (CARD_FILE, PLOT)
 REPO = "user/repo"
 
 # What an `adapter_config.json` holds.
@@ -58,9 +63,8 @@ def load_card(path: Path) -> ModelCard:
 
 def save_card(card: ModelCard, path: Path) -> None:
     """Write a card, complete or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    card.save(temporary)
-    temporary.replace(path)
+    with private_folder(path.parent) as folder:
+        card.save(folder / path.name)
 
 
 def card_for_repository(card: ModelCard, api: HfApi, repo_id: str, name: str, revision: str | None) -> ModelCard:
@@ -167,11 +171,20 @@ def share_changed(stage: dict[str, Any]) -> float:
 
 
 def render(template: Path, saved: Saved, **variables: Any) -> str:
-    environment = Environment(keep_trailing_newline=True)
+    """Fill in a template; whatever is put into it that is not `Markup` is text, and stays on its line."""
+    environment = Environment(keep_trailing_newline=True, finalize=_plain)
     auto_class = "AutoModelForCausalLM" if is_causal(saved) else "AutoModel"
     known = {"n": saved["n"], "m": saved["m"], "pattern": pattern_of(saved), "repo": REPO, "auto_class": auto_class}
     known["base_id"] = hub_id(saved["base_model_name_or_path"])
     return environment.from_string(template.read_text()).render(**known, **variables)
+
+
+def _plain(value: Any) -> Any:
+    """A value as Markdown that shows it: configurations are anybody's, and would bring HTML, links and headings."""
+    if isinstance(value, Markup):
+        return value
+    text = " ".join(str(value).split())
+    return re.sub(r"[\\`*\[\]|<>]|&(?=\w+;|#)", lambda found: f"&#{ord(found[0])};", text)
 
 
 def loading_lines(base: str | None, repo: str, subfolder: str | None, auto_class: str) -> str:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_maskpro import MaskProConfig
+from hf_maskpro.hub import push_folder
 from hf_maskpro.hub.reading import MASK_FILE, inspect_adapter, read_masks
 from hf_maskpro.subset import keep_of, unpack_codes
 from hf_maskpro.subset.codec import word_layout
@@ -206,6 +207,16 @@ def test_a_lineage_without_the_share_of_all_groups_is_read(valid):
     (folder / CONFIG_FILE).write_text(json.dumps(config))
     (folder / MASK_FILE).write_bytes(files[MASK_FILE])
     assert inspect_adapter(str(folder))["groups_changed"] == [0.25]
+
+
+def test_a_link_to_a_file_elsewhere_is_not_pushed(valid, tmp_path):
+    for name, data in valid[0].items():
+        (tmp_path / name).write_bytes(data)
+    secret = tmp_path.parent / f"{tmp_path.name}.secret"
+    secret.write_text("secret")
+    (tmp_path / "notes.txt").symlink_to(secret)
+    with pytest.raises(ValueError, match=r"notes\.txt leads out of its folder, to .*secret"):
+        push_folder(tmp_path, "me/mask")
 
 
 def test_pickles_are_not_read(checkpoint, tmp_path):
