@@ -1,5 +1,6 @@
 """The calibration walk: decoder layer by decoder layer, each seeing what the masked layers before it produce."""
 
+import copy
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -125,33 +126,47 @@ def _gather(
     """Run a decoder layer dense, and add up the inputs of the masked layers inside."""
     gathered: dict[MaskProLayer, Inputs] = {}
     # The inputs of one batch, held so that no other tensor takes a freed one's identity.
-    seen: list[tuple[torch.Tensor, Inputs]] = []
+    seen: dict[MaskProLayer, list[torch.Tensor]] = {}
 
-    def record(layer: MaskProLayer, args: tuple[torch.Tensor, ...], batch: _Batch) -> None:
-        tensor = args[0]
-        shared = next((inputs for other, inputs in seen if other is tensor), None)
-        if layer not in gathered:
-            gathered[layer] = shared or Inputs(tensor.shape[-1], tensor.device, with_gram)
-        if shared is not gathered[layer]:
-            gathered[layer].update(batch.rows(tensor), len(batch.hidden))
-            seen.append((tensor, gathered[layer]))
+    def record(layer: MaskProLayer, args: tuple[torch.Tensor, ...]) -> None:
+        seen.setdefault(layer, []).append(args[0])
 
     for layer in inside:
         layer.dense = True
     try:
         for batch in batches:
-            handles = [layer.register_forward_pre_hook(partial(record, batch=batch)) for layer in inside]
+            handles = [layer.register_forward_pre_hook(record) for layer in inside]
             try:
                 batch.run(block, index)
             finally:
                 for handle in handles:
                     handle.remove()
+            _add(gathered, seen, batch, with_gram)
             seen.clear()
     finally:
         for layer in inside:
             layer.dense = False
     # An expert that no token was sent to has seen nothing.
     return {layer: gathered.get(layer) or _nothing(layer, with_gram) for layer in inside}
+
+
+def _add(
+    gathered: dict[MaskProLayer, Inputs], seen: dict[MaskProLayer, list[torch.Tensor]], batch: _Batch, with_gram: bool
+) -> None:
+    """Add up what the layers were given with a batch; of those that shared all inputs until now, some may part."""
+    before = dict(gathered)
+    shared: dict[tuple[int, ...], list[MaskProLayer]] = {}
+    for layer, tensors in seen.items():
+        shared.setdefault((id(before.get(layer)), *map(id, tensors)), []).append(layer)
+    for layers in shared.values():
+        tensors, inputs = seen[layers[0]], before.get(layers[0])
+        if inputs is None:
+            inputs = Inputs(tensors[0].shape[-1], tensors[0].device, with_gram)
+        elif any(other is inputs and layer not in layers for layer, other in before.items()):
+            inputs = copy.deepcopy(inputs)
+        for tensor in tensors:
+            inputs.update(batch.rows(tensor), len(batch.hidden))
+        gathered.update(dict.fromkeys(layers, inputs))
 
 
 def _nothing(layer: MaskProLayer, with_gram: bool) -> Inputs:

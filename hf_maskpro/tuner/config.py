@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -5,7 +6,8 @@ from typing import Any, Literal
 from peft import PeftConfig
 
 from ..subset import Distribution
-from .card import write_card
+from .card import CARD_FILES, write_card
+from .files import private_folder
 from .registration import NAME, add_peft_type
 
 
@@ -49,19 +51,31 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "init_mask": (str,),
     "logit_scale": (int, float),
     "save_logits": (bool,),
+    "inference_mode": (bool,),
     "modules_to_save": (list,),
     "lineage": (list,),
     "target_weights": (int,),
     "base_fingerprint": (dict,),
 }
+_OF_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "base_fingerprint")
 
 
 def _check_types(config: "MaskProConfig") -> None:
     """Refuse what is not of its type: a configuration may come from anybody's file."""
     for name, types in _TYPES.items():
-        value = getattr(config, name)
-        if value is not None and not isinstance(value, types):
+        value, needed = getattr(config, name), config.__dataclass_fields__[name].default is not None
+        if not isinstance(value, types) and (needed or value is not None):
             raise ValueError(f"{name} is {str(value)[:50]!r}, which is not {' or '.join(t.__name__ for t in types)}.")
+    for name in _OF_NAMES:
+        value = getattr(config, name)
+        members = [*value, *value.values()] if isinstance(value, dict) else value or []
+        if wrong := [member for member in members if not isinstance(member, str)]:
+            raise ValueError(f"{name} holds {str(wrong[0])[:50]!r}, which is no name.")
+    # PEFT makes regular expressions of them.
+    if wrong := [module for module in config.modules_to_save or [] if not re.fullmatch(r"[\w.-]+", module)]:
+        raise ValueError(f"modules_to_save holds {wrong[0][:50]!r}, which is not the name of a module.")
+    if config.target_weights is not None and config.target_weights < 1:
+        raise ValueError(f"target_weights is {config.target_weights}, and a mask has at least one weight.")
     for stage in config.lineage or []:
         if not _is_stage(stage):
             raise ValueError(f"an entry of lineage is {str(stage)[:50]!r}, which is no stage of training.")
@@ -175,7 +189,7 @@ class MaskProConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         # In a file the method's name is plain text.
-        self._read = type(self.peft_type) is str  # type: ignore[has-type]
+        self.from_file = type(self.peft_type) is str  # type: ignore[has-type]
         self.peft_type = add_peft_type()
         _check_types(self)
         for name in ("n", "m"):
@@ -230,7 +244,7 @@ class MaskProConfig(PeftConfig):
         Expect the mask from a file if this configuration comes from one, even if that one says nothing of a version:
         a mask that the file lacks must not become a starting mask in silence.
         """
-        if self._read and not self.awaits_file:
+        if self.from_file and not self.awaits_file:
             self.format_version = FORMAT_VERSION
             self.start = {"init_mask": "adapter"}
 
@@ -269,9 +283,10 @@ class MaskProConfig(PeftConfig):
             outcome = {"groups_changed": self._groups_changed, "changed": self._changed}
             self.lineage = self._earlier + [{**self.start, **outcome}] * passed
         try:
-            super().save_pretrained(save_directory, **kwargs)
-            if self._groups_changed is not None:
-                write_card(Path(save_directory), self._file_bytes)
+            with private_folder(save_directory, *CARD_FILES) as folder:
+                super().save_pretrained(str(folder), **kwargs)
+                if self._groups_changed is not None:
+                    write_card(folder, self._file_bytes)
         finally:
             self.format_version, self.lineage = version, lineage
 

@@ -249,6 +249,11 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             config = self.maskpro_config[adapter_name]
             if config.awaits_file:
                 raise ValueError(f"adapter {adapter_name!r} has no mask for a layer: its file is missing a tensor.")
+            if config.init_mask in DATA_FREE:
+                raise ValueError(
+                    f"init_mask={config.init_mask!r} is not there yet, for the weights were not when the adapter was "
+                    "added: they are offloaded or on the meta device; load the base model whole, then add the adapter."
+                )
             raise ValueError(
                 f"init_mask={config.init_mask!r} is not there yet: "
                 "call initialize_masks(model, dataloader) before using the model."

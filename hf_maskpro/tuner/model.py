@@ -1,5 +1,8 @@
 import hashlib
+import json
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +18,7 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.constants import EMBEDDING_LAYER_NAMES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
@@ -25,6 +28,16 @@ from .card import hub_id
 from .config import MaskProConfig
 from .layer import NO_MASK, MaskProLayer, has_memory, layer_class, logit_scale, members_first
 
+
+# For all names of a model, which take milliseconds.
+SECONDS_TO_MATCH = 10
+_MATCH_ALL = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for name in names:
+        re.fullmatch(pattern, name)
+"""
 
 # Weights of a layer that its fingerprint looks at, at least.
 _FINGERPRINTED = 4096
@@ -52,6 +65,11 @@ class MaskProModel(BaseTuner):
         if isinstance(peft_config, MaskProConfig):
             peft_config.await_file_if_read()
         super().__init__(model, peft_config, adapter_name, **options)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> None:
+        names = [*EMBEDDING_LAYER_NAMES, *(name for name, _ in model.named_modules())]
+        _check_patterns(self.peft_config[adapter_name], names)
+        super().inject_adapter(model, adapter_name, *args, **options)
 
     def _prepare_adapter_config(self, peft_config: MaskProConfig, model_config: dict) -> MaskProConfig:
         if peft_config.target_modules is None:
@@ -262,6 +280,34 @@ def _bare(name: str) -> str:
 def _check_finite(name: str, theta: torch.Tensor) -> None:
     if has_memory(theta) and not theta.is_meta and not theta.isfinite().all():
         raise ValueError(f"{name} has logits that are not finite: {NO_MASK}.")
+
+
+def _check_patterns(config: MaskProConfig, names: list[str]) -> None:
+    """
+    Refuse regular expressions of a file that would take for ever on a model's names. Which ones do, only trying tells;
+    and `re` stops for nothing, so it is tried in another process.
+    """
+    chosen = (config.target_modules, config.exclude_modules)
+    patterns = [known for known in chosen if isinstance(known, str) and known != INCLUDE_LINEAR_LAYERS_SHORTHAND]
+    if not config.from_file or not patterns:
+        return
+    try:
+        subprocess.run(
+            [sys.executable, "-I", "-c", _MATCH_ALL],
+            input=json.dumps([patterns, names]),
+            capture_output=True,
+            check=True,
+            text=True,
+            timeout=SECONDS_TO_MATCH,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"the adapter's configuration has {patterns[0]!r:.99} for a pattern of layers, which takes more than "
+            f"{SECONDS_TO_MATCH} seconds to match; put the names of the layers into its target_modules."
+        ) from None
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip().splitlines()[-1]
+        raise ValueError(f"the adapter's configuration has a pattern of layers that is none: {reason}.") from error
 
 
 def _listed(names: list[str]) -> str:

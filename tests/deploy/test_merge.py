@@ -179,6 +179,18 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("new")] == ["new"]
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_with_the_longest_name(tmp_path, there):
+    output = tmp_path / ("x" * 255)
+    if there:
+        output.mkdir()
+        (output / "old").touch()
+    with new_folder(output, overwrite=there) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in output.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [output]
+
+
 @pytest.mark.parametrize(("n", "m"), [(4, 2), (0, 4), (5, 4), (1, 0)])
 def test_patterns_that_are_none(n, m):
     with pytest.raises(ValueError, match="is no pattern"):

@@ -22,6 +22,16 @@ def test_defaults():
         ({"logits_dtype": "float16"}, "logits_dtype"),
         ({"logit_scale": -1.0}, "logit_scale is -1.0"),
         ({"format_version": 2}, "format_version is 2"),
+        ({"init_mask": None}, "init_mask is 'None', which is not str"),
+        ({"save_logits": None}, "save_logits is 'None', which is not bool"),
+        ({"inference_mode": None}, "inference_mode is 'None', which is not bool"),
+        ({"target_modules": [None]}, "target_modules holds 'None', which is no name"),
+        ({"target_modules": [["q_proj"]]}, r"target_modules holds .* which is no name"),
+        ({"exclude_modules": [{"a": 1}]}, r"exclude_modules holds .* which is no name"),
+        ({"modules_to_save": [1]}, "modules_to_save holds '1', which is no name"),
+        ({"modules_to_save": ["(\\w+)+!"]}, r"modules_to_save holds .* which is not the name of a module"),
+        ({"base_fingerprint": {"a": []}}, r"base_fingerprint holds .* which is no name"),
+        ({"target_weights": 0}, "target_weights is 0"),
     ],
 )
 def test_bad_values_are_named_in_one_line(options, message):

@@ -488,6 +488,52 @@ class TestRefusals:
         self.refused(llama, "its weight is torch.uint8")
 
 
+def test_a_base_that_is_not_there_is_said_to_be_so(ids, tmp_path):
+    base = tiny_llama()
+    base.model.layers[1].to("meta")
+    model = get_peft_model(base, MaskProConfig())
+    with pytest.raises(ValueError, match="they are offloaded or on the meta device; load the base model whole"):
+        model.save_pretrained(tmp_path / "a")
+
+
+class TestPatternsOfFiles:
+    def adapter(self, folder, pattern):
+        get_peft_model(tiny_llama(), MaskProConfig(target_modules=r".*\.(q|down)_proj")).save_pretrained(folder)
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | pattern))
+        return folder
+
+    @pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
+    @pytest.mark.parametrize("loader", ["peft", "transformers", "merge"])
+    def test_one_that_takes_for_ever_is_refused(self, base_folder, tmp_path, monkeypatch, name, loader):
+        folder = self.adapter(tmp_path / "a", {name: r"(\w+\.?)+!"})
+        monkeypatch.setattr("hf_maskpro.tuner.model.SECONDS_TO_MATCH", 1)
+        base = AutoModelForCausalLM.from_pretrained(base_folder)
+        load = {
+            "peft": lambda: PeftModel.from_pretrained(base, folder),
+            "transformers": lambda: base.load_adapter(str(folder)),
+            "merge": lambda: merge(base_folder, folder, tmp_path / "merged"),
+        }[loader]
+        with pytest.raises(ValueError, match=r"takes more than 1 seconds to match") as error:
+            load()
+        assert "\n" not in str(error.value)
+
+    def test_one_that_is_none_is_refused(self, base_folder, tmp_path):
+        folder = self.adapter(tmp_path / "a", {"target_modules": "(q_proj"})
+        with pytest.raises(ValueError, match="has a pattern of layers that is none") as error:
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder)
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        "pattern", [r".*\.(q|down)_proj", r"(\w+\.)*(q|down)_proj", r"^(?!.*up).*\.(q|down)_\w+$"]
+    )
+    def test_those_that_users_write_are_matched(self, base_folder, tmp_path, pattern):
+        folder = self.adapter(tmp_path / "a", {"target_modules": pattern})
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder)
+        assert len(masked_layers(model)) == 4
+        assert model.peft_config["default"].target_modules == pattern
+
+
 class TestAlteredFiles:
     """Whatever the loading path, no wrong mask is ever used."""
 
