@@ -14,6 +14,7 @@ from ..subset.codec import packed_width, word_layout
 from ..tuner import MaskProConfig, saved_config
 from ..tuner.card import CARD_FILES, CONFIG_FILE, share_changed, write_card
 from ..tuner.files import private_folder
+from ..tuner.layer import LOGITS
 
 
 MASK_FILE = "adapter_model.safetensors"
@@ -44,7 +45,7 @@ def read_masks(folder: str | Path) -> tuple[MaskProConfig, dict[str, torch.Tenso
                 kind = _kind(key, config)
                 if kind == "mask":
                     packed = tensors.get_tensor(key)
-                    if packed.ndim != 2:
+                    if packed.ndim != 2 or not packed.numel():
                         raise ValueError(f"{key} has shape {list(packed.shape)}, not [out_features, bytes].")
                     check_packed(packed, config.n, config.m, packed.shape[1] // size * digits * config.m)
                     masks[_layer(key)] = packed
@@ -62,7 +63,7 @@ def _check_logits(key: str, theta: torch.Tensor, packed: torch.Tensor | None, co
     fits = theta.ndim == 3 and theta.shape[:2] == (len(packed), config.m)
     if not fits or packed.shape[1] != packed_width(config.n, config.m, theta.shape[2] * config.m):
         raise ValueError(f"{key} has shape {list(theta.shape)}, which is not that of its mask.")
-    if theta.dtype not in (torch.float32, torch.bfloat16) or not theta.isfinite().all():
+    if theta.dtype not in LOGITS or not theta.isfinite().all():
         raise ValueError(f"{key} holds logits that are not finite numbers in float32 or bfloat16.")
 
 

@@ -12,12 +12,12 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..subset import mask_of, mode, mode_codes, pack, unpack, unpack_codes
 from ..tuner import MaskProConfig, MaskProLayer, logit_scale, masked_layers, saved_config
-from ..tuner.layer import to_planes
+from ..tuner.layer import LOGITS, to_planes
 
 
 MASKLLM_FILE = "mask_compressed.npz"
@@ -90,10 +90,18 @@ def _reader(path: Path, stack: ExitStack, layers: dict[str, MaskProLayer], adapt
 
 
 def open_tensors(files: list[Path], stack: ExitStack) -> Tensors:
-    """What gives each tensor of some safetensors files."""
+    """
+    What gives each tensor of some safetensors files.
+
+    Raises:
+        `ValueError`: if one is none.
+    """
     known: Tensors = {}
     for file in files:
-        handle = stack.enter_context(safe_open(file, framework="pt"))
+        try:
+            handle = stack.enter_context(safe_open(file, framework="pt"))
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a whole safetensors file: {error}.") from error
         for key in handle.keys():  # noqa: SIM118, the handle is no dict
             known[key] = partial(handle.get_tensor, key)
     return known
@@ -214,6 +222,6 @@ def saved_codes(tensors: Tensors, config: MaskProConfig, name: str, layer: MaskP
     theta = tensors[f"{key}theta"]()
     if theta.shape != (len(codes), config.m, codes.shape[1]):
         raise ValueError(f"{name}.weight: the source's theta has shape {list(theta.shape)}.")
-    if not theta.isfinite().all():
-        raise ValueError(f"{name}.weight: the source's theta is not finite.")
+    if theta.dtype not in LOGITS or not theta.isfinite().all():
+        raise ValueError(f"{name}.weight: the source's theta is not finite float32 or bfloat16.")
     return mode_codes(theta, packed, logit_scale(config), config.n)

@@ -36,6 +36,8 @@ from .config import DATA_FREE, MaskProConfig
 
 
 PLAIN_LOGIT_SCALE = 5.0
+# The types of logits in files.
+LOGITS = (torch.float32, torch.bfloat16)
 
 NO_MASK = "they say nothing of what to keep; load an earlier state, or train anew with a smaller learning rate"
 

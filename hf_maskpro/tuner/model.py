@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from ..subset import mode_codes, pack_codes, unpack_codes
 from .card import hub_id
 from .config import MaskProConfig
-from .layer import NO_MASK, MaskProLayer, has_memory, layer_class, logit_scale, members_first
+from .layer import LOGITS, NO_MASK, MaskProLayer, has_memory, layer_class, logit_scale, members_first
 
 
 # For all names of a model, which take milliseconds.
@@ -206,6 +206,10 @@ class MaskProModel(BaseTuner):
             ):
                 raise ValueError(f"{_bare(name)}: the adapter file has {len(codes)} rows, the model {len(theta)}.")
             if theta_key in result:
+                if result[theta_key].dtype not in LOGITS:
+                    raise ValueError(
+                        f"{_bare(name)} has logits in {result[theta_key].dtype}, not float32 or bfloat16."
+                    )
                 _check_finite(_bare(name), result[theta_key])
                 result[theta_key] = members_first(result[theta_key])
                 layer.materialize(adapter_name)
