@@ -93,7 +93,8 @@ def write_adapter(folder: Path, config: LlamaConfig) -> None:
     folder.mkdir()
     save_file(masks, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     saved = model.peft_config["default"]
-    saved.record_stage({}, 0)
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, MaskProLayer))
+    saved.record_stage({}, 0.0, weights, sum(mask.nbytes for mask in masks.values()))
     saved.save_pretrained(str(folder))
 
 

@@ -102,7 +102,7 @@ def checkpoint(model: str, gguf_file: str | None, output: Path) -> Iterator[str]
         yield model
         return
     output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+    with TemporaryDirectory(dir=output.parent, prefix=".new-") as folder:
         loaded, tokenizer = load_model(model, gguf_file)
         loaded.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

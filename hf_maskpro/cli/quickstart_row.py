@@ -20,7 +20,6 @@ from ..learning import MaskProTrainer, MaskProTrainingArguments
 from ..starts import random_windows
 from ..tuner import MaskProConfig, masked_layers
 from .common import calibrate, load_adapter, load_model, one_line_errors, read_text
-from .train import save
 
 
 EVALUATIONS = 4
@@ -158,8 +157,7 @@ def quickstart_row(
         with tempfile.TemporaryDirectory() as scratch:
             row = learn(masked, estimator, inputs, seconds, deadline, evaluate, Path(scratch))
     if output is not None:
-        output.mkdir(parents=True)
-        save(masked, output)
+        masked.save_pretrained(output)
     row |= {"method": method, "peak_bytes": peak_bytes()}
     result.write_text(json.dumps(row))
 

@@ -1,13 +1,12 @@
 """The verb that learns a mask."""
 
-import tempfile
 from pathlib import Path
-from shutil import copy, rmtree
+from shutil import rmtree
 from typing import Annotated, Literal
 
 import torch
 import typer
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..deploy import check_free
@@ -16,7 +15,6 @@ from ..learning import MaskProTrainer, MaskProTrainingArguments
 from ..starts import random_windows
 from ..starts.calibration import SAMPLES, SEQ_LEN
 from ..tuner import MaskProConfig
-from ..tuner.card import CARD_FILE, PLOT
 from .common import (
     Dataset,
     GgufFile,
@@ -128,7 +126,7 @@ def train(
     trainer = MaskProTrainer(masked, args, train_dataset=[{"input_ids": row, "labels": row} for row in inputs])
     previous = set_aside(output) if not resume else None
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    save(masked, output)
+    masked.save_pretrained(output)
     if previous is not None:
         rmtree(previous)
     last = [entry for entry in trainer.state.log_history if "loss" in entry][-1:]
@@ -137,17 +135,6 @@ def train(
         {"output": str(output), "steps": result.global_step, "seconds": result.metrics["train_runtime"], **figures},
         as_json,
     )
-
-
-def save(masked: PeftModel, output: Path) -> None:
-    """Write the adapter into the output folder, every file complete or not at all."""
-    with tempfile.TemporaryDirectory(dir=output, prefix=".") as folder:
-        for name in (CARD_FILE, PLOT):
-            if (output / name).is_file():
-                copy(output / name, folder)
-        masked.save_pretrained(folder)
-        for file in Path(folder).iterdir():
-            file.replace(output / file.name)
 
 
 def check_replaceable(output: Path, overwrite: bool, *inputs: str | Path | None) -> None:

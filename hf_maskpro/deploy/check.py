@@ -13,6 +13,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..tuner.files import inside
 from ..tuner.layer import MaskProLayer, to_planes
 
 
@@ -113,13 +114,14 @@ def skeleton_of(folder: Path) -> PreTrainedModel:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers loads, which need not be all that lie there."""
+    """The files that transformers loads, which need not be all that lie there, and lie nowhere else."""
     if (folder / SAFE_WEIGHTS_NAME).is_file():
-        return [folder / SAFE_WEIGHTS_NAME]
+        return [inside(folder, folder / SAFE_WEIGHTS_NAME)]
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         raise ValueError(f"{folder} has no safetensors checkpoint.")
-    return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return [inside(folder, folder / name) for name in names]
 
 
 def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:

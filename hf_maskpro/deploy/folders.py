@@ -22,7 +22,8 @@ def new_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
     output = Path(output).resolve()
     check_free(output, overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as parent:
+    # Not with the folder's own name in it, which may be as long as a name can be.
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".new-") as parent:
         folder = Path(parent) / "new"
         folder.mkdir()
         yield folder
@@ -30,7 +31,7 @@ def new_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
             folder.rename(output)
             return
         # Outside the temporary folder, which is deleted even if the second renaming fails.
-        old = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.old-")) / output.name
+        old = Path(tempfile.mkdtemp(dir=output.parent, prefix=".old-")) / output.name
         output.rename(old)
         folder.rename(output)
         shutil.rmtree(old.parent)

@@ -13,9 +13,10 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..starts.sources import Tensors, locate, open_tensors, saved_codes
+from ..starts.sources import Tensors, locate, open_adapter, open_tensors, saved_codes
 from ..subset import keep_of
 from ..tuner import masked_layers, saved_config
+from ..tuner.files import inside
 from ..tuner.layer import MaskProLayer
 from ..tuner.model import fingerprint
 from .card import write_merged_card
@@ -49,7 +50,8 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
 
     Raises:
         `ValueError`: if the folder is in use, the adapter is no mask adapter or does not fit, the base is quantized or
-            not the one that the mask was learned for, or a kept weight is not finite.
+            not the one that the mask was learned for, a file of it is a link out of its folder, or a kept weight is
+            not finite.
     """
     check_free(output, overwrite, model, adapter)
     base, masks = checkpoint_folder(model), locate(str(adapter))
@@ -62,7 +64,7 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
         names = parameter_names(skeleton, keys)
         # Only the tuner knows which layers the adapter is for, and which it cannot mask.
         layers = masked_layers(inject_adapter_in_model(config, skeleton))
-        saved = open_tensors([masks / "adapter_model.safetensors"], stack)
+        saved = open_adapter(masks, stack)
         _check_fit(layers, saved, set(names.values()))
 
         def masked(key: str, weight: torch.Tensor) -> torch.Tensor:
@@ -89,7 +91,7 @@ def copy_companions(base: Path, folder: Path, files: list[Path]) -> None:
             # An index beside a single file is that of other weights.
             if path.name != SAFE_WEIGHTS_INDEX_NAME or files[0].name != SAFE_WEIGHTS_NAME:
                 (folder / path.relative_to(base)).parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, folder / path.relative_to(base))
+                shutil.copyfile(inside(base, path), folder / path.relative_to(base))
     drop_sparsity_config(folder)
 
 

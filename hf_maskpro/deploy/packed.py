@@ -164,6 +164,35 @@ class PackedQuantizer(HfQuantizer):
                 packed = PackedLinear(linear.in_features, linear.out_features, linear.bias is not None)
             model.set_submodule(name, packed)
 
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
+        for name, layer in model.named_modules():
+            if isinstance(layer, PackedLinear):
+                _check_loaded(name, layer)
+
+
+def _check_loaded(name: str, layer: PackedLinear) -> None:
+    """Refuse what a file must not hold: the compiled products trust their operands, and read beyond smaller ones."""
+    out_features, in_features = layer.out_features, layer.in_features
+    expected = {
+        "values": (torch.bfloat16, (out_features, in_features // 2)),
+        "positions": (torch.int32, (out_features, in_features // _BLOCK)),
+        "bias": (torch.bfloat16, (out_features,)),
+    }
+    for kind, tensor in layer.named_buffers():
+        # The mark that transformers gives to what it has loaded; anything else is memory as it was found.
+        if not hasattr(tensor, "_is_hf_initialized"):
+            raise ValueError(f"the packed model's file has no {name}.{kind}.")
+        dtype, shape = expected[kind]
+        if tensor.dtype != dtype or tensor.shape != shape:
+            raise ValueError(
+                f"{name}.{kind} is {tensor.dtype} of shape {list(tensor.shape)}; in a packed layer of this size it is "
+                f"{dtype} of shape {list(shape)}."
+            )
+    bits = layer.positions - (layer.positions >> 1 & 0x55555555)
+    bits = (bits & 0x33333333) + (bits >> 2 & 0x33333333)
+    if not (bits == 0x22222222).all():
+        raise ValueError(f"{name}.positions is not 2:4: there are groups of four without exactly two bits set.")
+
 
 def _unpacked(layer: PackedLinear) -> torch.Tensor:
     """The dense weight without the compiled [`unpack`], which the machine that exports may not have."""

@@ -10,7 +10,8 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from peft import PeftModel
 
-from ..tuner.card import CARD_FILE, CONFIG_FILE, card_for_repository, load_card, save_card
+from ..tuner.card import CARD_FILE, CARD_FILES, CONFIG_FILE, card_for_repository, load_card, save_card
+from ..tuner.files import inside, private_folder
 from ..tuner.registration import NAME
 
 
@@ -51,7 +52,8 @@ def push_folder(
         `CommitInfo`: The commit; of a push that changes nothing, the present head.
 
     Raises:
-        `ValueError`: if the folder has neither an adapter nor a checkpoint, or the Hub rejects a card's metadata.
+        `ValueError`: if the folder has neither an adapter nor a checkpoint, a file of it is a link out of it, or the
+            Hub rejects a card's metadata.
         `HfHubHTTPError`: if the Hub refuses.
     """
     folder = Path(folder)
@@ -61,7 +63,7 @@ def push_folder(
     # Where no adapter is called "default", PEFT saves each to a subfolder of its name.
     roots = roots or [path.parent for path in sorted(folder.glob(f"*/{CONFIG_FILE}"))]
     files = [path for root in roots for path in sorted(root.rglob("*")) if path.is_file()]
-    files = [path for path in files if _is_pushed(path.relative_to(folder))]
+    files = [inside(folder, path) for path in files if _is_pushed(path.relative_to(folder))]
     if not any(path.name in (CONFIG_FILE, "config.json") for path in files):
         raise ValueError(f"{folder} holds neither {CONFIG_FILE} nor config.json; pass an adapter's or model's folder.")
     api = HfApi(token=token)
@@ -91,7 +93,7 @@ def _is_pushed(path: Path) -> bool:
 
 
 def _for_masks(own: Callable[..., Any], name: str) -> None:
-    """Let a method of `PeftModel` do something else for mask adapters; PEFT has no hook for either."""
+    """Let a method of `PeftModel` do something else for mask adapters; PEFT has no hooks for them."""
     original = inspect.unwrap(getattr(PeftModel, name))
 
     @wraps(original)
@@ -100,6 +102,13 @@ def _for_masks(own: Callable[..., Any], name: str) -> None:
         return (own if masks else original)(self, *args, **kwargs)
 
     setattr(PeftModel, name, method)
+
+
+def _save_whole(model: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
+    """PEFT writes over an earlier adapter file by file, and would leave neither where it fails in between."""
+    folders = ["" if name == "default" else f"{name}/" for name in model.peft_config]
+    with private_folder(save_directory, *(f"{folder}{file}" for folder in folders for file in CARD_FILES)) as folder:
+        _save_in_place(model, str(folder), *args, **kwargs)
 
 
 def _no_card(model: PeftModel, output_dir: str) -> None:
@@ -125,5 +134,7 @@ def _push_model(
         return push_folder(folder, repo_id, commit_message=commit_message or "Upload mask adapter", **kwargs)
 
 
+_save_in_place = inspect.unwrap(PeftModel.save_pretrained)
+_for_masks(_save_whole, "save_pretrained")
 _for_masks(_no_card, "create_or_update_model_card")
 _for_masks(_push_model, "push_to_hub")

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Collection
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -11,18 +10,19 @@ from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub
 from safetensors import SafetensorError, safe_open
 
 from ..subset import check_packed
-from ..subset.codec import word_layout
+from ..subset.codec import packed_width, word_layout
 from ..tuner import MaskProConfig, saved_config
-from ..tuner.card import CONFIG_FILE, write_card
+from ..tuner.card import CARD_FILES, CONFIG_FILE, share_changed, write_card
+from ..tuner.files import private_folder
+from ..tuner.layer import LOGITS
 
 
-MASK_FILE = "adapter_model.safetensors"
 MASK_FILE = "adapter_model.safetensors"
 
 
 def read_masks(folder: str | Path) -> tuple[MaskProConfig, dict[str, torch.Tensor]]:
     """
-    Read a mask adapter without its base model, checking every word of it.
+    Read a mask adapter without its base model, checking every word and logit of it.
 
     Args:
         folder (`str` or `Path`): The adapter's folder.
@@ -40,34 +40,47 @@ def read_masks(folder: str | Path) -> tuple[MaskProConfig, dict[str, torch.Tenso
     masks = {}
     try:
         with safe_open(folder / MASK_FILE, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118, the handle is no dict
-                if _kind(key, config) != "mask":
-                    continue
-                packed = tensors.get_tensor(key)
-                if packed.ndim != 2:
-                    raise ValueError(f"{key} has shape {list(packed.shape)}, not [out_features, bytes].")
-                check_packed(packed, config.n, config.m, packed.shape[1] // size * digits * config.m)
-                masks[_layer(key)] = packed
+            # A mask comes before its logits.
+            for key in sorted(tensors.keys()):
+                kind = _kind(key, config)
+                if kind == "mask":
+                    packed = tensors.get_tensor(key)
+                    if packed.ndim != 2 or not packed.numel():
+                        raise ValueError(f"{key} has shape {list(packed.shape)}, not [out_features, bytes].")
+                    check_packed(packed, config.n, config.m, packed.shape[1] // size * digits * config.m)
+                    masks[_layer(key)] = packed
+                elif kind == "theta":
+                    _check_logits(key, tensors.get_tensor(key), masks.get(_layer(key)), config)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{folder / MASK_FILE} is not a file of masks: {error}") from error
     _check_whole(config, masks)
     return config, masks
 
 
+def _check_logits(key: str, theta: torch.Tensor, packed: torch.Tensor | None, config: MaskProConfig) -> None:
+    if packed is None:
+        raise ValueError(f"it holds {key} without the mask that it starts from.")
+    fits = theta.ndim == 3 and theta.shape[:2] == (len(packed), config.m)
+    if not fits or packed.shape[1] != packed_width(config.n, config.m, theta.shape[2] * config.m):
+        raise ValueError(f"{key} has shape {list(theta.shape)}, which is not that of its mask.")
+    if theta.dtype not in LOGITS or not theta.isfinite().all():
+        raise ValueError(f"{key} holds logits that are not finite numbers in float32 or bfloat16.")
+
+
 def _kind(key: str, config: MaskProConfig) -> str:
     """What a tensor of an adapter's file is: `mask`, `theta` or a weight that `modules_to_save` names."""
     kind = key.rpartition(".maskpro_")[2]
-    if kind in ("mask", "theta"):
+    if kind in ("mask", "theta") and ".maskpro_" not in _layer(key):
         return kind
-    modules = [f".{module}." for module in config.modules_to_save or []]
-    if not any(module in key for module in modules):
+    # By the end of a name, as PEFT does: "norm" stands for every layernorm too.
+    if not any(f"{module}." in key for module in config.modules_to_save or []):
         raise ValueError(f"it holds {key}, which is neither a mask nor of modules_to_save.")
     return "weight"
 
 
 def _layer(key: str) -> str:
-    """The layer whose mask a tensor of an adapter's file is."""
-    return key.removeprefix("base_model.model.").removesuffix(".maskpro_mask")
+    """The layer whose mask or logits a tensor of an adapter's file is."""
+    return key.removeprefix("base_model.model.").removesuffix(".maskpro_mask").removesuffix(".maskpro_theta")
 
 
 def _check_whole(config: MaskProConfig, layers: Collection[str]) -> None:
@@ -99,10 +112,14 @@ def inspect_adapter(source: str, revision: str | None = None, subfolder: str | N
     if checked:
         config, masks = read_masks(folder)
         layers, size = list(masks), (folder / MASK_FILE).stat().st_size
+        own = _own_bytes(folder)
     else:
         config = saved_config(folder)
         header = HfApi().parse_safetensors_file_metadata(source, name, revision=revision)
-        layers = [_layer(key) for key in header.tensors if _kind(key, config) == "mask"]
+        kinds = {key: _kind(key, config) for key in header.tensors}
+        layers = [_layer(key) for key, kind in kinds.items() if kind == "mask"]
+        spans = [header.tensors[key].data_offsets for key, kind in kinds.items() if kind != "weight"]
+        own = sum(end - start for start, end in spans)
         _check_whole(config, layers)
         size = get_hf_file_metadata(hf_hub_url(source, name, revision=revision)).size or 0
     stages = config.lineage or []
@@ -113,10 +130,10 @@ def inspect_adapter(source: str, revision: str | None = None, subfolder: str | N
         "layers": len(layers),
         "target_weights": config.target_weights,
         "file_bytes": size,
-        "bits_per_weight": 8 * size / config.target_weights if config.target_weights else None,
+        "bits_per_weight": 8 * own / config.target_weights if config.target_weights else None,
         "holds_logits": config.save_logits,
         "started_from": [stage["init_mask"] for stage in stages],
-        "groups_changed": [mean(stage["groups_changed"].values() or [0]) for stage in stages],
+        "groups_changed": [share_changed(stage) for stage in stages],
         "checked": "every word" if checked else "the header of the file",
     }
 
@@ -136,15 +153,19 @@ def record_evaluation(folder: str | Path, dataset: str, metric: str, value: floa
     path = folder / CONFIG_FILE
     raw = json.loads(path.read_text(encoding="utf-8"))
     entry = {"dataset": dataset, "metric": metric, "value": value, "protocol": protocol}
-    if not raw.get("lineage"):
+    saved_config(folder)
+    if not raw.get("lineage") or not raw.get("target_weights"):
         raise ValueError(f"{path} does not say how its mask was made; save the adapter again.")
     stage = raw["lineage"][-1]
     others = [known for known in stage.get("evaluations", []) if {**known, "value": value} != entry]
     stage["evaluations"] = [*others, entry]
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(raw, indent=2, sort_keys=True), encoding="utf-8")
-    temporary.replace(path)
+    with private_folder(folder, *CARD_FILES) as new:
+        (new / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True), encoding="utf-8")
+        write_card(new, raw, _own_bytes(folder))
+
+
+def _own_bytes(folder: Path) -> int:
+    """Bytes of the masks and logits of an adapter: what the method stores, without a header or `modules_to_save`."""
     with safe_open(folder / MASK_FILE, framework="pt") as tensors:
         own = [key for key in tensors.keys() if ".maskpro_" in key]  # noqa: SIM118, the handle is no dict
-        size = sum(tensors.get_tensor(key).nbytes for key in own)
-    write_card(folder, raw, size)
+        return sum(tensors.get_tensor(key).nbytes for key in own)

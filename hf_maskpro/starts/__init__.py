@@ -108,7 +108,9 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
         walk(model, adapter_name, batches, rule == "sparsegpt", choose, in_order=refined)
     config.start["calibration"] = {
         "sequences": sum(len(batch["input_ids"]) for batch in batches),
-        "tokens": sum(batch["input_ids"].numel() for batch in batches),
+        "tokens": sum(
+            int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches
+        ),
     }
     if refined:
         # Of what every layer's outputs lose, the share that the swaps left: median and worst layer.
@@ -122,15 +124,16 @@ def _mask_by_rule(
     """A layer's mask, bool `[out_features, m, groups]`; `None` if it comes from a source."""
     if rule not in RULES:
         return None
-    inputs = calibration.inputs
-    if rule not in DATA_FREE and inputs is not None and not inputs.squares.any():
-        # Of a layer that has seen nothing the inputs tell nothing.
-        rule = "magnitude"
     if rule == "sparsegpt":
+        assert calibration.inputs is not None
+        if not calibration.inputs.squares.any():
+            return mode(to_planes(weight.abs(), config.m), config.n)
         try:
             return sparsegpt.mask(weight, calibration, config.n, config.m)
         except torch.linalg.LinAlgError as error:
             raise ValueError(
                 f"{name}: the Hessian of its inputs is not positive definite; calibrate on more or other text."
             ) from error
-    return mode(to_planes(_SCORES[rule](weight, calibration), config.m), config.n)
+    scores = _SCORES[rule](weight, calibration)
+    # Of a layer that has seen nothing, as an expert that no token was sent to, a rule knows nothing but the weights.
+    return mode(to_planes(scores if scores.any() else weight.abs(), config.m), config.n)

@@ -1,5 +1,6 @@
 """Starting masks that somebody else made: adapters, pruned checkpoints, mask files."""
 
+import re
 import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,12 +12,12 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..subset import mask_of, mode, mode_codes, pack, unpack, unpack_codes
 from ..tuner import MaskProConfig, MaskProLayer, logit_scale, masked_layers, saved_config
-from ..tuner.layer import to_planes
+from ..tuner.layer import LOGITS, to_planes
 
 
 MASKLLM_FILE = "mask_compressed.npz"
@@ -89,12 +90,34 @@ def _reader(path: Path, stack: ExitStack, layers: dict[str, MaskProLayer], adapt
 
 
 def open_tensors(files: list[Path], stack: ExitStack) -> Tensors:
-    """What gives each tensor of some safetensors files."""
+    """
+    What gives each tensor of some safetensors files.
+
+    Raises:
+        `ValueError`: if one is none.
+    """
     known: Tensors = {}
     for file in files:
-        handle = stack.enter_context(safe_open(file, framework="pt"))
+        try:
+            handle = stack.enter_context(safe_open(file, framework="pt"))
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a whole safetensors file: {error}.") from error
         for key in handle.keys():  # noqa: SIM118, the handle is no dict
             known[key] = partial(handle.get_tensor, key)
+    return known
+
+
+def open_adapter(folder: Path, stack: ExitStack) -> Tensors:
+    """
+    What gives each tensor of a saved mask adapter.
+
+    Raises:
+        `ValueError`: if there is a second name for a mask, by which PEFT would load another one than is read here.
+    """
+    known = open_tensors([folder / "adapter_model.safetensors"], stack)
+    for key in known:
+        if re.search(r"\.maskpro_(mask|theta)\.", key):
+            raise ValueError(f"the adapter file has a name that is none of a mask's: {key}.")
     return known
 
 
@@ -169,7 +192,7 @@ def _of_bits(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _adapter_reader(folder: Path, stack: ExitStack, adapter_name: str) -> Reader:
     """The learned mask of a saved mask adapter."""
     config = saved_config(folder)
-    tensors = open_tensors([folder / "adapter_model.safetensors"], stack)
+    tensors = open_adapter(folder, stack)
 
     def read(name: str, layer: MaskProLayer) -> torch.Tensor:
         own = layer.maskpro_config[adapter_name]
@@ -199,6 +222,6 @@ def saved_codes(tensors: Tensors, config: MaskProConfig, name: str, layer: MaskP
     theta = tensors[f"{key}theta"]()
     if theta.shape != (len(codes), config.m, codes.shape[1]):
         raise ValueError(f"{name}.weight: the source's theta has shape {list(theta.shape)}.")
-    if not theta.isfinite().all():
-        raise ValueError(f"{name}.weight: the source's theta is not finite.")
+    if theta.dtype not in LOGITS or not theta.isfinite().all():
+        raise ValueError(f"{name}.weight: the source's theta is not finite float32 or bfloat16.")
     return mode_codes(theta, packed, logit_scale(config), config.n)

@@ -1,5 +1,6 @@
 """The calibration walk: decoder layer by decoder layer, each seeing what the masked layers before it produce."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -165,6 +166,10 @@ def walk(
                 layer.forget_masked_weight()
 
 
+# What every layer is given in one batch, in the order in which they run: a tensor a call.
+_Given = dict[MaskProLayer, list[torch.Tensor]]
+
+
 def _gather(
     block: nn.Module, index: int, inside: list[MaskProLayer], batches: list[_Batch], with_gram: bool
 ) -> dict[MaskProLayer, Inputs]:
@@ -173,8 +178,9 @@ def _gather(
     with _dense(inside):
         for batch in batches:
             given = _inputs_of(block, index, inside, batch, batch.hidden)[0]
-            for inputs, tensor in _shared(gathered, given, with_gram):
-                inputs.update(batch.rows(tensor), len(batch.hidden))
+            for layers, inputs in _together(gathered, given, with_gram):
+                for tensor in given[layers[0]]:
+                    inputs.update(batch.rows(tensor), len(batch.hidden))
     # An expert that no token was sent to has seen nothing.
     return {layer: gathered.get(layer) or _nothing(layer, with_gram) for layer in inside}
 
@@ -188,7 +194,7 @@ def _choose_in_order(
     choose: Choose,
 ) -> None:
     """Choose the masks of a decoder layer stage by stage, and hand on what the dense model makes of the tokens."""
-    dense: list[dict[MaskProLayer, torch.Tensor]] = []
+    dense: list[_Given] = []
     stages: list[list[MaskProLayer]] = []
     with _dense(inside):
         for batch in batches:
@@ -200,29 +206,30 @@ def _choose_in_order(
         for stage in stages:
             gathered: dict[MaskProLayer, Inputs] = {}
             for batch, known in zip(batches, dense, strict=True):
-                given, _ = _inputs_of(block, index, stage, batch, batch.hidden, stop=True)
-                for inputs, tensor in _shared(gathered, given, True):
-                    other = next(known.get(layer) for layer in given if given[layer] is tensor)
+                calls = sum(len(known.pop(layer, [])) for layer in stage[1:])
+                others = known.pop(stage[0], [])
+                given, _ = _inputs_of(block, index, stage, batch, batch.hidden, stop_after=calls + len(others))
+                for layers, inputs in _together(gathered, given, True):
+                    tensors = given[layers[0]]
                     # What one expert is sent of the dense model's tokens need not be the same tokens.
-                    beside = batch.rows(other) if other is not None and batch.is_row_a_token(tensor) else None
-                    inputs.update_beside_dense(batch.rows(tensor), beside, len(batch.hidden))
+                    same = len(tensors) == len(others) and all(map(batch.is_row_a_token, tensors + others))
+                    for tensor, other in zip(tensors, others if same else [None] * len(tensors), strict=True):
+                        beside = None if other is None else batch.rows(other)
+                        inputs.update_beside_dense(batch.rows(tensor), beside, len(batch.hidden))
             for inputs in set(gathered.values()):
                 inputs.complete()
             for layer in stage:
                 choose(names[layer], layer, gathered.get(layer) or _nothing(layer, True))
                 layer.dense = False
-            for known in dense:
-                for layer in stage:
-                    known.pop(layer, None)
         for layer in never:
             choose(names[layer], layer, _nothing(layer, True))
 
 
-def _add_stages(stages: list[list[MaskProLayer]], given: dict[MaskProLayer, torch.Tensor]) -> None:
+def _add_stages(stages: list[list[MaskProLayer]], given: _Given) -> None:
     """Sort layers that no batch before has reached: those that are given the same tensor are one stage."""
     known = {layer for stage in stages for layer in stage}
     last: torch.Tensor | None = None
-    for layer, tensor in given.items():
+    for layer, (tensor, *_) in given.items():
         if layer not in known:
             if tensor is not last:
                 stages.append([])
@@ -231,17 +238,25 @@ def _add_stages(stages: list[list[MaskProLayer]], given: dict[MaskProLayer, torc
 
 
 def _inputs_of(
-    block: nn.Module, index: int, wanted: list[MaskProLayer], batch: _Batch, hidden: torch.Tensor, stop: bool = False
-) -> tuple[dict[MaskProLayer, torch.Tensor], torch.Tensor]:
+    block: nn.Module,
+    index: int,
+    wanted: list[MaskProLayer],
+    batch: _Batch,
+    hidden: torch.Tensor,
+    stop_after: int | None = None,
+) -> tuple[_Given, torch.Tensor]:
     """
-    Run a decoder layer on one batch: what the wanted layers are given, in the order in which they run, and its output.
-    With `stop` it goes no further than the last of them.
+    Run a decoder layer on one batch: what the wanted layers are given, and its output. It goes no further than so many
+    calls of theirs.
     """
-    given: dict[MaskProLayer, torch.Tensor] = {}
+    given: _Given = {}
+    calls = 0
 
     def record(layer: MaskProLayer, args: tuple[torch.Tensor, ...]) -> None:
-        given.setdefault(layer, args[0])
-        if stop and len(given) == len(wanted):
+        nonlocal calls
+        given.setdefault(layer, []).append(args[0])
+        calls += 1
+        if calls == stop_after:
             raise _StopForward
 
     output = hidden
@@ -255,18 +270,22 @@ def _inputs_of(
     return given, output
 
 
-def _shared(
-    gathered: dict[MaskProLayer, Inputs], given: dict[MaskProLayer, torch.Tensor], with_gram: bool
-) -> Iterator[tuple[Inputs, torch.Tensor]]:
-    """Every tensor that layers are given in a batch, once for each [`Inputs`] that it belongs to."""
-    done: list[tuple[Inputs, torch.Tensor]] = []
-    for layer, tensor in given.items():
-        same = next((inputs for inputs, other in done if other is tensor), None)
-        if layer not in gathered:
-            gathered[layer] = same or Inputs(tensor.shape[-1], tensor.device, with_gram)
-        if same is not gathered[layer]:
-            done.append((gathered[layer], tensor))
-            yield gathered[layer], tensor
+def _together(
+    gathered: dict[MaskProLayer, Inputs], given: _Given, with_gram: bool
+) -> Iterator[tuple[list[MaskProLayer], Inputs]]:
+    """Layers that were given the same until now, with what adds it up; of those that were, some may part."""
+    before = dict(gathered)
+    shared: dict[tuple[int, ...], list[MaskProLayer]] = {}
+    for layer, tensors in given.items():
+        shared.setdefault((id(before.get(layer)), *map(id, tensors)), []).append(layer)
+    for layers in shared.values():
+        tensors, inputs = given[layers[0]], before.get(layers[0])
+        if inputs is None:
+            inputs = Inputs(tensors[0].shape[-1], tensors[0].device, with_gram)
+        elif any(other is inputs and layer not in layers for layer, other in before.items()):
+            inputs = copy.deepcopy(inputs)
+        gathered.update(dict.fromkeys(layers, inputs))
+        yield layers, inputs
 
 
 @contextmanager

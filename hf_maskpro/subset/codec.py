@@ -182,7 +182,7 @@ def _words(packed: torch.Tensor, size: int) -> torch.Tensor:
     if size == 1:
         return packed.int()
     shifts = torch.arange(0, 8 * size, 8, device=packed.device)
-    return (packed.view(*packed.shape[:-1], -1, size).long() << shifts).sum(-1)
+    return (packed.unflatten(-1, (packed.shape[-1] // size, size)).long() << shifts).sum(-1)
 
 
 def word_codes(packed: torch.Tensor, table: torch.Tensor, base: int, layout: tuple[int, int]) -> torch.Tensor:

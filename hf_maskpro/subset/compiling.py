@@ -1,8 +1,11 @@
 """Functions on whole layers, fused by `torch.compile` where a compiler works."""
 
 import logging
+import os
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from threading import Timer
 from typing import Any
 
@@ -17,6 +20,27 @@ SMALLEST_COMPILED = 1 << 14
 _SECONDS_OF_SILENCE = 2.0
 
 
+def _keep_kernels_private() -> None:
+    """
+    Give torch's compiler a cache of the user's own: it reads pickles and libraries from it, and by default that is a
+    folder that any user of the machine may have made first.
+    """
+    # Only here, since it takes a second to import.
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # What torch has set itself, for somebody else's kernels, was not chosen by anybody.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir():
+        return
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = cache / "hf_maskpro" / "inductor"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # No home, or none to write to.
+    except (OSError, RuntimeError):
+        folder = Path(tempfile.mkdtemp(prefix="hf_maskpro-"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
 class Kernel:
     """A function that is compiled for large layers, and runs eagerly for small ones or where no compiler works."""
 
@@ -28,6 +52,7 @@ class Kernel:
         self.layout = layout
         # torch.compile counts recompilations by code object, and kernels of several patterns would share one.
         function.__code__ = function.__code__.replace(co_name=name)
+        _keep_kernels_private()
         self.compiled: Callable[..., Any] | None = torch.compile(function, dynamic=True, fullgraph=True)
         self.met: set[tuple[Any, ...]] = set()
 

@@ -10,12 +10,17 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment
+from markupsafe import Markup
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .files import private_folder
 
 
 # What is between them is made anew with every save; what a user writes around them stays.
 BEGIN, END = "<!-- made by hf_maskpro: begin -->", "<!-- made by hf_maskpro: end -->"
 CARD_FILE, PLOT, CONFIG_FILE = "README.md", "learning.png", "adapter_config.json"
+# What a card is made from besides the configuration.
+CARD_FILES = (CARD_FILE, PLOT)
 REPO = "user/repo"
 
 # What an `adapter_config.json` holds.
@@ -57,9 +62,8 @@ def load_card(path: Path) -> ModelCard:
 
 def save_card(card: ModelCard, path: Path) -> None:
     """Write a card, complete or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    card.save(temporary)
-    temporary.replace(path)
+    with private_folder(path.parent) as folder:
+        card.save(folder / path.name)
 
 
 def card_for_repository(card: ModelCard, api: HfApi, repo_id: str, name: str, revision: str | None) -> ModelCard:
@@ -159,12 +163,27 @@ def last_stage(saved: Saved) -> dict[str, Any]:
     return (saved["lineage"] or [{"init_mask": saved["init_mask"], "groups_changed": {}}])[-1]
 
 
+def share_changed(stage: dict[str, Any]) -> float:
+    """The share of all groups that a stage changed; early files say it by layer alone, and then it is their mean."""
+    shares = stage["groups_changed"].values()
+    return stage.get("changed", sum(shares) / max(1, len(shares)))
+
+
 def render(template: Path, saved: Saved, **variables: Any) -> str:
-    environment = Environment(keep_trailing_newline=True)
+    """Fill in a template; whatever is put into it that is not `Markup` is text, and stays on its line."""
+    environment = Environment(keep_trailing_newline=True, finalize=_plain)
     auto_class = "AutoModelForCausalLM" if is_causal(saved) else "AutoModel"
     known = {"n": saved["n"], "m": saved["m"], "pattern": pattern_of(saved), "repo": REPO, "auto_class": auto_class}
     known["base_id"] = hub_id(saved["base_model_name_or_path"])
     return environment.from_string(template.read_text()).render(**known, **variables)
+
+
+def _plain(value: Any) -> Any:
+    """A value as Markdown that shows it: configurations are anybody's, and would bring HTML, links and headings."""
+    if isinstance(value, Markup):
+        return value
+    text = " ".join(str(value).split())
+    return re.sub(r"[\\`*\[\]|<>]|&(?=\w+;|#)", lambda found: f"&#{ord(found[0])};", text)
 
 
 def loading_lines(base: str | None, repo: str, subfolder: str | None, auto_class: str) -> str:
@@ -209,7 +228,7 @@ def _adapter_facts(folder: Path, saved: Saved, file_bytes: int) -> dict[str, Any
 
 
 def _stage_facts(stage: dict[str, Any]) -> dict[str, Any]:
-    calibration, shares = stage.get("calibration"), stage["groups_changed"].values()
+    calibration = stage.get("calibration")
     # First, though a file has its keys in alphabetical order.
     settings = {"estimator": ""} | stage.get("training", {})
     training = [f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value != ""]
@@ -217,7 +236,7 @@ def _stage_facts(stage: dict[str, Any]) -> dict[str, Any]:
         "start": stage["init_mask"],
         "calibration": f"{calibration.get('text', 'text')}, {calibration['tokens']:,} tokens" if calibration else "",
         "training": ", ".join(training).removeprefix("estimator "),
-        "share": 100 * sum(shares) / max(1, len(shares)),
+        "share": 100 * share_changed(stage),
     }
 
 

@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -5,7 +6,8 @@ from typing import Any, Literal
 from peft import PeftConfig
 
 from ..subset import Distribution
-from .card import write_card
+from .card import CARD_FILES, write_card
+from .files import private_folder
 from .registration import NAME, add_peft_type
 
 
@@ -34,6 +36,9 @@ def split_init_mask(init_mask: str) -> tuple[str, bool]:
     return rule, refined
 
 
+# What an entry of the lineage says of the mask at the end of the stage.
+_OUTCOME = ("groups_changed", "changed", "evaluations")
+
 # Of a configuration file. That of a model with 100 layers of 7 linear ones has a hundredth of it.
 _MOST_BYTES = 2**24
 
@@ -46,19 +51,31 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "init_mask": (str,),
     "logit_scale": (int, float),
     "save_logits": (bool,),
+    "inference_mode": (bool,),
     "modules_to_save": (list,),
     "lineage": (list,),
     "target_weights": (int,),
     "base_fingerprint": (dict,),
 }
+_OF_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "base_fingerprint")
 
 
 def _check_types(config: "MaskProConfig") -> None:
     """Refuse what is not of its type: a configuration may come from anybody's file."""
     for name, types in _TYPES.items():
-        value = getattr(config, name)
-        if value is not None and not isinstance(value, types):
+        value, needed = getattr(config, name), config.__dataclass_fields__[name].default is not None
+        if not isinstance(value, types) and (needed or value is not None):
             raise ValueError(f"{name} is {str(value)[:50]!r}, which is not {' or '.join(t.__name__ for t in types)}.")
+    for name in _OF_NAMES:
+        value = getattr(config, name)
+        members = [*value, *value.values()] if isinstance(value, dict) else value or []
+        if wrong := [member for member in members if not isinstance(member, str)]:
+            raise ValueError(f"{name} holds {str(wrong[0])[:50]!r}, which is no name.")
+    # PEFT makes regular expressions of them.
+    if wrong := [module for module in config.modules_to_save or [] if not re.fullmatch(r"[\w.-]+", module)]:
+        raise ValueError(f"modules_to_save holds {wrong[0][:50]!r}, which is not the name of a module.")
+    if config.target_weights is not None and config.target_weights < 1:
+        raise ValueError(f"target_weights is {config.target_weights}, and a mask has at least one weight.")
     for stage in config.lineage or []:
         if not _is_stage(stage):
             raise ValueError(f"an entry of lineage is {str(stage)[:50]!r}, which is no stage of training.")
@@ -72,13 +89,17 @@ def _is_stage(stage: Any) -> bool:
     return (
         isinstance(stage.get("init_mask"), str)
         and isinstance(changed, dict)
-        and all(isinstance(share, (int, float)) for share in changed.values())
+        and all(map(_is_share, [*changed.values(), stage.get("changed", 0)]))
         and isinstance(calibration, dict)
         and isinstance(calibration.get("tokens"), int)
         and isinstance(stage.get("training", {}), dict)
         and isinstance(results, list)
         and all(map(_is_result, results))
     )
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= 1
 
 
 def _is_result(entry: Any) -> bool:
@@ -126,7 +147,7 @@ class MaskProConfig(PeftConfig):
             Other modules to train and save. Needs a backward pass, so the `residual` estimator refuses it.
         lineage (`list[dict]`, *optional*):
             Written when saving: for every stage of training the starting mask and the share of groups that the
-            learned mask changed, per layer.
+            learned mask changed, of all and per layer.
         target_weights (`int`, *optional*):
             Written when saving: how many weights are masked or kept, over all layers.
         base_fingerprint (`dict[str, str]`, *optional*):
@@ -159,11 +180,16 @@ class MaskProConfig(PeftConfig):
     lineage: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Written when saving."})
     target_weights: int | None = field(default=None, metadata={"help": "Written when saving."})
     base_fingerprint: dict[str, str] | None = field(default=None, metadata={"help": "Written by adding the adapter."})
-    check_base: bool = field(default=True, metadata={"help": "Refuse weights that the mask was not learned for."})
+    # A file has no say in whether it is checked.
+    check_base: bool = field(
+        default=True, init=False, metadata={"help": "Refuse weights that the mask was not learned for."}
+    )
     format_version: int | None = field(default=None, metadata={"help": "Written when saving."})
 
     def __post_init__(self):
         super().__post_init__()
+        # In a file the method's name is plain text.
+        self.from_file = type(self.peft_type) is str  # type: ignore[has-type]
         self.peft_type = add_peft_type()
         _check_types(self)
         for name in ("n", "m"):
@@ -196,11 +222,12 @@ class MaskProConfig(PeftConfig):
         # A file with theta continues its last stage; one without it starts a stage from the mask that it holds.
         self._earlier = list(self.lineage or [])
         self._groups_changed: dict[str, float] | None = None
+        self._changed = 0.0
         self._file_bytes = 0
         self.start: dict[str, Any] = {"init_mask": "adapter" if self.awaits_file else self.init_mask}
         if self.awaits_file and self.save_logits and self._earlier:
             last = self._earlier.pop()
-            self.start = {key: value for key, value in last.items() if key not in ("groups_changed", "evaluations")}
+            self.start = {key: value for key, value in last.items() if key not in _OUTCOME}
 
     @property
     def pattern(self) -> str:
@@ -216,16 +243,28 @@ class MaskProConfig(PeftConfig):
         """Go on with the stage of training that a checkpoint's configuration is in."""
         self.logit_scale, self.start, self._earlier = saved.logit_scale, saved.start, saved._earlier
 
-    def record_stage(self, groups_changed: dict[str, float], target_weights: int, file_bytes: int) -> None:
+    def await_file_if_read(self) -> None:
+        """
+        Expect the mask from a file if this configuration comes from one, even if that one says nothing of a version:
+        a mask that the file lacks must not become a starting mask in silence.
+        """
+        if self.from_file and not self.awaits_file:
+            self.format_version = FORMAT_VERSION
+            self.start = {"init_mask": "adapter"}
+
+    def record_stage(
+        self, groups_changed: dict[str, float], changed: float, target_weights: int, file_bytes: int
+    ) -> None:
         """
         Note how far the mask is from where this stage of its training started, for [`save_pretrained`].
 
         Args:
             groups_changed (`dict[str, float]`): Share of the groups whose mask changed, by layer.
+            changed (`float`): Share of all groups, of whatever layer.
             target_weights (`int`): Weights of those layers together.
             file_bytes (`int`): Bytes of the tensors that are saved.
         """
-        self._groups_changed, self._file_bytes = groups_changed, file_bytes
+        self._groups_changed, self._changed, self._file_bytes = groups_changed, changed, file_bytes
         self.target_weights = target_weights
 
     def to_dict(self) -> dict[str, Any]:
@@ -237,23 +276,22 @@ class MaskProConfig(PeftConfig):
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         if (size := Path(path_json_file).stat().st_size) > _MOST_BYTES:
             raise ValueError(f"{path_json_file} has {size:,} bytes, and a configuration at most {_MOST_BYTES:,}.")
-        known = super().from_json_file(path_json_file, **kwargs)
-        # A file has no say in whether it is checked.
-        known.pop("check_base", None)
-        return known
+        return super().from_json_file(path_json_file, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         version, lineage = self.format_version, self.lineage
         if self._groups_changed is not None:
             self.format_version = FORMAT_VERSION
             # An adapter that was loaded and is saved again as it was has no further stage.
-            passed = self.start != {"init_mask": "adapter"} or any(self._groups_changed.values())
-            self.lineage = self._earlier + [{**self.start, "groups_changed": self._groups_changed}] * passed
+            passed = self.start != {"init_mask": "adapter"} or self._changed > 0
+            outcome = {"groups_changed": self._groups_changed, "changed": self._changed}
+            self.lineage = self._earlier + [{**self.start, **outcome}] * passed
         try:
-            super().save_pretrained(save_directory, **kwargs)
-            if self._groups_changed is not None:
-                mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
-                write_card(Path(save_directory), self.to_dict() | {"auto_mapping": mapping}, self._file_bytes)
+            with private_folder(save_directory, *CARD_FILES) as folder:
+                super().save_pretrained(str(folder), **kwargs)
+                if self._groups_changed is not None:
+                    mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
+                    write_card(folder, self.to_dict() | {"auto_mapping": mapping}, self._file_bytes)
         finally:
             self.format_version, self.lineage = version, lineage
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from math import comb
 from typing import Any
 
 import torch
@@ -28,14 +29,18 @@ from ..subset import (
     sample_codes,
     score_and_update,
     theta_gradient,
+    uniform_bits,
     unpack_codes,
 )
+from ..subset.codec import word_layout
 from .config import DATA_FREE, MaskProConfig
 
 
 PLAIN_LOGIT_SCALE = 5.0
+# The types of logits in files.
+LOGITS = (torch.float32, torch.bfloat16)
 
-_UNFILLED = 255
+NO_MASK = "they say nothing of what to keep; load an earlier state, or train anew with a smaller learning rate"
 
 
 def to_planes(rows: torch.Tensor, m: int) -> torch.Tensor:
@@ -89,13 +94,31 @@ def logit_scale(config: MaskProConfig) -> float:
     return PLAIN_LOGIT_SCALE if config.logit_scale is None else config.logit_scale
 
 
+def _placeholder(out_features: int, in_features: int, config: MaskProConfig, device: torch.device) -> torch.Tensor:
+    """
+    What stands for a mask that is not there yet, in a state dict too: digits out of range, or of patterns for which no
+    byte is, as 1:4, noise that no mask is equal to.
+    """
+    shape = (out_features, packed_width(config.n, config.m, in_features))
+    digits, size = word_layout(config.n, config.m)
+    if comb(config.m, config.n) ** digits < 256**size:
+        return torch.full(shape, 255, dtype=torch.uint8, device=device)
+    return uniform_bits(shape, seed=0, device=device).to(torch.uint8)
+
+
 def _after_load(layer: "MaskProLayer", incompatible_keys: Any) -> None:
     """A file without theta holds a finished mask, which theta = 0 means; a mask that is not missing was filled."""
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if ".maskpro_theta." not in key]
-    for name in list(layer._unfilled):
-        if not any(key.endswith(f".maskpro_mask.{name}") for key in missing):
-            del layer._unfilled[name]
+    layer._finite.clear()
+    for name, mask in layer.maskpro_mask.items():
+        if any(key.endswith(f".maskpro_mask.{name}") for key in missing):
+            continue
+        layer._unfilled.pop(name, None)
+        # The state dict of a model whose masks were not there yet.
+        config = layer.maskpro_config[name]
+        if mask.equal(_placeholder(layer.out_features, layer.in_features, config, mask.device)):
+            layer._unfilled[name] = mask
 
 
 class MaskProLayer(nn.Module, BaseTunerLayer):
@@ -131,6 +154,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         # word; transformers replaces the tensor without telling, load_state_dict fills it and calls a hook.
         self._unfilled: dict[str, torch.Tensor] = {}
         self._checked: dict[str, tuple[int, int]] = {}
+        self._finite: dict[str, tuple[int, int]] = {}
         self._masked_weight: tuple[list[tuple[int, int]], torch.Tensor, list[torch.Tensor]] | None = None
         self.register_load_state_dict_post_hook(_after_load)
         self._active_adapter = adapter_name
@@ -154,8 +178,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             scores = to_planes(weight.abs(), config.m) if config.init_mask == "magnitude" else torch.rand(shape)
             packed = pack_codes(codes_of(mode(scores.to(weight.device), config.n)), config.n, config.m)
         else:
-            width = packed_width(config.n, config.m, in_features)
-            packed = torch.full((out_features, width), _UNFILLED, dtype=torch.uint8, device=weight.device)
+            packed = _placeholder(out_features, in_features, config, weight.device)
         # An adapter for inference has no logits to move: one zero, expanded, stands for all of them.
         dtype = getattr(torch, config.logits_dtype)
         theta = torch.zeros((), dtype=dtype, device=weight.device).expand(shape)
@@ -216,6 +239,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self._unfilled.pop(adapter_name, None)
         self._checked.pop(adapter_name, None)
+        self._finite.pop(adapter_name, None)
         self._masked_weight = None
 
     def packed_initial_mask(self, adapter_name: str) -> torch.Tensor:
@@ -230,6 +254,11 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             config = self.maskpro_config[adapter_name]
             if config.awaits_file:
                 raise ValueError(f"adapter {adapter_name!r} has no mask for a layer: its file is missing a tensor.")
+            if config.init_mask in DATA_FREE:
+                raise ValueError(
+                    f"init_mask={config.init_mask!r} is not there yet, for the weights were not when the adapter was "
+                    "added: they are offloaded or on the meta device; load the base model whole, then add the adapter."
+                )
             raise ValueError(
                 f"init_mask={config.init_mask!r} is not there yet: "
                 "call initialize_masks(model, dataloader) before using the model."
@@ -265,9 +294,27 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self.maskpro_mask[adapter_name].copy_(pack_codes(codes_of(mask), config.n, config.m))
         self._unfilled.pop(adapter_name, None)
 
+    def _theta(self, adapter_name: str, sampled: bool = False) -> torch.Tensor:
+        """
+        The trained offset of the logits, `[out_features, m, in_features // m]`, outside of any graph.
+
+        Raises:
+            `ValueError`: if it is not finite: what is compared with NaN keeps any number of members.
+        """
+        theta = self.maskpro_theta[adapter_name].detach()
+        if not has_memory(theta):
+            return theta
+        # Once for every content, since looking waits for the device; while it is trained, once for all.
+        state, known = (theta.data_ptr(), theta._version), self._finite.get(adapter_name)
+        if known is None or (known != state and not (sampled and known[0] == state[0])):
+            if not theta.isfinite().all():
+                raise ValueError(f"adapter {adapter_name!r} has logits that are not finite: {NO_MASK}.")
+            self._finite[adapter_name] = state
+        return theta
+
     def mode_codes(self, adapter_name: str) -> torch.Tensor:
         """The learned mask, the n largest logits, as codes."""
-        config, theta = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
+        config, theta = self.maskpro_config[adapter_name], self._theta(adapter_name)
         # A theta that was never given memory is zero: the mode is the starting mask.
         if not has_memory(theta):
             return self.initial_codes(adapter_name)
@@ -277,7 +324,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, seed: int, layer: int = 0, distribution: Distribution = "conditional_poisson"
     ) -> torch.Tensor:
         """A mask drawn from the logits, as codes: a pure function of logits, seed and layer."""
-        config, theta = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
+        config, theta = self.maskpro_config[adapter_name], self._theta(adapter_name, sampled=True)
         packed = self.packed_initial_mask(adapter_name)
         return sample_codes(theta, packed, logit_scale(config), config.n, seed, layer, distribution)
 
@@ -297,7 +344,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             adapter_name (`str`): The adapter.
             seed (`int`, *optional*): Draws the mask of [`sampled_codes`]; `None` takes the mode.
         """
-        config, theta = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
+        config, theta = self.maskpro_config[adapter_name], self._theta(adapter_name, sampled=seed is not None)
         if seed is None and not has_memory(theta):
             return self.initially_masked(weight, adapter_name)
         rows, packed, n = self.out_in(weight), self.packed_initial_mask(adapter_name), config.n
@@ -393,7 +440,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             keep (`bool`): Keep the dropped weights for [`unmerge`], bit for bit.
 
         Raises:
-            `ValueError`: with `safe_merge`, if a logit or a kept weight is not finite.
+            `ValueError`: if a logit is not finite; with `safe_merge`, if a kept weight is not.
         """
         self._masked_weight = None
         for name in check_adapters_to_merge(self, adapter_names):
@@ -401,7 +448,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
                 continue
             weight = self.get_base_layer().weight
             masked = self.masked(weight.detach(), name)
-            if safe_merge and not (masked.isfinite().all() and self.maskpro_theta[name].isfinite().all()):
+            if safe_merge and not masked.isfinite().all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             if keep:
                 codes = self.mode_codes(name)

@@ -1,5 +1,8 @@
 import hashlib
+import json
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +18,7 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.constants import EMBEDDING_LAYER_NAMES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
@@ -23,8 +26,18 @@ from transformers import PreTrainedModel
 from ..subset import mode_codes, pack_codes, unpack_codes
 from .card import hub_id
 from .config import MaskProConfig
-from .layer import MaskProLayer, has_memory, layer_class, logit_scale, members_first
+from .layer import LOGITS, NO_MASK, MaskProLayer, has_memory, layer_class, logit_scale, members_first
 
+
+# For all names of a model, which take milliseconds.
+SECONDS_TO_MATCH = 10
+_MATCH_ALL = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for name in names:
+        re.fullmatch(pattern, name)
+"""
 
 # Weights of a layer that its fingerprint looks at, at least.
 _FINGERPRINTED = 4096
@@ -46,6 +59,17 @@ class MaskProModel(BaseTuner):
     prefix = "maskpro_"
     tuner_layer_cls = MaskProLayer
     target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **options: Any) -> None:
+        # Not from PeftModel but injected, as transformers' load_adapter does, which goes on without what a file lacks.
+        if isinstance(peft_config, MaskProConfig):
+            peft_config.await_file_if_read()
+        super().__init__(model, peft_config, adapter_name, **options)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> None:
+        names = [*EMBEDDING_LAYER_NAMES, *(name for name, _ in model.named_modules())]
+        _check_patterns(self.peft_config[adapter_name], names)
+        super().inject_adapter(model, adapter_name, *args, **options)
 
     def _prepare_adapter_config(self, peft_config: MaskProConfig, model_config: dict) -> MaskProConfig:
         if peft_config.target_modules is None:
@@ -126,21 +150,24 @@ class MaskProModel(BaseTuner):
         assert isinstance(config, MaskProConfig)
         result: dict[str, torch.Tensor] = {}
         changed = {}
-        weights = 0
+        weights = moved = 0
         for name, layer in _layers(model, adapter_name):
             mask_key = f"{name}.maskpro_mask.{adapter_name}"
             theta_key = f"{name}.maskpro_theta.{adapter_name}"
             layer.packed_initial_mask(adapter_name)
             packed, theta = state_dict[mask_key], state_dict[theta_key]
+            _check_finite(_bare(name), theta)
             initial = unpack_codes(packed, config.n, config.m, theta.shape[1] * theta.shape[2])
             learned = initial if theta.is_meta else mode_codes(theta, packed, logit_scale(config), config.n)
             weights += theta.numel()
-            changed[_bare(name)] = round((learned != initial).float().mean().item(), 6)
+            moved += (differ := int((learned != initial).sum()))
+            changed[_bare(name)] = round(differ / learned.numel(), 6)
             if config.save_logits:
                 result |= {mask_key: packed, theta_key: theta.contiguous()}
             else:
                 result[mask_key] = pack_codes(learned, config.n, config.m)
-        config.record_stage(changed, weights, sum(tensor.nbytes for tensor in result.values()))
+        size = sum(tensor.nbytes for tensor in result.values())
+        config.record_stage(changed, moved * config.m / weights, weights, size)
         return result
 
     @classmethod
@@ -149,6 +176,9 @@ class MaskProModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Besides renaming, refuse a file that does not fit, and start from theta = 0 where it has none."""
         assert isinstance(config, MaskProConfig)
+        # PEFT would put the one of two names for the same tensor in the place of the other.
+        if named := [key for key in state_dict if re.search(r"\.maskpro_(mask|theta)\.", key)]:
+            raise ValueError(f"the adapter file has names that are none of a mask's: {_listed(named)}.")
         result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layers = dict(_layers(model, adapter_name))
         known = {f"{name}.maskpro_{part}.{adapter_name}" for name in layers for part in ("mask", "theta")}
@@ -176,6 +206,11 @@ class MaskProModel(BaseTuner):
             ):
                 raise ValueError(f"{_bare(name)}: the adapter file has {len(codes)} rows, the model {len(theta)}.")
             if theta_key in result:
+                if result[theta_key].dtype not in LOGITS:
+                    raise ValueError(
+                        f"{_bare(name)} has logits in {result[theta_key].dtype}, not float32 or bfloat16."
+                    )
+                _check_finite(_bare(name), result[theta_key])
                 result[theta_key] = members_first(result[theta_key])
                 layer.materialize(adapter_name)
             elif theta.is_meta:
@@ -246,6 +281,39 @@ def _bare(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
+def _check_finite(name: str, theta: torch.Tensor) -> None:
+    if has_memory(theta) and not theta.is_meta and not theta.isfinite().all():
+        raise ValueError(f"{name} has logits that are not finite: {NO_MASK}.")
+
+
+def _check_patterns(config: MaskProConfig, names: list[str]) -> None:
+    """
+    Refuse regular expressions of a file that would take for ever on a model's names. Which ones do, only trying tells;
+    and `re` stops for nothing, so it is tried in another process.
+    """
+    chosen = (config.target_modules, config.exclude_modules)
+    patterns = [known for known in chosen if isinstance(known, str) and known != INCLUDE_LINEAR_LAYERS_SHORTHAND]
+    if not config.from_file or not patterns:
+        return
+    try:
+        subprocess.run(
+            [sys.executable, "-I", "-c", _MATCH_ALL],
+            input=json.dumps([patterns, names]),
+            capture_output=True,
+            check=True,
+            text=True,
+            timeout=SECONDS_TO_MATCH,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"the adapter's configuration has {patterns[0]!r:.99} for a pattern of layers, which takes more than "
+            f"{SECONDS_TO_MATCH} seconds to match; put the names of the layers into its target_modules."
+        ) from None
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip().splitlines()[-1]
+        raise ValueError(f"the adapter's configuration has a pattern of layers that is none: {reason}.") from error
+
+
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -296,10 +364,18 @@ def fingerprint(weight: torch.Tensor) -> str:
 
 
 def _check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
-    """Record which weights a new mask is for; refuse other weights than those that a loaded mask was learned for."""
+    """
+    Record which weights a new mask is for, which are finite; refuse other weights than those that a loaded mask was
+    learned for.
+    """
     if any(weight.is_meta for weight in weights.values()):
         # A skeleton: there is nothing to compare.
         return
+    # A finished mask may well drop such weights; what is learned from now on would compare with them.
+    if not config.awaits_file:
+        other = [f"{name}.weight" for name, weight in weights.items() if not _is_finite(weight)]
+        if other:
+            raise ValueError(f"cannot mask {_listed(other)}: the base model has weights there that are not finite.")
     if any(weight.dtype == torch.float16 for weight in weights.values()):
         if config.awaits_file:
             warnings.warn("float16 weights cannot be compared with those that the mask was learned for.", stacklevel=2)
@@ -316,6 +392,11 @@ def _check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None
                 f"{_listed(other)}. Load the base model that it names, or pass a config= with check_base = False."
             )
     config.base_fingerprint = found
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    # NaN is the least and the largest of what it is among; and unlike isfinite this takes no memory.
+    return bool(torch.stack(torch.aminmax(weight)).isfinite().all())
 
 
 def _refuse_fused_experts(model: nn.Module, inside: tuple[str, ...]) -> None:

@@ -179,6 +179,18 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("new")] == ["new"]
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_with_the_longest_name(tmp_path, there):
+    output = tmp_path / ("x" * 255)
+    if there:
+        output.mkdir()
+        (output / "old").touch()
+    with new_folder(output, overwrite=there) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in output.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [output]
+
+
 @pytest.mark.parametrize(("n", "m"), [(4, 2), (0, 4), (5, 4), (1, 0)])
 def test_patterns_that_are_none(n, m):
     with pytest.raises(ValueError, match="is no pattern"):
@@ -218,6 +230,41 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(tmp_path):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_fingerprint": None}))
     refused(r"model\.layers\.1\.mlp\.up_proj\.weight: a kept weight is not finite")
+
+
+@pytest.mark.parametrize("link", ["model.safetensors", "LICENSE", "tokenizer.json", "index"])
+def test_nothing_outside_of_the_base_comes_into_a_merged_checkpoint(tmp_path, link):
+    base, adapter, outside = tmp_path / "base", tmp_path / "adapter", tmp_path / "outside"
+    tiny_llama().save_pretrained(base)
+    get_peft_model(tiny_llama(), MaskProConfig()).save_pretrained(adapter)
+    outside.mkdir()
+    if link == "index":
+        weights = load_file(base / "model.safetensors")
+        (base / "model.safetensors").rename(outside / "x.safetensors")
+        index = {"weight_map": dict.fromkeys(weights, "../outside/x.safetensors")}
+        (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        if (base / link).exists():
+            (base / link).rename(outside / link)
+        else:
+            (outside / link).write_text("secret")
+        (base / link).symlink_to(outside / link)
+    with pytest.raises(ValueError, match=r"leads out of its folder, to .*outside"):
+        merge(base, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_snapshot_of_the_hubs_cache_is_merged(tmp_path):
+    """Its files are links to blobs."""
+    adapter, snapshot = tmp_path / "adapter", tmp_path / "models--me--base" / "snapshots" / "0123"
+    blobs = tmp_path / "models--me--base" / "blobs"
+    tiny_llama().save_pretrained(blobs)
+    get_peft_model(tiny_llama(), MaskProConfig()).save_pretrained(adapter)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    merge(snapshot, adapter, tmp_path / "merged")
+    check_sparsity(tmp_path / "merged", 2, 4)
 
 
 def test_a_state_dict_is_checked_by_its_names():

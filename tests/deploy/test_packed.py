@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -131,6 +132,33 @@ def test_a_loaded_model_can_be_saved_again(compiled, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "packed").save_pretrained(tmp_path / "again")
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("packed", "again")]
     assert weights[0] == weights[1]
+
+
+WRONG = {
+    "of another dtype": ("positions", lambda x: x.long(), r"positions is torch\.int64 of shape"),
+    "smaller": ("positions", lambda x: torch.full(x.shape, 255, dtype=torch.uint8), r"positions is torch\.uint8 of"),
+    "all set": ("positions", lambda x: x | -1, r"positions is not 2:4"),
+    "not 2:4": ("positions", lambda x: x | 0x0F, r"positions is not 2:4"),
+    "16 of 32 but not 2 of 4": ("positions", lambda x: x * 0 + 0xFFFF, r"positions is not 2:4"),
+    "missing": ("positions", lambda x: None, r"has no .*\.positions"),
+    "values missing": ("values", lambda x: None, r"has no .*\.values"),
+    "values of another dtype": ("values", lambda x: x.view(torch.int16), r"values is torch\.int16 of shape"),
+    "bias missing": ("bias", lambda x: None, r"has no .*\.bias"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_a_file_must_not_hold_is_refused(compiled, tmp_path, wrong):
+    kind, change, message = WRONG[wrong]
+    to_packed(merged(), None, tmp_path / "packed")
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(f"q_proj.{kind}"))
+    changed = change(tensors.pop(name))
+    save_file(tensors if changed is None else tensors | {name: changed}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=message) as error:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert "\n" not in str(error.value)
 
 
 def test_what_cannot_be_packed_is_refused(tmp_path):

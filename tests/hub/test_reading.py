@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_maskpro import MaskProConfig
-from hf_maskpro.hub.reading import MASK_FILE, read_masks
+from hf_maskpro.hub import push_folder
+from hf_maskpro.hub.reading import MASK_FILE, inspect_adapter, read_masks
 from hf_maskpro.subset import keep_of, unpack_codes
 from hf_maskpro.subset.codec import word_layout
 from hf_maskpro.tuner import masked_layers
@@ -154,6 +155,8 @@ def test_unknown_keys_of_a_configuration_are_ignored(valid):
         {"lineage": [5]},
         {"lineage": [{"init_mask": "wanda", "groups_changed": {"a": "much"}}]},
         {"lineage": [{}]},
+        {"lineage": [{"init_mask": "wanda", "groups_changed": {"a": 1.5}}]},
+        {"lineage": [{"init_mask": "wanda", "groups_changed": {}, "changed": float("nan")}]},
         {"target_weights": "many"},
         {"n": "2"},
         {"m": 1e300},
@@ -173,6 +176,47 @@ def test_a_configuration_of_other_types_is_refused(valid, change):
     (folder / MASK_FILE).write_bytes(files[MASK_FILE])
     with pytest.raises(ValueError, match=r"not the configuration of a mask adapter|not a mask adapter"):
         read_masks(folder)
+
+
+def test_a_share_of_groups_is_one_of_all_groups_and_bits_are_those_of_the_masks(checkpoint, tmp_path):
+    """As the card and a training's log say them; small layers with many changes do not count as much as large ones."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), MaskProConfig(modules_to_save=["norm"]))
+    layers = masked_layers(model)
+    for name, layer in layers.items():
+        if name.endswith("k_proj"):
+            torch.nn.init.normal_(layer.maskpro_theta["default"], std=40)
+    model.save_pretrained(tmp_path)
+    moved = sum(int((lay.mode_codes("default") != lay.initial_codes("default")).sum()) for lay in layers.values())
+    share = moved / sum(layer.initial_codes("default").numel() for layer in layers.values())
+    found = inspect_adapter(str(tmp_path))
+    assert found["groups_changed"] == [pytest.approx(share)]
+    card = (tmp_path / "README.md").read_text()
+    assert f"| {100 * share:.2f} % |" in card.partition("## How the mask was made")[2].partition("<details>")[0]
+    packed = sum(layer.maskpro_mask["default"].nbytes for layer in layers.values())
+    assert found["bits_per_weight"] == 8 * packed / found["target_weights"]
+    assert f"{found['bits_per_weight']:.3f} bits" in card
+    assert found["file_bytes"] > packed
+
+
+def test_a_lineage_without_the_share_of_all_groups_is_read(valid):
+    files, folder = valid
+    config = json.loads(files[CONFIG_FILE])
+    del config["lineage"][0]["changed"]
+    names = list(config["lineage"][0]["groups_changed"])
+    config["lineage"][0]["groups_changed"] = {name: 0.5 * (i % 2) for i, name in enumerate(names)}
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    (folder / MASK_FILE).write_bytes(files[MASK_FILE])
+    assert inspect_adapter(str(folder))["groups_changed"] == [0.25]
+
+
+def test_a_link_to_a_file_elsewhere_is_not_pushed(valid, tmp_path):
+    for name, data in valid[0].items():
+        (tmp_path / name).write_bytes(data)
+    secret = tmp_path.parent / f"{tmp_path.name}.secret"
+    secret.write_text("secret")
+    (tmp_path / "notes.txt").symlink_to(secret)
+    with pytest.raises(ValueError, match=r"notes\.txt leads out of its folder, to .*secret"):
+        push_folder(tmp_path, "me/mask")
 
 
 def test_pickles_are_not_read(checkpoint, tmp_path):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_maskpro.starts import gblm, magnitude, pruner_zero, ria, sparsegpt, wanda
+from hf_maskpro import MaskProConfig
+from hf_maskpro.starts import _mask_by_rule, gblm, magnitude, pruner_zero, ria, sparsegpt, wanda
 from hf_maskpro.starts.walk import Calibration, Inputs
 from hf_maskpro.subset import mode
 from hf_maskpro.tuner.layer import to_planes
@@ -24,6 +25,15 @@ def random_layer(out_features=6, in_features=16, sequences=3, tokens=20):
 
 def by_element(formula, weight):
     return torch.tensor([[formula(i, j) for j in range(weight.shape[1])] for i in range(weight.shape[0])])
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.5])
+def test_gradients_that_tell_nothing_leave_the_weights_to_decide(constant):
+    """As of an expert that no token was sent to, of which Pruner-Zero would keep the first members everywhere."""
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    calibration = Calibration(None, torch.full_like(weight, constant))
+    mask = _mask_by_rule("pruner-zero", weight, calibration, MaskProConfig(), "layer")
+    assert torch.equal(mask, _mask_by_rule("magnitude", weight, Calibration(), MaskProConfig(), "layer"))
 
 
 def test_inputs_add_up_over_batches():

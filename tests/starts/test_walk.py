@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
@@ -136,10 +137,10 @@ def test_bad_input():
 
 @pytest.mark.parametrize("rule", ["wanda", "sparsegpt", "wanda+swaps"])
 def test_inputs_that_overflow_are_refused(rule, ids):
-    base = tiny_llama()
-    base.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.inf
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask=rule))
+    masked_layers(model)["model.layers.0.mlp.down_proj"].get_base_layer().weight.data[0, 0] = torch.inf
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj: its inputs are not finite"):
-        initialize_masks(get_peft_model(base, MaskProConfig(init_mask=rule)), batches(ids))
+        initialize_masks(model, batches(ids))
 
 
 SIZES = {
@@ -179,6 +180,52 @@ def test_families(config, rule, ids):
     model.unload()
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
     assert model.peft_config["default"].start["calibration"] == {"sequences": 4, "tokens": 48}
+
+
+def test_padding_is_not_among_the_tokens_that_are_recorded(ids):
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="wanda"))
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    initialize_masks(model, [{"input_ids": ids, "attention_mask": mask}, {"input_ids": ids}])
+    start = model.peft_config["default"].start["calibration"]
+    assert start == {"sequences": 2 * len(ids), "tokens": int(mask.sum()) + ids.numel()}
+
+
+def test_layers_that_share_one_input_need_not_share_the_next(ids):
+    """Two experts that get the same tensor in one batch, and others in the next."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(16, 16, bias=False) for _ in "abc")
+
+        def forward(self, hidden, **options):
+            self.a(hidden)
+            if hidden.flatten()[0] > 0:
+                self.b(hidden)
+                return self.c(hidden)
+            self.b(2 * hidden)
+            return hidden
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Block()])
+
+        def forward(self, hidden, use_cache=False):
+            return self.layers[0](hidden)
+
+    torch.manual_seed(0)
+    x = torch.rand(3, 5, 16) + 1
+    model = get_peft_model(Model(), MaskProConfig(init_mask="wanda", target_modules=["a", "b", "c"]))
+    seen = {}
+    data = [{"hidden": rows.unsqueeze(0)} for rows in (x[0], -x[1], x[2])]
+    walk(model, "default", data, True, lambda name, layer, inputs: choose(seen, name[-1], layer, inputs))
+    for name, rows in {"a": x, "b": x * torch.tensor([1, 2, 1]).view(3, 1, 1), "c": x[[0, 2]]}.items():
+        flat = rows.flatten(0, 1)
+        torch.testing.assert_close(seen[name].gram, flat.T @ flat)
+        torch.testing.assert_close(seen[name].squares, flat.square().sum(0))
+        assert seen[name].sequences == len(rows)
 
 
 def test_layers_with_the_same_input_share_what_is_gathered(ids):

@@ -77,3 +77,10 @@ def test_bad_input_raises():
         unpack(good.float(), 2, 4, 24)
     with pytest.raises(ValueError, match="exactly 2 members"):
         pack(torch.ones(1, 4, 3, dtype=torch.bool), 2, 4)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (2, 8), (8, 16)])
+def test_masks_of_no_rows(n, m):
+    packed = pack(torch.zeros(0, m, 3, dtype=torch.bool), n, m)
+    assert packed.shape == (0, packed_width(n, m, 3 * m))
+    assert unpack(packed, n, m, 3 * m).shape == (0, m, 3)

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from hf_maskpro.subset import (
     codes_of,
@@ -239,3 +241,26 @@ assert len(ours) == 1, caught
     environment = os.environ | {"CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("home", ["writable", "not writable", "set"])
+def test_compiled_kernels_are_kept_where_nobody_else_can_put_any(home, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    if home != "set":
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    cache = tmp_path / "cache"
+    if home == "not writable":
+        cache.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    kernel = kernels._Kernel(lambda rows, packed: rows, 2, 4, "test")
+    found = []
+    kernel.compiled = lambda *args: found.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    kernel(kernels.SMALLEST_COMPILED, torch.zeros(1, 4), torch.zeros(1, 1, dtype=torch.uint8))
+    if home == "set":
+        assert found == [str(tmp_path / "mine")]
+        return
+    assert Path(found[0]).stat().st_mode & 0o777 == 0o700
+    assert (found == [str(cache / "hf_maskpro" / "inductor")]) == (home == "writable")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    kernels._keep_kernels_private()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == found[0]

@@ -84,6 +84,43 @@ def test_results_come_and_go_with_the_mask(adapter, checkpoint):
     assert len(json.loads((adapter / "adapter_config.json").read_text())["lineage"]) == 2
 
 
+def test_a_configuration_puts_nothing_but_text_into_a_card(adapter):
+    """Whoever made the file that an adapter was loaded from."""
+    evil = (
+        f"x\n# Heading\n\n{END}\n<script>alert()</script> | [a](http://b) ![c](d) `e` &lt;b&gt; &#60; {{{{ 7 + 7 }}}}"
+    )
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    stage = {
+        "init_mask": f"./{evil}",
+        "groups_changed": {evil: 0.5},
+        "calibration": {"tokens": 5, "text": evil},
+        "training": {evil: evil},
+        "evaluations": [{"dataset": evil, "metric": evil, "protocol": evil, "value": 1.5}],
+    }
+    config |= {"base_model_name_or_path": evil, "revision": evil, "lineage": [stage, stage]}
+    path.write_text(json.dumps(config))
+    clean = (adapter / "README.md").read_text()
+    hub.record_evaluation(adapter, evil, evil, 2.5, evil)
+    card = ModelCard.load(adapter / "README.md")
+    assert (card.text.count(BEGIN), card.text.count(END)) == (1, 1)
+    before, made, after = split_card(card.text)
+    assert before.strip() == after.strip() == ""
+    headings = [line for line in made.splitlines() if line.startswith("#")]
+    known = [line for line in split_card(clean)[1].splitlines() if line.startswith("#")]
+    assert [line for line in headings[1:] if line != "## Evaluation"] == known[1:]
+    assert "<script" not in made
+    assert "](http" not in made
+    assert "&lt;b" not in made
+    assert "{{ 7 + 7 }}" in made
+    tables = [line.count("|") for line in made.splitlines() if "Heading" in line and line.startswith("|")]
+    assert set(tables) <= {3, 5, 6}
+    assert card.data.eval_results[0].metric_value == 2.5
+    # And it is still there when the card is written again.
+    hub.record_evaluation(adapter, "wikitext", "perplexity", 30.0, "windows of 512 tokens")
+    assert ModelCard.load(adapter / "README.md").text.count(END) == 1
+
+
 def test_no_card_without_a_mask(tmp_path):
     MaskProConfig().save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]

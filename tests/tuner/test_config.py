@@ -1,5 +1,5 @@
 import pytest
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftType, get_peft_model
 
 from hf_maskpro import MaskProConfig
 
@@ -22,6 +22,16 @@ def test_defaults():
         ({"logits_dtype": "float16"}, "logits_dtype"),
         ({"logit_scale": -1.0}, "logit_scale is -1.0"),
         ({"format_version": 2}, "format_version is 2"),
+        ({"init_mask": None}, "init_mask is 'None', which is not str"),
+        ({"save_logits": None}, "save_logits is 'None', which is not bool"),
+        ({"inference_mode": None}, "inference_mode is 'None', which is not bool"),
+        ({"target_modules": [None]}, "target_modules holds 'None', which is no name"),
+        ({"target_modules": [["q_proj"]]}, r"target_modules holds .* which is no name"),
+        ({"exclude_modules": [{"a": 1}]}, r"exclude_modules holds .* which is no name"),
+        ({"modules_to_save": [1]}, "modules_to_save holds '1', which is no name"),
+        ({"modules_to_save": ["(\\w+)+!"]}, r"modules_to_save holds .* which is not the name of a module"),
+        ({"base_fingerprint": {"a": []}}, r"base_fingerprint holds .* which is no name"),
+        ({"target_weights": 0}, "target_weights is 0"),
     ],
 )
 def test_bad_values_are_named_in_one_line(options, message):
@@ -37,6 +47,12 @@ def test_round_trip_through_a_folder(tmp_path):
     assert isinstance(loaded, MaskProConfig)
     assert loaded.to_dict() == config.to_dict()
     assert not loaded.awaits_file
+
+
+def test_a_configuration_alone_makes_a_new_mask(tmp_path, llama, ids):
+    MaskProConfig(n=1, m=4).save_pretrained(tmp_path)
+    model = get_peft_model(llama, PeftConfig.from_pretrained(str(tmp_path)))
+    model(input_ids=ids)
 
 
 def test_unknown_keys_are_ignored_with_a_warning():

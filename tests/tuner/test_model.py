@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from hf_maskpro import MaskProConfig, check_sparsity
+from hf_maskpro import MaskProConfig, check_sparsity, initialize_masks
+from hf_maskpro.deploy import merge
 from hf_maskpro.subset import keep_of
 from hf_maskpro.tuner import MaskProLayer, masked_layers
 from hf_maskpro.tuner.layer import to_planes
@@ -181,6 +182,15 @@ def test_file_is_small_and_config_tells_the_rest(saved):
     assert stage["init_mask"] == "magnitude"
     assert len(stage["groups_changed"]) == 14
     assert all(share > 0 for share in stage["groups_changed"].values())
+
+
+def test_a_change_too_small_for_the_shares_by_layer_is_a_stage(saved, base_folder, tmp_path):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), saved[0], is_trainable=True)
+    config = model.peft_config["default"]
+    config.record_stage({"layer": round(1e-7, 6)}, 1e-7, 1, 1)
+    config.save_pretrained(tmp_path / "again")
+    lineage = json.loads((tmp_path / "again" / "adapter_config.json").read_text())["lineage"]
+    assert [stage["changed"] > 0 for stage in lineage] == [True, True]
 
 
 def test_lineage_keeps_a_training_that_changed_nothing(saved, base_folder, tmp_path):
@@ -385,6 +395,19 @@ def test_an_empty_mask_stays_recognisable(llama, ids, n):
         logits(model, ids)
 
 
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (1, 2), (1, 16), (8, 16)])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("init_mask", ["magnitude", "wanda"])
+def test_the_state_of_a_model_without_masks_brings_none(llama, ids, n, m, assign, init_mask):
+    state = get_peft_model(tiny_llama(), MaskProConfig(n=n, m=m, init_mask="wanda")).state_dict()
+    model = get_peft_model(llama, MaskProConfig(n=n, m=m, init_mask=init_mask))
+    model.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=assign)
+    with pytest.raises(ValueError, match="is not there yet"):
+        logits(model, ids)
+    model.load_state_dict(get_peft_model(tiny_llama(), MaskProConfig(n=n, m=m)).state_dict(), assign=assign)
+    logits(model, ids)
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_copy_of_an_empty_mask_is_empty_and_a_filled_one_is_not(llama, ids, n, tmp_path):
     model = get_peft_model(llama, MaskProConfig(n=n, m=4, init_mask="wanda"))
@@ -465,6 +488,52 @@ class TestRefusals:
         self.refused(llama, "its weight is torch.uint8")
 
 
+def test_a_base_that_is_not_there_is_said_to_be_so(ids, tmp_path):
+    base = tiny_llama()
+    base.model.layers[1].to("meta")
+    model = get_peft_model(base, MaskProConfig())
+    with pytest.raises(ValueError, match="they are offloaded or on the meta device; load the base model whole"):
+        model.save_pretrained(tmp_path / "a")
+
+
+class TestPatternsOfFiles:
+    def adapter(self, folder, pattern):
+        get_peft_model(tiny_llama(), MaskProConfig(target_modules=r".*\.(q|down)_proj")).save_pretrained(folder)
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | pattern))
+        return folder
+
+    @pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
+    @pytest.mark.parametrize("loader", ["peft", "transformers", "merge"])
+    def test_one_that_takes_for_ever_is_refused(self, base_folder, tmp_path, monkeypatch, name, loader):
+        folder = self.adapter(tmp_path / "a", {name: r"(\w+\.?)+!"})
+        monkeypatch.setattr("hf_maskpro.tuner.model.SECONDS_TO_MATCH", 1)
+        base = AutoModelForCausalLM.from_pretrained(base_folder)
+        load = {
+            "peft": lambda: PeftModel.from_pretrained(base, folder),
+            "transformers": lambda: base.load_adapter(str(folder)),
+            "merge": lambda: merge(base_folder, folder, tmp_path / "merged"),
+        }[loader]
+        with pytest.raises(ValueError, match=r"takes more than 1 seconds to match") as error:
+            load()
+        assert "\n" not in str(error.value)
+
+    def test_one_that_is_none_is_refused(self, base_folder, tmp_path):
+        folder = self.adapter(tmp_path / "a", {"target_modules": "(q_proj"})
+        with pytest.raises(ValueError, match="has a pattern of layers that is none") as error:
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder)
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        "pattern", [r".*\.(q|down)_proj", r"(\w+\.)*(q|down)_proj", r"^(?!.*up).*\.(q|down)_\w+$"]
+    )
+    def test_those_that_users_write_are_matched(self, base_folder, tmp_path, pattern):
+        folder = self.adapter(tmp_path / "a", {"target_modules": pattern})
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder)
+        assert len(masked_layers(model)) == 4
+        assert model.peft_config["default"].target_modules == pattern
+
+
 class TestAlteredFiles:
     """Whatever the loading path, no wrong mask is ever used."""
 
@@ -473,8 +542,8 @@ class TestAlteredFiles:
         if loader == "peft":
             base = PeftModel.from_pretrained(base, folder)
         else:
-            base.load_adapter(str(folder))
-        return logits(base.eval(), ids)
+            base.load_adapter(str(folder), is_trainable=loader == "trained")
+        return logits(base.train(loader == "trained"), ids)
 
     def alter(self, folder, change):
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -490,6 +559,35 @@ class TestAlteredFiles:
         self.alter(tmp_path / "a", lambda tensors: tensors.pop(next(iter(tensors))))
         with pytest.raises(ValueError, match="has no mask for"):
             self.load(loader, base_folder, tmp_path / "a", ids)
+
+    @pytest.mark.parametrize("loader", ["peft", "transformers", "trained"])
+    @pytest.mark.parametrize("keys", [{"format_version": None}, {"format_version": None, "lineage": None}, None])
+    def test_a_missing_tensor_and_no_version(self, saved, base_folder, ids, loader, keys):
+        path = saved[0] / "adapter_config.json"
+        config = json.loads(path.read_text())
+        config |= keys or {"lineage": None, "target_weights": None, "base_fingerprint": None, "inference_mode": False}
+        path.write_text(json.dumps(config | {"format_version": None}))
+        self.alter(saved[0], lambda tensors: tensors.pop(next(iter(tensors))))
+        with pytest.raises(ValueError, match="has no mask for"):
+            self.load(loader, base_folder, saved[0], ids)
+
+    @pytest.mark.parametrize("part", ["mask", "theta"])
+    def test_two_names_for_one_tensor(self, base_folder, tmp_path, part):
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), MaskProConfig(save_logits=True))
+        model.save_pretrained(tmp_path / "a")
+
+        def add(tensors):
+            name = next(name for name in tensors if name.endswith(part))
+            tensors[f"{name}.default"] = torch.zeros_like(tensors[name])
+
+        self.alter(tmp_path / "a", add)
+        with pytest.raises(ValueError, match=rf"none of a mask's: .*_{part}\.default"):
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "a")
+        with pytest.raises(ValueError, match=rf"none of a mask's: .*_{part}\.default"):
+            merge(base_folder, tmp_path / "a", tmp_path / "merged")
+        start = MaskProConfig(init_mask=str(tmp_path / "a"))
+        with pytest.raises(ValueError, match=rf"none of a mask's: .*_{part}\.default"):
+            initialize_masks(get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), start))
 
     @pytest.mark.parametrize("loader", ["peft", "transformers"])
     def test_digits_out_of_range(self, saved, base_folder, ids, loader):

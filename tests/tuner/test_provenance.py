@@ -48,6 +48,8 @@ def test_other_weights_are_refused_and_named(checkpoint, adapter, tmp_path):
     # What a file says about being checked is not heard.
     with pytest.raises(ValueError, match="other weights"):
         AutoPeftModelForCausalLM.from_pretrained(adapter)
+    with pytest.raises(ValueError, match="other weights"), pytest.warns(UserWarning, match="check_base"):
+        other_base(checkpoint).load_adapter(str(adapter))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

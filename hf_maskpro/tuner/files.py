@@ -1,0 +1,74 @@
+"""Files of a folder: read from nowhere else, and written whole."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """
+    A path as it is, if what it leads to lies in the folder; in a snapshot of the Hub's cache that is a link to a blob.
+
+    Args:
+        folder (`Path`): A folder that somebody else may have filled.
+        path (`Path`): A file of it.
+
+    Raises:
+        `ValueError`: if the path leads elsewhere.
+    """
+    root, target = folder.resolve(), path.resolve()
+    snapshots = [parent.parent for parent in (root, *root.parents) if parent.name == "snapshots"]
+    if not any(target.is_relative_to(known) for known in (root, *(cached / "blobs" for cached in snapshots))):
+        raise ValueError(f"{path} leads out of its folder, to {target}; put the file itself there.")
+    return path
+
+
+@contextmanager
+def private_folder(folder: str | Path, *brought: str) -> Iterator[Path]:
+    """
+    A temporary folder whose files take their places in `folder` once all of them are there: they all do, or none does.
+
+    Args:
+        folder (`str` or `Path`): Where the files belong; made if it is not there.
+        brought (`str`): Files of it that are copied into the temporary folder, if they are there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Beside them, since only within a file system a file is renamed at once; under a name that nobody else has.
+    with TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        new, old = Path(temporary, "new"), Path(temporary, "old")
+        new.mkdir()
+        for name in brought:
+            if (folder / name).is_file():
+                (new / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(folder / name, new / name)
+        yield new
+        files = [path.relative_to(new) for path in sorted(new.rglob("*")) if path.is_file()]
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            if (folder / file).exists():
+                (old / file).parent.mkdir(parents=True, exist_ok=True)
+                _keep(folder / file, old / file)
+        placed = []
+        try:
+            for file in files:
+                placed.append(file)
+                os.replace(new / file, folder / file)
+        except BaseException:
+            for file in placed:
+                if (old / file).exists():
+                    os.replace(old / file, folder / file)
+                elif not (new / file).exists():
+                    (folder / file).unlink()
+            raise
+
+
+def _keep(file: Path, copy: Path) -> None:
+    try:
+        os.link(file, copy)
+    # Not every file system has links.
+    except OSError:
+        shutil.copy2(file, copy)

@@ -1,0 +1,185 @@
+"""Files lie whole in their folder, whatever happens on the way, and are read from nowhere else."""
+
+import os
+import resource
+from contextlib import contextmanager
+from threading import Thread
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from hf_maskpro import MaskProConfig, hub
+from hf_maskpro.tuner import masked_layers
+from hf_maskpro.tuner.files import inside, private_folder
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def largest_file(size):
+    """As on a full disk, what is written beyond so many bytes of a file fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def states(checkpoint, tmp_path):
+    """A folder with an adapter, and another state of that adapter to save over it."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), MaskProConfig())
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
+    card = ModelCard.load(folder / "README.md")
+    card.text += "\nMy own words.\n"
+    card.save(folder / "README.md")
+    old = contents(folder)
+    for layer in masked_layers(model).values():
+        torch.nn.init.normal_(layer.maskpro_theta["default"], std=20)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "README.md").write_bytes(old["README.md"])
+    model.save_pretrained(tmp_path / "new")
+    return folder, old, model, contents(tmp_path / "new")
+
+
+def test_a_full_disk_leaves_the_earlier_adapter(states):
+    folder, old, model, new = states
+    failures = 0
+    for size in range(0, max(map(len, new.values())) + 200, 97):
+        try:
+            with largest_file(size):
+                model.save_pretrained(folder)
+        except Exception:
+            failures += 1
+            assert contents(folder) == old
+        else:
+            assert contents(folder) == new
+            break
+    assert failures > 10
+    assert contents(folder) == new
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_a_failure_between_two_files_leaves_the_earlier_adapter(states, monkeypatch, step):
+    folder, old, model, new = states
+    replace, placed = os.replace, []
+
+    def fail(source, target):
+        if os.fspath(target).startswith(str(folder)) and "/." not in os.fspath(target).removeprefix(str(folder)):
+            placed.append(target)
+            if len(placed) == step + 1:
+                raise OSError("no")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no"):
+        model.save_pretrained(folder)
+    assert contents(folder) == old
+    monkeypatch.undo()
+    model.save_pretrained(folder)
+    assert contents(folder) == new
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_several_files_all_take_their_places_or_none(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.delattr(os, "link")
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError()), raising=False)
+    (tmp_path / "a").write_text("old")
+    replace = os.replace
+
+    def fail(source, target):
+        if os.fspath(target).endswith("z"):
+            raise OSError("no")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+
+    def write():
+        with private_folder(tmp_path, "a", "b") as folder:
+            assert (folder / "a").read_text() == "old"
+            for name in ("a", "m", "z"):
+                (folder / name).write_text("new")
+
+    with pytest.raises(OSError, match="no"):
+        write()
+    assert contents(tmp_path) == {"a": b"old"}
+    monkeypatch.undo()
+    with private_folder(tmp_path / "made") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text("new")
+    assert contents(tmp_path) == {"a": b"old", "made/sub/a": b"new"}
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["sub"]
+
+
+def test_a_result_is_recorded_whole_or_not_at_all(states):
+    folder, old, _, _ = states
+    with pytest.raises(OSError, match=r"File too large"), largest_file(1000):
+        hub.record_evaluation(folder, "wikitext", "perplexity", 30.0, "windows of 512 tokens")
+    assert contents(folder) == old
+
+
+def test_two_writers_do_not_break_each_other(states):
+    folder, _, model, new = states
+    failures = []
+
+    def save():
+        try:
+            for _ in range(5):
+                model.save_pretrained(folder)
+        except Exception as error:
+            failures.append(error)
+
+    writers = [Thread(target=save) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    seen = set()
+    while any(writer.is_alive() for writer in writers):
+        seen.add((folder / "adapter_config.json").stat().st_size > 0)
+    assert not failures
+    assert seen == {True}
+    assert contents(folder) == new
+
+
+def test_adapters_of_other_names_have_folders_and_cards_of_their_own(checkpoint, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), MaskProConfig(), adapter_name="mine")
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "mine" / "README.md")
+    card.text += "\nMy own words.\n"
+    card.save(tmp_path / "mine" / "README.md")
+    model.save_pretrained(tmp_path)
+    assert "My own words." in (tmp_path / "mine" / "README.md").read_text()
+    assert set(contents(tmp_path)) == {
+        f"mine/{name}" for name in ("README.md", "adapter_config.json", "adapter_model.safetensors")
+    }
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "mine")
+
+
+def test_a_link_out_of_a_folder_is_no_file_of_it(tmp_path):
+    snapshot = tmp_path / "models--me--mask" / "snapshots" / "0123"
+    for folder in (snapshot / "sub", tmp_path / "models--me--mask" / "blobs", tmp_path / "other"):
+        folder.mkdir(parents=True)
+    blob, secret = tmp_path / "models--me--mask" / "blobs" / "abc", tmp_path / "other" / "secret"
+    blob.touch()
+    secret.touch()
+    (snapshot / "file").symlink_to("../../blobs/abc")
+    (snapshot / "sub" / "file").symlink_to("../../../blobs/abc")
+    (snapshot / "near").symlink_to("file")
+    for name in ("file", "sub/file", "near"):
+        assert inside(snapshot, snapshot / name) == snapshot / name
+    assert inside(snapshot / "sub", snapshot / "sub" / "file")
+    (snapshot / "far").symlink_to(secret)
+    (snapshot / "folder").symlink_to(tmp_path / "other")
+    for name in ("far", "folder/secret", "../../../other/secret", "../1234"):
+        with pytest.raises(ValueError, match="leads out of its folder"):
+            inside(snapshot, snapshot / name)
+    # Blobs are the cache's alone.
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        inside(tmp_path / "other", blob)
