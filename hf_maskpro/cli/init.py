@@ -12,6 +12,7 @@ from ..starts import generated_text, needs_data, random_windows, start_token_of
 from ..starts.calibration import SAMPLES, SEQ_LEN, SOURCE_SAMPLES, SOURCE_SEQ_LEN
 from ..tuner import MaskProConfig
 from .common import (
+    Chat,
     Dataset,
     GgufFile,
     Model,
@@ -59,6 +60,7 @@ def init(
         bool, typer.Option("--source-settings", help="Calibrate as the rules' papers do: 128 windows of 2,048 tokens.")
     ] = False,
     start_token: StartToken = True,
+    chat: Chat = False,
     seed: Annotated[int, typer.Option(help="Seed of the random mask and of the choice of windows.")] = 42,
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
@@ -77,8 +79,11 @@ def init(
     with_data = needs_data(method)
     if with_data and [text is not None, dataset is not None, self_generated].count(True) != 1:
         raise ValueError(f"{method} needs a text: pass one of --text FILE, --dataset NAME and --self-generated.")
-    if self_generated and not start_token:
-        raise ValueError("a model generates text from the start token on; drop --self-generated or --no-start-token.")
+    if self_generated and (chat or not start_token):
+        raise ValueError(
+            "text that the model generates is taken as it is, from the start token on; drop --self-generated or "
+            "--chat and --no-start-token."
+        )
     base, tokenizer = load_model(model, gguf_file)
     if with_data:
         check_length(base, seq_len)
@@ -89,7 +94,7 @@ def init(
     elif with_data:
         # Windows are drawn from much more text than they hold.
         tokens = None if text is not None else 16 * samples * seq_len
-        inputs = learning_windows(tokenizer, text, dataset, seq_len, tokens, start_token)
+        inputs = learning_windows(tokenizer, text, dataset, seq_len, tokens, start_token, chat)
         start_id = start_token_of(tokenizer) if start_token else None
         batches = random_windows(inputs, samples, seq_len, seed, start_id)
     masked = get_peft_model(base, config)

@@ -18,6 +18,7 @@ from ..starts.calibration import SAMPLES, SEQ_LEN
 from ..tuner import MaskProConfig
 from ..tuner.card import CARD_FILE, PLOT
 from .common import (
+    Chat,
     Dataset,
     GgufFile,
     Json,
@@ -59,6 +60,7 @@ def train(
     seq_len: Annotated[int, typer.Option(min=2, help="Length of a training window, in tokens.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text than this, in tokens.")] = None,
     start_token: StartToken = True,
+    chat: Chat = False,
     max_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 120,
     per_device_train_batch_size: Annotated[int, typer.Option(min=1, help="Windows per micro-batch.")] = 2,
     gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = 1,
@@ -111,7 +113,7 @@ def train(
         read_text(text)
     base, tokenizer = load_model(model, gguf_file)
     check_length(base, seq_len)
-    inputs = learning_windows(tokenizer, text, dataset, seq_len, max_tokens, start_token)
+    inputs = learning_windows(tokenizer, text, dataset, seq_len, max_tokens, start_token, chat)
     if adapter is None:
         torch.manual_seed(seed)
         masked = get_peft_model(base, config)

@@ -229,7 +229,30 @@ def test_windows_begin_as_the_tokenizer_begins_a_text(checkpoint, starting_check
     assert torch.equal(plain[1], known.view(-1, 16))
     assert torch.equal(begun[1][:, 1:].flatten(), known[: len(known) // 15 * 15])
     init = ["init", "--model", checkpoint, "--self-generated", "--no-start-token", "--output", tmp_path / "b"]
-    assert "drop --self-generated or --no-start-token" in fails(*init)
+    assert "drop --self-generated or --chat and --no-start-token" in fails(*init)
+
+
+def test_a_text_as_conversations(starting_checkpoint, tmp_path, monkeypatch):
+    seen = []
+
+    def calibrated(model, batches):
+        seen.extend(batches)
+        initialize_masks(model, batches)
+
+    monkeypatch.setattr("hf_maskpro.cli.common.initialize_masks", calibrated)
+    base, text = tmp_path / "base", tmp_path / "text.txt"
+    copytree(starting_checkpoint, base)
+    text.write_text("w1 w2\n\nw3\n\n\n\nw4\n\nw5 w6\n\nw7")
+    init = ["init", "--model", base, "--chat", "--seq-len", 12, "--samples", 1, "--output", tmp_path / "a"]
+    assert "has no chat template; drop --chat" in fails(*init, "--text", text)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for turn in messages %} {{ {'user': 'w30', 'assistant': 'w31'}[turn.role] }} "
+        "{{ turn.content }}{% endfor %} "
+    )
+    tokenizer.save_pretrained(base)
+    run(*init, "--text", text)
+    assert tokenizer.decode(seen[0]["input_ids"][0]) == "<pad> w30 w1 w2 w31 w3 <pad> w30 w4 w31 w5 w6"
 
 
 def test_settings_of_the_sources(checkpoint, text, tmp_path, monkeypatch):
