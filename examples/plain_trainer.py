@@ -7,6 +7,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from hf_maskpro import MaskProConfig
+from hf_maskpro.evaluation import windows
 
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -19,8 +20,7 @@ options = parser.parse_args()
 
 base = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(options.model)
-ids = tokenizer(Path(options.text).read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
-windows = ids[: len(ids) // options.seq_len * options.seq_len].view(-1, options.seq_len)
+inputs = windows(tokenizer, Path(options.text).read_text(encoding="utf-8"), options.seq_len)
 
 model = get_peft_model(base, MaskProConfig(n=2, m=4, init_mask="magnitude"))
 # The defaults of TrainingArguments suit weights; these suit logits.
@@ -35,6 +35,6 @@ arguments = TrainingArguments(
     logging_steps=10,
     report_to=[],
 )
-dataset = [{"input_ids": window, "labels": window} for window in windows]
+dataset = [{"input_ids": window, "labels": window} for window in inputs]
 Trainer(model, arguments, train_dataset=dataset).train()
 model.save_pretrained(options.output)

@@ -7,6 +7,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_maskpro import MaskProTrainer, MaskProTrainingArguments
+from hf_maskpro.evaluation import windows
 
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -21,8 +22,7 @@ options = parser.parse_args()
 base = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(options.model)
 model = PeftModel.from_pretrained(base, options.adapter, is_trainable=True)
-ids = tokenizer(Path(options.text).read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
-windows = ids[: len(ids) // options.seq_len * options.seq_len].view(-1, options.seq_len)
+inputs = windows(tokenizer, Path(options.text).read_text(encoding="utf-8"), options.seq_len)
 
 arguments = MaskProTrainingArguments(
     output_dir=options.output,
@@ -34,6 +34,6 @@ arguments = MaskProTrainingArguments(
     save_total_limit=2,
     report_to=[],
 )
-dataset = [{"input_ids": window, "labels": window} for window in windows]
+dataset = [{"input_ids": window, "labels": window} for window in inputs]
 MaskProTrainer(model, arguments, train_dataset=dataset).train()
 model.save_pretrained(options.output)

@@ -8,6 +8,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments, initialize_masks
+from hf_maskpro.evaluation import windows
 
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -21,11 +22,10 @@ options = parser.parse_args()
 base = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
 base.to("cuda" if torch.cuda.is_available() else "cpu")
 tokenizer = AutoTokenizer.from_pretrained(options.model)
-ids = tokenizer(Path(options.text).read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
-windows = ids[: len(ids) // options.seq_len * options.seq_len].view(-1, options.seq_len)
+inputs = windows(tokenizer, Path(options.text).read_text(encoding="utf-8"), options.seq_len)
 
 model = get_peft_model(base, MaskProConfig(n=2, m=4, init_mask="wanda"))
-initialize_masks(model, [{"input_ids": batch} for batch in windows[:256].split(8)])
+initialize_masks(model, [{"input_ids": batch} for batch in inputs[:256].split(8)])
 
 arguments = MaskProTrainingArguments(
     output_dir=options.output,
@@ -35,6 +35,6 @@ arguments = MaskProTrainingArguments(
     logging_steps=10,
     report_to=[],
 )
-dataset = [{"input_ids": window, "labels": window} for window in windows]
+dataset = [{"input_ids": window, "labels": window} for window in inputs]
 MaskProTrainer(model, arguments, train_dataset=dataset).train()
 model.save_pretrained(options.output)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -39,6 +39,18 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=34, n_embd=16, n_layer=2, n_head=2, n_positions=64)).eval()
 
 
+def save_tiny_model(folder: Path, processor: processors.PostProcessor | None = None) -> None:
+    tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
+    words = {"<unk>": 0, "<pad>": 1} | {word: i + 2 for i, word in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if processor is not None:
+        tokenizer.post_processor = processor
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", bos_token="<pad>"
+    ).save_pretrained(folder)
+
+
 def headers(folder: Path) -> dict[str, bytes]:
     """The header of each weight file of a checkpoint: names, shapes, dtypes, order and metadata."""
     files = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
@@ -57,15 +69,17 @@ def ids() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
-    """A folder with a tiny model and a tokenizer of 32 words."""
+    """A folder with a tiny model and a tokenizer of 32 words, which has a start token and adds it to no text."""
     folder = tmp_path_factory.mktemp("model")
-    tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
-    words = {"<unk>": 0, "<pad>": 1} | {word: i + 2 for i, word in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", bos_token="<pad>"
-    ).save_pretrained(folder)
+    save_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def starting_checkpoint(tmp_path_factory) -> Path:
+    """The same model, with a tokenizer that adds its start token to every text."""
+    folder = tmp_path_factory.mktemp("starting")
+    save_tiny_model(folder, processors.TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 1)]))
     return folder
 
 

@@ -36,6 +36,12 @@ PatternN = Annotated[int, typer.Option("--n", help="Weights kept in every group.
 PatternM = Annotated[int, typer.Option("--m", help="Size of a group.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the adapter's repository.")]
 Subfolder = Annotated[str | None, typer.Option(help="The adapter's folder in its repository.")]
+StartToken = Annotated[
+    bool, typer.Option(help="Begin every window with the start token, where the tokenizer adds one to a text.")
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Make conversations of the text's paragraphs, by the tokenizer's chat template.")
+]
 Output = Annotated[Path, typer.Option(help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is in use.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -155,18 +161,34 @@ def sources_of(method: str | None, text: Path | None, dataset: str | None) -> li
 
 
 def learning_windows(
-    tokenizer: PreTrainedTokenizerBase, text: Path | None, dataset: str | None, seq_len: int, tokens: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    text: Path | None,
+    dataset: str | None,
+    seq_len: int,
+    tokens: int | None,
+    start_token: bool,
+    chat: bool,
 ) -> torch.Tensor:
     """Windows of the text or dataset that the user named, int64 `[windows, seq_len]`; at most `tokens` tokens."""
     if (text is None) == (dataset is None):
         raise ValueError("pass either --text FILE or --dataset NAME.")
     if text is not None:
-        return windows(tokenizer, read_text(text), seq_len, tokens)
-    assert dataset is not None
-    documents = list(_documents(dataset, 10 * (tokens or 1_000_000)))
-    if not documents:
-        raise ValueError(f"dataset {dataset} has no rows; pass one with text.")
-    return windows(tokenizer, "\n\n".join(documents), seq_len, tokens)
+        content = read_text(text)
+    else:
+        content = "\n\n".join(_documents(str(dataset), 10 * (tokens or 1_000_000)))
+        if not content:
+            raise ValueError(f"dataset {dataset} has no rows; pass one with text.")
+    return windows(tokenizer, _as_chat(tokenizer, content) if chat else content, seq_len, tokens, start_token)
+
+
+def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text as conversations in the tokenizer's template: the model answers every other paragraph by the next."""
+    if tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template; drop --chat.")
+    paragraphs = [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
+    pairs = zip(paragraphs[::2], paragraphs[1::2], strict=False)
+    conversations = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in pairs]
+    return "".join(str(tokenizer.apply_chat_template(turns, tokenize=False)) for turns in conversations)
 
 
 def _documents(dataset: str, characters: int) -> Iterator[str]:

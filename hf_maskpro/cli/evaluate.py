@@ -14,6 +14,7 @@ from .common import (
     GgufFile,
     Json,
     Revision,
+    StartToken,
     Subfolder,
     adapter_folder,
     console,
@@ -41,6 +42,7 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option(min=2, help="Use no more of the text than this, in tokens.")
     ] = None,
+    start_token: StartToken = True,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -73,9 +75,9 @@ def evaluate(
             loaded = load_adapter(loaded, adapter_folder(mask, revision, subfolder))
         figures: dict[str, Any] = {"model": base, "adapter": mask}
         if content is not None:
-            protocol = evaluation.protocol(tokenizer, content, seq_len, max_tokens, stride)
+            protocol = evaluation.protocol(tokenizer, content, seq_len, max_tokens, stride, start_token)
             perplexity = evaluation.perplexity(
-                loaded, tokenizer, content, seq_len, max_tokens, True, stride, batch_size or 1
+                loaded, tokenizer, content, seq_len, max_tokens, True, stride, batch_size or 1, start_token
             )
             figures |= {"perplexity": perplexity, "protocol": f"{text}, {protocol}"}
         if names:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from ..evaluation import windows
+from ..evaluation import protocol, windows
 from ..starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
 from .common import Overwrite, console, load_model, load_tokenizer, read_text
 from .train import check_replaceable, set_aside
@@ -49,7 +49,7 @@ def quickstart(
     }
     tokenizer = load_tokenizer(*_smollm2()) if model is None else load_tokenizer(model)
     windows(tokenizer, texts["calibration"], CALIBRATION_SEQ_LEN)
-    windows(tokenizer, texts["held_out"], SEQ_LEN)
+    measured = protocol(tokenizer, texts["held_out"], SEQ_LEN, MAX_TOKENS)
     previous = set_aside(output)
     base = write_smollm2(output / "base") if model is None else model
     for name, content in texts.items():
@@ -71,8 +71,8 @@ def quickstart(
     )
     results = {
         "model": "SmolLM2-135M-Instruct (GGUF Q4_1, dequantized)" if model is None else model,
-        "protocol": f"held-out text of {output / 'held_out.txt'}, non-overlapping windows of {SEQ_LEN} tokens, "
-        f"at most {MAX_TOKENS} tokens; calibrated and trained on {output / 'calibration.txt'}",
+        "protocol": f"held-out text of {output / 'held_out.txt'}, {measured}; "
+        f"calibrated and trained on {output / 'calibration.txt'}",
         "seconds": time.perf_counter() - begun,
         "versions": {name: version(name) for name in ("hf-maskpro", "torch", "transformers", "peft")}
         | {"python": platform.python_version()},

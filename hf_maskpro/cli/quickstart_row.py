@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..evaluation import perplexity, windows
 from ..learning import MaskProTrainer, MaskProTrainingArguments
-from ..starts import random_windows
+from ..starts import random_windows, start_token_of
 from ..tuner import MaskProConfig, masked_layers
 from .common import calibrate, load_adapter, load_model, one_line_errors, read_text
 
@@ -137,8 +137,9 @@ def quickstart_row(
         masked: Any = model
     elif method in ("magnitude", "wanda"):
         masked = get_peft_model(model, MaskProConfig(init_mask=method))
-        ids = windows(tokenizer, read_text(calibration), SEQ_LEN).flatten()
-        calibrate(masked, random_windows(ids, seed=0), calibration.name, seed=0)
+        inputs = windows(tokenizer, read_text(calibration), SEQ_LEN)
+        batches = random_windows(inputs, seed=0, start_token=start_token_of(tokenizer))
+        calibrate(masked, batches, calibration.name, seed=0)
     else:
         assert start is not None
         masked = load_adapter(model, start, is_trainable=True)

@@ -12,10 +12,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..deploy import check_free
 from ..evaluation import check_length
 from ..learning import MaskProTrainer, MaskProTrainingArguments
-from ..starts import random_windows
+from ..starts import random_windows, start_token_of
 from ..starts.calibration import SAMPLES, SEQ_LEN
 from ..tuner import MaskProConfig
 from .common import (
+    Chat,
     Dataset,
     GgufFile,
     Json,
@@ -23,6 +24,7 @@ from .common import (
     Output,
     Overwrite,
     Revision,
+    StartToken,
     Subfolder,
     Text,
     adapter_folder,
@@ -55,6 +57,8 @@ def train(
     ] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Length of a training window, in tokens.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text than this, in tokens.")] = None,
+    start_token: StartToken = True,
+    chat: Chat = False,
     max_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 120,
     per_device_train_batch_size: Annotated[int, typer.Option(min=1, help="Windows per micro-batch.")] = 2,
     gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = 1,
@@ -107,13 +111,15 @@ def train(
         read_text(text)
     base, tokenizer = load_model(model, gguf_file)
     check_length(base, seq_len)
-    inputs = learning_windows(tokenizer, text, dataset, seq_len, max_tokens)
+    inputs = learning_windows(tokenizer, text, dataset, seq_len, max_tokens, start_token, chat)
     if adapter is None:
         torch.manual_seed(seed)
         masked = get_peft_model(base, config)
         # A resumed run takes its starting mask from the checkpoint, together with the logits.
         if checkpoint is None:
-            batches = random_windows(inputs.flatten(), SAMPLES, min(SEQ_LEN, inputs.numel()), seed)
+            start_id = start_token_of(tokenizer) if start_token else None
+            known = inputs.numel() if start_id is None else inputs[:, 1:].numel() + 1
+            batches = random_windows(inputs, SAMPLES, min(SEQ_LEN, known), seed, start_id)
             calibrate(masked, batches, text_name(text, dataset), seed)
     else:
         masked = load_adapter(base, adapter_folder(adapter, revision, subfolder), is_trainable=True)

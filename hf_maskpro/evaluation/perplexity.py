@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..starts.calibration import begin_windows
 from ..tuner import evaluating
 from .windows import check_length, spans_of, tokens_of
 
@@ -21,6 +22,7 @@ def perplexity(
     progress: bool = False,
     stride: int | None = None,
     batch_size: int = 1,
+    start_token: bool = True,
 ) -> float:
     """
     Perplexity by one of the two usual protocols.
@@ -33,6 +35,9 @@ def perplexity(
     tokens before it once there are so many. The last window may be shorter. The figure is lower, and takes
     `seq_len / stride` times as long.
 
+    Where the tokenizer begins a text with a start token, every window begins with it, by both protocols, and the very
+    first token of the text is predicted, too. The papers' windows have none but the first: `start_token=False`.
+
     Args:
         model (`torch.nn.Module`): A causal language model. It is put into eval mode meanwhile, in which a mask adapter
             applies its learned mask.
@@ -44,6 +49,8 @@ def perplexity(
         stride (`int`, *optional*): Tokens from one window to the next, fewer than `seq_len`.
         batch_size (`int`, defaults to 1): Windows per forward pass. The figure does not depend on it, beyond the
             rounding of the model's dtype.
+        start_token (`bool`, defaults to `True`): Begin every window with the start token, where the tokenizer adds
+            one. It is one of the window's `seq_len` tokens, and none of the text's.
 
     Returns:
         `float`: exp of the mean negative log-likelihood per predicted token, which is taken in float32.
@@ -55,9 +62,9 @@ def perplexity(
     check_length(model, seq_len)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it needs to be at least 1.")
-    ids = tokens_of(tokenizer, text, seq_len, max_tokens)
-    spans = spans_of(len(ids), seq_len, stride)
-    whole = sum(end - start == seq_len for start, _, end in spans)
+    ids, start_id = tokens_of(tokenizer, text, seq_len, max_tokens, start_token)
+    spans = spans_of(len(ids), seq_len, start_id, stride)
+    whole = sum(end - start == spans[0][-1] for start, _, end in spans)
     batches = [
         group[i : i + batch_size] for group in (spans[:whole], spans[whole:]) for i in range(0, len(group), batch_size)
     ]
@@ -65,10 +72,10 @@ def perplexity(
     total = 0.0
     with evaluating(model):
         for batch in tqdm(batches, desc="perplexity", disable=not progress):
-            inputs = torch.stack([ids[start:end] for start, _, end in batch])
+            inputs = begin_windows(torch.stack([ids[start:end] for start, _, end in batch]), start_id)
             logits = model(input_ids=inputs, use_cache=False).logits
             # Row by row, so that only one window's logits are ever there in float32.
-            for row, (start, first, end) in zip(logits, batch, strict=True):
-                predicted = row[first - start - 1 : -1].float()
+            for row, (_, first, end) in zip(logits, batch, strict=True):
+                predicted = row[first - end - 1 : -1].float()
                 total += F.cross_entropy(predicted, ids[first:end], reduction="sum").item()
     return math.exp(total / sum(end - first for _, first, end in spans))

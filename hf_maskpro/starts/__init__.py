@@ -11,13 +11,13 @@ from ..subset import mask_of, mode
 from ..tuner import DATA_FREE, RULES, MaskProConfig, MaskProLayer, masked_layers, one_adapter, split_init_mask
 from ..tuner.layer import to_planes
 from . import gblm, magnitude, pruner_zero, random, ria, sparsegpt, swaps, wanda
-from .calibration import generated_text, random_windows
+from .calibration import generated_text, random_windows, start_token_of
 from .gradients import gradient_norms
 from .sources import fill_masks
 from .walk import Calibration, Inputs, walk
 
 
-__all__ = ["generated_text", "initialize_masks", "needs_data", "random_windows"]
+__all__ = ["generated_text", "initialize_masks", "needs_data", "random_windows", "start_token_of"]
 
 # How far swaps go from the outputs of a layer's own inputs towards those of the dense model.
 TOWARDS_DENSE = 0.3

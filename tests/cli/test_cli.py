@@ -15,10 +15,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_maskpro import check_sparsity
+from hf_maskpro import check_sparsity, initialize_masks
 from hf_maskpro.cli import main
 from hf_maskpro.cli.common import load_adapter, load_model
 from hf_maskpro.evaluation import windows
+from hf_maskpro.learning import MaskProTrainer
 from hf_maskpro.starts import random_windows
 
 from ..conftest import tiny_gpt2
@@ -192,6 +193,68 @@ def test_init_on_text_that_the_model_generates(checkpoint, tmp_path):
     }
 
 
+def test_windows_begin_as_the_tokenizer_begins_a_text(checkpoint, starting_checkpoint, text, tmp_path, monkeypatch):
+    """In calibration and in training, unless the papers' windows are asked for; elsewhere nothing changes."""
+    seen, train = [], MaskProTrainer.train
+
+    def calibrated(model, batches):
+        seen.append(batches)
+        initialize_masks(model, batches)
+
+    def trained(trainer, **options):
+        seen.append(trainer.train_dataset)
+        return train(trainer, **options)
+
+    monkeypatch.setattr("hf_maskpro.cli.common.initialize_masks", calibrated)
+    monkeypatch.setattr(MaskProTrainer, "train", trained)
+
+    def windows_of(verb, base, *options):
+        seen.clear()
+        run(
+            verb, "--model", base, "--text", text, "--seq-len", 16, "--output", tmp_path / "a", "--overwrite", *options
+        )
+        return [torch.cat([row["input_ids"].view(-1, row["input_ids"].shape[-1]) for row in rows]) for rows in seen]
+
+    start = AutoTokenizer.from_pretrained(starting_checkpoint).bos_token_id
+    known = torch.tensor(AutoTokenizer.from_pretrained(checkpoint)(text.read_text()).input_ids)
+    for verb, options in (("init", []), ("train", ["--max-steps", 1])):
+        begun = windows_of(verb, starting_checkpoint, *options)
+        plain = windows_of(verb, checkpoint, *options)
+        papers = windows_of(verb, starting_checkpoint, *options, "--no-start-token")
+        assert len(begun) == len(plain) == len(papers) == (1 if verb == "init" else 2)
+        assert all((each[:, 0] == start).all() and not (each[:, 1:] == start).any() for each in begun)
+        assert [each.shape[-1] for each in begun] == [each.shape[-1] for each in plain]
+        assert not any((each == start).any() for each in plain)
+        assert all((each == start).any() and not (each[:, 0] == start).all() for each in papers[1:])
+    assert torch.equal(plain[1], known.view(-1, 16))
+    assert torch.equal(begun[1][:, 1:].flatten(), known[: len(known) // 15 * 15])
+    init = ["init", "--model", checkpoint, "--self-generated", "--no-start-token", "--output", tmp_path / "b"]
+    assert "drop --self-generated or --chat and --no-start-token" in fails(*init)
+
+
+def test_a_text_as_conversations(starting_checkpoint, tmp_path, monkeypatch):
+    seen = []
+
+    def calibrated(model, batches):
+        seen.extend(batches)
+        initialize_masks(model, batches)
+
+    monkeypatch.setattr("hf_maskpro.cli.common.initialize_masks", calibrated)
+    base, text = tmp_path / "base", tmp_path / "text.txt"
+    copytree(starting_checkpoint, base)
+    text.write_text("w1 w2\n\nw3\n\n\n\nw4\n\nw5 w6\n\nw7")
+    init = ["init", "--model", base, "--chat", "--seq-len", 12, "--samples", 1, "--output", tmp_path / "a"]
+    assert "has no chat template; drop --chat" in fails(*init, "--text", text)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for turn in messages %} {{ {'user': 'w30', 'assistant': 'w31'}[turn.role] }} "
+        "{{ turn.content }}{% endfor %} "
+    )
+    tokenizer.save_pretrained(base)
+    run(*init, "--text", text)
+    assert tokenizer.decode(seen[0]["input_ids"][0]) == "<pad> w30 w1 w2 w31 w3 <pad> w30 w4 w31 w5 w6"
+
+
 def test_settings_of_the_sources(checkpoint, text, tmp_path, monkeypatch):
     init = ["init", "--model", checkpoint, "--source-settings", "--output", tmp_path / "a", "--text"]
     assert "2000 tokens, fewer than one window of 2048" in fails(*init, text)
@@ -199,7 +262,7 @@ def test_settings_of_the_sources(checkpoint, text, tmp_path, monkeypatch):
     (tmp_path / "long.txt").write_text(2 * text.read_text())
     asked = []
 
-    def few_windows(ids, samples, seq_len, seed):
+    def few_windows(ids, samples, seq_len, seed, start_token):
         asked.append((samples, seq_len))
         return random_windows(ids, 2, 16, seed)
 

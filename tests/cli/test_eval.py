@@ -34,6 +34,16 @@ def test_protocols(checkpoint, text):
     assert "non-overlapping windows of 32 tokens" in " ".join(printed.replace("│", " ").split())
 
 
+def test_the_papers_windows_on_request(starting_checkpoint, text):
+    eval = ["--model", starting_checkpoint, "--text", text, "--seq-len", 32, "--max-tokens", 500]
+    begun, papers = measured(*eval), measured(*eval, "--no-start-token")
+    model, content = load_model(str(starting_checkpoint)), text.read_text()
+    assert begun["perplexity"] == perplexity(*model, content, 32, 500)
+    assert papers["perplexity"] == perplexity(*model, content, 32, 500, start_token=False) != begun["perplexity"]
+    assert begun["protocol"].endswith("windows of 32 tokens, each from the start token on, 496 tokens")
+    assert papers["protocol"].endswith("windows of 32 tokens, 480 tokens")
+
+
 def test_tasks_of_a_file(checkpoint, adapter, merged, task):
     dense, masked, sparse = (
         measured("--model", *model, "--tasks", task)["tasks"]

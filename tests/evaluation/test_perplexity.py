@@ -8,8 +8,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_maskpro import MaskProConfig, perplexity
-from hf_maskpro.evaluation import ZERO_SHOT, find_tasks, protocol, task_scores
-from hf_maskpro.evaluation import tasks as task_module
+from hf_maskpro.evaluation import ZERO_SHOT, find_tasks, protocol, task_scores, tasks, windows
+from hf_maskpro.starts import start_token_of
 
 from ..conftest import tiny_gpt2, tiny_llama
 
@@ -22,15 +22,22 @@ def tokenizer(checkpoint):
     return AutoTokenizer.from_pretrained(checkpoint)
 
 
-def reference(model, tokenizer, text, seq_len, stride=None):
-    """The definition, token by token: each has as its context what its window has before it."""
-    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+@pytest.fixture
+def starting(starting_checkpoint):
+    return AutoTokenizer.from_pretrained(starting_checkpoint)
+
+
+def reference(model, tokenizer, text, seq_len, stride=None, head=()):
+    """The definition, token by token: each has as its context what its window has before it, from its head on."""
+    ids = tokenizer(text, add_special_tokens=not head).input_ids
+    length = seq_len - len(head)
     losses = []
-    for t in range(1, len(ids) if stride else len(ids) // seq_len * seq_len):
-        start = stride * max(0, math.ceil((t + 1 - seq_len) / stride)) if stride else t // seq_len * seq_len
-        if start < t:
+    for t in range(len(ids) if stride else len(ids) // length * length):
+        start = stride * max(0, math.ceil((t + 1 - length) / stride)) if stride else t // length * length
+        context = [*head, *ids[start:t]]
+        if context:
             with torch.no_grad():
-                last = model(input_ids=ids[None, start:t]).logits[0, -1]
+                last = model(input_ids=torch.tensor([context])).logits[0, -1]
             losses.append(-last.double().log_softmax(-1)[ids[t]].item())
     return math.exp(sum(losses) / len(losses))
 
@@ -44,6 +51,47 @@ def test_perplexity_equals_its_definition(tokenizer, stride, tokens):
     assert perplexity(model, tokenizer, TEXT, 16, tokens, stride=stride) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("stride", [None, 1, 5, 8, 15])
+@pytest.mark.parametrize("tokens", [15, 40, 50])
+def test_every_window_begins_as_the_tokenizer_begins_a_text(starting, stride, tokens):
+    model, text = tiny_llama(), " ".join(TEXT.split()[:tokens])
+    expected = reference(model, starting, text, 16, stride, head=[starting.bos_token_id])
+    assert perplexity(model, starting, text, seq_len=16, stride=stride) == pytest.approx(expected, rel=1e-6)
+    assert perplexity(model, starting, TEXT, 16, tokens, stride=stride, batch_size=3) == pytest.approx(expected)
+    spelt_out = f"{starting.bos_token} {text}"
+    assert perplexity(model, starting, spelt_out, 16, stride=stride) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+def test_the_papers_windows_have_no_start_token_but_the_first(starting, stride):
+    expected = reference(tiny_llama(), starting, TEXT, 16, stride)
+    measured = perplexity(tiny_llama(), starting, TEXT, 16, stride=stride, start_token=False)
+    assert measured == pytest.approx(expected, rel=1e-6)
+    assert measured != perplexity(tiny_llama(), starting, TEXT, 16, stride=stride)
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+def test_a_start_token_that_the_tokenizer_does_not_add_changes_nothing(tokenizer, stride):
+    assert tokenizer.bos_token_id is not None
+    assert start_token_of(tokenizer) is None
+    plain, asked = (
+        perplexity(tiny_llama(), tokenizer, TEXT, 16, stride=stride, start_token=on) for on in (False, True)
+    )
+    assert plain == asked
+    ids = tokenizer(TEXT).input_ids
+    assert windows(tokenizer, TEXT, 16).tolist() == [ids[i : i + 16] for i in range(0, len(ids) - 15, 16)]
+
+
+def test_windows_begin_with_the_start_token_and_hold_all_of_the_text(starting):
+    assert start_token_of(starting) == starting.bos_token_id
+    cut, papers = windows(starting, TEXT, 16), windows(starting, TEXT, 16, start_token=False)
+    ids = starting(TEXT).input_ids
+    assert cut.shape == (3, 16)
+    assert cut[:, 0].tolist() == 3 * [starting.bos_token_id]
+    assert cut[:, 1:].flatten().tolist() == ids[1:46]
+    assert papers.flatten().tolist() == ids[:48]
+
+
 def test_perplexity_records_no_graph(tokenizer):
     model, recorded = tiny_llama(), []
     model.register_forward_pre_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
@@ -52,11 +100,18 @@ def test_perplexity_records_no_graph(tokenizer):
     assert not any(recorded)
 
 
-def test_protocols_differ(tokenizer):
+def test_protocols_differ(tokenizer, starting):
     apart, overlapping = (perplexity(tiny_llama(), tokenizer, TEXT, 16, stride=stride) for stride in (None, 8))
     assert abs(apart / overlapping - 1) > 1e-4
     assert protocol(tokenizer, TEXT, 16) == "non-overlapping windows of 16 tokens, 48 tokens"
     assert protocol(tokenizer, TEXT, 16, 45, stride=8) == "windows of 16 tokens at a stride of 8, 45 tokens"
+    assert protocol(starting, TEXT, 16) == (
+        "non-overlapping windows of 16 tokens, each from the start token on, 45 tokens"
+    )
+    assert protocol(starting, TEXT, 16, 45, stride=8) == (
+        "windows of 16 tokens at a stride of 8, each from the start token on, 45 tokens"
+    )
+    assert protocol(starting, TEXT, 16, start_token=False) == protocol(tokenizer, TEXT, 16)
 
 
 @pytest.mark.parametrize("stride", [None, 5])
@@ -136,7 +191,7 @@ def test_tasks_that_are_not_there(tmp_path, monkeypatch):
     (tmp_path / "bad.yaml").write_text("task: [")
     with pytest.raises(ValueError, match=r"bad\.yaml is no YAML file: while parsing"):
         find_tasks([str(tmp_path / "bad.yaml")])
-    task_module._task_manager.cache_clear()
+    tasks._task_manager.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ImportError, match=r"pip install 'hf-maskpro\[eval\]'"):
         find_tasks(["piqa"])

@@ -6,6 +6,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from hf_maskpro import MaskProConfig, initialize_masks
-from hf_maskpro.starts import random_windows, swaps
+from hf_maskpro.starts import generated_text, random_windows, start_token_of, swaps
 from hf_maskpro.starts.gradients import gradient_norms
 from hf_maskpro.starts.walk import walk
 from hf_maskpro.subset import mask_of
@@ -348,3 +349,27 @@ def test_windows_start_anywhere_and_by_the_seed():
     assert len(random_windows(ids, 1, 100)[0]["input_ids"]) == 1
     with pytest.raises(ValueError, match="100 tokens, fewer than a calibration window of 101"):
         random_windows(ids, 1, 101)
+
+
+def test_windows_begin_with_the_start_token():
+    ids, start = torch.arange(100), 100
+    plain = torch.cat([batch["input_ids"] for batch in random_windows(ids, 50, 9, seed=1)])
+    begun = torch.cat([torch.full((50, 1), start), plain], dim=1)
+    for text in (
+        ids,
+        torch.cat([torch.tensor([start]), ids]),
+        torch.nn.functional.pad(ids.view(4, 25), (1, 0), value=start),
+    ):
+        batches = random_windows(text, 50, 10, seed=1, start_token=start)
+        assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), begun)
+    assert len(random_windows(ids, 1, 101, start_token=start)[0]["input_ids"]) == 1
+    with pytest.raises(ValueError, match="100 tokens, fewer than a calibration window of 102"):
+        random_windows(ids, 1, 102, start_token=start)
+
+
+def test_generated_text_begins_with_the_start_token(starting_checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(starting_checkpoint)
+    batches = generated_text(tiny_llama(), tokenizer, samples=9, seq_len=12)
+    text = torch.cat([batch["input_ids"] for batch in batches])
+    assert text.shape == (9, 12)
+    assert (text[:, 0] == start_token_of(tokenizer)).all()
