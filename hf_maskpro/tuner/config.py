@@ -152,11 +152,13 @@ class MaskProConfig(PeftConfig):
             Written when saving: how many weights are masked or kept, over all layers.
         base_fingerprint (`dict[str, str]`, *optional*):
             Written when the adapter is added: a short hash of every masked layer's weights.
+        format_version (`int`, *optional*):
+            Written when saving. A configuration that has it expects its mask from a file.
+
+    Attributes:
         check_base (`bool`, defaults to `True`):
             Refuse to attach a loaded mask to other weights than those that it was learned for. Never saved: to go on
             nevertheless, load the configuration, set it to `False`, and pass `config=` to `from_pretrained`.
-        format_version (`int`, *optional*):
-            Written when saving. A configuration that has it expects its mask from a file.
 
     Raises:
         `ValueError`: if a value is out of range.
