@@ -1,5 +1,5 @@
 """
-Every one-shot rule, and both learners from the best of them, on one model, text and protocol. Each row is made by the
+Every one-shot rule, and every learner from the best of them, on one model, text and protocol. Each row is made by the
 command line in a process of its own. Rows that are in the file of results are not made again, so an interrupted call
 goes on where it stopped; those of learners are if their budget was another.
 """
@@ -22,6 +22,15 @@ from hf_maskpro.tuner import RULES
 
 
 REFINED = ("wanda+swaps", "sparsegpt+swaps")
+# Every learner from the best mask, and those of other papers from the start of their own, too.
+LEARNERS = (
+    ("simple", None),
+    ("proxsparse", None),
+    ("maskllm", None),
+    ("proxsparse", "magnitude"),
+    ("maskllm", "sparsegpt"),
+    ("residual", None),
+)
 
 
 def run(arguments: list[str]) -> tuple[str, float, int]:
@@ -63,8 +72,7 @@ def one_shot(method: str, base: str, work: Path) -> tuple[Path, dict[str, Any]]:
     command = ["init", "--model", base, "--method", method, "--output", str(adapter), "--overwrite"]
     command += ["--text", str(work / "calibration.txt")]
     _, seconds, peak = run(command)
-    lineage = json.loads((adapter / "adapter_config.json").read_text())["lineage"][0]
-    return adapter, {"seconds": seconds, "peak_bytes": peak, "steps": 0, "error_left": lineage.get("error_left")}
+    return adapter, {"seconds": seconds, "peak_bytes": peak, "steps": 0}
 
 
 def learned(estimator: str, method: str, base: str, work: Path, budget: float) -> tuple[Path, dict[str, Any]]:
@@ -99,11 +107,11 @@ def learned(estimator: str, method: str, base: str, work: Path, budget: float) -
 def steps_within(budget: float, command: list[str], work: Path) -> int:
     """How many steps the budget holds, by the difference of two short trials after one that compiles."""
     taken = []
-    for steps in (2, 2, 10):
+    for steps in (1, 2, 6):
         with tempfile.TemporaryDirectory(dir=work) as folder:
             output, _, _ = run([*command, "--max-steps", str(steps), "--output", f"{folder}/trial"])
         taken.append(json.loads(output.splitlines()[-1])["seconds"])
-    return max(1, int((budget - taken[1]) / (taken[2] - taken[1]) * 8))
+    return max(1, int((budget - taken[1]) / (taken[2] - taken[1]) * 4))
 
 
 def main() -> None:
@@ -141,9 +149,9 @@ def main() -> None:
         add(method, lambda method=method: one_shot(method, base, args.work))
     starts = [row for row in rows if row["method"] in (*RULES, *REFINED)]
     best = min(starts, key=lambda row: row["perplexity"])["method"]
-    for estimator in ("simple", "residual"):
-        make = partial(learned, estimator, best, base, args.work, args.seconds)
-        add(f"{estimator} from {best}", make, args.seconds)
+    for estimator, start in LEARNERS:
+        make = partial(learned, estimator, start or best, base, args.work, args.seconds)
+        add(f"{estimator} from {start or best}", make, args.seconds)
     plot(rows, args.plot)
     if args.json:
         print(json.dumps(rows))

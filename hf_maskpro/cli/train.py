@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from shutil import rmtree
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import typer
@@ -11,7 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..deploy import check_free
 from ..evaluation import check_length
-from ..learning import MaskProTrainer, MaskProTrainingArguments
+from ..learning import ESTIMATORS, MaskProTrainer, MaskProTrainingArguments
 from ..starts import random_windows, start_token_of
 from ..starts.calibration import SAMPLES, SEQ_LEN
 from ..tuner import MaskProConfig
@@ -40,7 +40,7 @@ from .common import (
 from .common import init_mask as source_or_rule
 
 
-Estimator = Annotated[Literal["residual", "simple"], typer.Option(help="Who moves the logits.")]
+Estimator = Annotated[str, typer.Option(help=f"Who learns the mask: {', '.join(ESTIMATORS)}.")]
 
 
 def train(

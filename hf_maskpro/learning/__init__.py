@@ -1,7 +1,7 @@
 """Who moves the logits: the trainer, its arguments, and one file an estimator."""
 
-from .arguments import MaskProTrainingArguments
+from .arguments import ESTIMATORS, MaskProTrainingArguments
 from .trainer import MaskProTrainer
 
 
-__all__ = ["MaskProTrainer", "MaskProTrainingArguments"]
+__all__ = ["ESTIMATORS", "MaskProTrainer", "MaskProTrainingArguments"]

@@ -227,8 +227,8 @@ class Residual(Estimator):
 
     def _cache_is_sound(self) -> bool:
         """
-        By evidence: whether the trainer's loss of a few batches is what the losses of their examples, each computed by
-        itself, add up to.
+        By evidence: whether the trainer's loss of a few batches is what the losses of their examples add up to, each
+        computed by itself and as they will be cached.
         """
         trainer = self.trainer
         size = trainer._train_batch_size
@@ -237,15 +237,15 @@ class Residual(Estimator):
         order = torch.randperm(len(trainer.train_dataset), generator=generator)[: PROBES * size].tolist()
         tolerance = PROBE_TOLERANCE[next(trainer.model.parameters()).dtype]
         try:
-            alone = self._cached(order, 1)
+            alone, together = self._cached(order, 1), self._cached(order, size)
             for inputs in self._batches(order, size):
                 index = inputs.pop(_INDEX)
                 items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
                 with torch.no_grad(), self.adapter.masks(self.adapter.initial), trainer.accelerator.autocast():
                     loss = share_of_loss(trainer, trainer.model, trainer._prepare_inputs(inputs), items).item()
-                expected = alone[index].sum().item() / float(items)
-                if not abs(loss - expected) <= tolerance * abs(expected):
-                    return False
+                for losses in (alone, together):
+                    if not abs(losses[index].sum().item() / float(items) - loss) <= tolerance * abs(loss):
+                        return False
         # Of what has no labels or no logits, or is no batch of rows, the losses cannot be cached.
         except (KeyError, AttributeError, TypeError, ValueError, IndexError, RuntimeError, ZeroDivisionError):
             return False
@@ -262,7 +262,10 @@ class Residual(Estimator):
             labels = inputs.pop("labels")
             with torch.no_grad(), self.adapter.masks(self.adapter.initial), trainer.accelerator.autocast():
                 logits = trainer.model(**inputs).logits
-            losses[index] = sequence_losses(logits, labels).double().cpu()
+            found = sequence_losses(logits, labels)
+            if len(found) != len(index):
+                raise ValueError(f"{len(index)} examples become {len(found)} rows.")
+            losses[index] = found.double().cpu()
         return losses
 
     def _batches(self, examples: Sequence[int], size: int) -> DataLoader:

@@ -80,7 +80,6 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
     if not with_data:
         return
     gradients = gradient_norms(model, adapter_name, batches) if rule in ("gblm", "pruner-zero") else {}
-    error_left: list[float] = []
 
     def choose(name: str, layer: MaskProLayer, inputs: Inputs | None) -> None:
         if inputs is not None and not inputs.squares.isfinite().all():
@@ -93,11 +92,8 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
         if refined:
             assert inputs is not None
             assert inputs.gram is not None
-            before = swaps.reconstruction_error(weight, mask, inputs.gram).sum().item()
             shift = None if inputs.lost is None else TOWARDS_DENSE * weight @ inputs.lost
             mask = swaps.refine(weight, mask, inputs.gram, shift)
-            after = swaps.reconstruction_error(weight, mask, inputs.gram).sum().item()
-            error_left.append(after / before if before > 0 else 1.0)
         layer.set_initial_mask(adapter_name, mask)
 
     if rule == "pruner-zero" and not refined:
@@ -112,10 +108,6 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
             int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches
         ),
     }
-    if refined:
-        # Of what every layer's outputs lose, the share that the swaps left: median and worst layer.
-        left = torch.tensor(error_left)
-        config.start["error_left"] = {"median": left.median().item(), "largest": left.max().item()}
 
 
 def _mask_by_rule(

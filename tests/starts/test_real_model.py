@@ -73,8 +73,3 @@ def test_order(figures):
     assert perplexity["ria"] <= 1.15 * perplexity["wanda"]
     assert perplexity["sparsegpt"] < perplexity["wanda"]
     assert perplexity["wanda+swaps"] < perplexity["wanda"]
-
-
-def test_swaps_lower_the_error_of_every_layer(figures, folder):
-    config = json.loads((folder / "wanda+swaps" / "adapter_config.json").read_text())
-    assert config["lineage"][0]["error_left"]["largest"] < 1

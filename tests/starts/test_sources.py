@@ -163,7 +163,6 @@ def test_a_source_is_refined(ids, tmp_path):
         initialize_masks(refined)
     initialize_masks(refined, [{"input_ids": ids}])
     assert not same(masks_of(refined), masks)
-    assert refined.peft_config["default"].start["error_left"]["largest"] < 1
 
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"

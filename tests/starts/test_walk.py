@@ -308,8 +308,6 @@ def test_swaps_lower_the_error_of_every_layer(rule, ids):
         initialize_masks(model, batches(ids))
         layers = masked_layers(model)
         masks[method] = {name: mask_of(layer.initial_codes("default"), 4) for name, layer in layers.items()}
-    left = model.peft_config["default"].start["error_left"]
-    assert 0 < left["median"] <= left["largest"] <= 1
 
     def measure(name, layer, inputs):
         weight = layer.get_base_layer().weight.detach()
