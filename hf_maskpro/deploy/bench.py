@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from ..tuner.layer import to_planes
+from ..subset import group_members
 from .semi_structured import to_semi_structured
 
 
@@ -108,7 +108,7 @@ def _why_not_fp8(weight: torch.Tensor) -> str | None:
         return f"it is {weight.dtype}, not bfloat16"
     if weight.shape[0] % 16 or weight.shape[1] % 16:
         return "its shape is no multiple of 16"
-    if int((to_planes(weight, 4) != 0).sum(1).max()) > 2:
+    if int((group_members(weight, 4) != 0).sum(1).max()) > 2:
         return "it is not 2:4"
     return None
 

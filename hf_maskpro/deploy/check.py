@@ -13,8 +13,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..subset import group_members
+from ..tuner import MaskProLayer
 from ..tuner.files import inside
-from ..tuner.layer import MaskProLayer, to_planes
 
 
 _NOT_MASKED = {
@@ -71,7 +72,7 @@ def violation(weight: torch.Tensor, n: int, m: int) -> str | None:
     """How a weight violates a pattern, or `None`."""
     if weight.shape[1] % m:
         return f"{weight.shape[1]} inputs do not divide into groups of {m}"
-    nonzeros = (to_planes(weight, m) != 0).sum(1)
+    nonzeros = (group_members(weight, m) != 0).sum(1)
     if int(nonzeros.max()) <= n:
         return None
     groups = int((nonzeros > n).sum())

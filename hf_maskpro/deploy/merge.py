@@ -16,9 +16,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..starts.sources import Tensors, locate, open_adapter, open_tensors, saved_codes
 from ..subset import keep_of
 from ..tuner import masked_layers, saved_config
+from ..tuner.base import fingerprint
 from ..tuner.files import inside
 from ..tuner.layer import MaskProLayer
-from ..tuner.model import fingerprint
 from .card import write_merged_card
 from .check import check_sparsity, parameter_names, skeleton_of, weight_files
 from .folders import check_free, new_folder

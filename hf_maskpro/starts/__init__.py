@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..subset import mask_of, mode
+from ..subset import group_members, mask_of, mode
 from ..tuner import DATA_FREE, RULES, MaskProConfig, MaskProLayer, masked_layers, one_adapter, split_init_mask
-from ..tuner.layer import to_planes
 from . import gblm, magnitude, pruner_zero, random, ria, sparsegpt, swaps, wanda
 from .calibration import generated_text, random_windows, start_token_of
 from .gradients import gradient_norms
@@ -119,7 +118,7 @@ def _mask_by_rule(
     if rule == "sparsegpt":
         assert calibration.inputs is not None
         if not calibration.inputs.squares.any():
-            return mode(to_planes(weight.abs(), config.m), config.n)
+            return mode(group_members(weight.abs(), config.m), config.n)
         try:
             return sparsegpt.mask(weight, calibration, config.n, config.m)
         except torch.linalg.LinAlgError as error:
@@ -128,4 +127,4 @@ def _mask_by_rule(
             ) from error
     scores = _SCORES[rule](weight, calibration)
     # Of a layer that has seen nothing, as an expert that no token was sent to, a rule knows nothing but the weights.
-    return mode(to_planes(scores if scores.any() else weight.abs(), config.m), config.n)
+    return mode(group_members(scores if scores.any() else weight.abs(), config.m), config.n)

@@ -15,9 +15,9 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..subset import mask_of, mode, mode_codes, pack, unpack, unpack_codes
+from ..subset import group_members, mask_of, mode, mode_codes, pack, unpack, unpack_codes
 from ..tuner import MaskProConfig, MaskProLayer, logit_scale, masked_layers, saved_config
-from ..tuner.layer import LOGITS, to_planes
+from ..tuner.layer import LOGITS
 
 
 MASKLLM_FILE = "mask_compressed.npz"
@@ -142,7 +142,7 @@ def _parameter_reader(
         if key not in known:
             raise ValueError(f"the source has no {what} for {key}.")
         try:
-            keeps = to_planes(layer.out_in(interpret(known[key](), weight)), config.m).to(weight.device)
+            keeps = group_members(layer.out_in(interpret(known[key](), weight)), config.m).to(weight.device)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
         kept = keeps.sum(1)
@@ -153,7 +153,7 @@ def _parameter_reader(
                 "pass the n and m that the source was pruned to."
             )
         # Where a pruned group has fewer weights left, it may have kept a zero; else the largest of the dropped joins.
-        size = to_planes(layer.out_in(weight.detach()), config.m).float().abs()
+        size = group_members(layer.out_in(weight.detach()), config.m).float().abs()
         size = size.masked_fill(size == 0, torch.finfo(torch.float32).max)
         return mode(size.masked_fill(keeps, torch.inf), config.n)
 

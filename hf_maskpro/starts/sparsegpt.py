@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ..subset import mode
+from ..subset import group_members, mode
 from ..subset.native import compiled_or_none
-from ..tuner.layer import to_planes
 from .walk import Calibration
 
 
@@ -59,7 +58,7 @@ def mask(weight: torch.Tensor, calibration: Calibration, n: int, m: int) -> torc
         end = start + per_block
         errors = choose(columns[start:end], factor[start:end, start:end], keep[start:end], n, m)
         columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    return to_planes(keep.T, m).contiguous()
+    return group_members(keep.T, m).contiguous()
 
 
 def _choose_compiled(columns: torch.Tensor, factor: torch.Tensor, keep: torch.Tensor, n: int, m: int) -> torch.Tensor:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ..subset import group_members
 from ..subset.native import compiled_or_none
-from ..tuner.layer import to_planes
 
 
 # A gain below this share of what a row's dropped weights cost, each by itself, is rounding.
@@ -71,7 +71,7 @@ def refine(
     product = dropped @ gram if shift is None else torch.addmm(shift, dropped, gram)
     tolerance = _LEAST_GAIN * (dropped.square() @ gram.diagonal())
     # Of both, the same member of all groups in a row.
-    weight, product = (to_planes(matrix, m).contiguous() for matrix in (weight, product))
+    weight, product = (group_members(matrix, m).contiguous() for matrix in (weight, product))
     gram = gram.view(groups, m, groups, m).permute(1, 0, 3, 2).contiguous()
     refined = mask.clone(memory_format=torch.contiguous_format)
     pointers = [tensor.data_ptr() for tensor in (weight, gram, product, tolerance, refined)]
@@ -119,7 +119,7 @@ def refine_in_torch(
             weight[active, out].unsqueeze(1) * gram[out] - weight[active, into].unsqueeze(1) * gram[into]
         )
     keep = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, order[:, :n].flatten(1), True)
-    return to_planes(keep, m).contiguous()
+    return group_members(keep, m).contiguous()
 
 
 def _dropped(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

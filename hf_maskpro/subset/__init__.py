@@ -14,7 +14,7 @@ from .codec import (
     unpack_codes,
 )
 from .compiling import Kernel
-from .distributions import Distribution, gumbel, log_prob, marginals, marginals_backward, mode, sample, score
+from .distributions import Distribution, gumbel, log_prob, mode, sample, score
 from .kernels import (
     apply_packed,
     keep_of,
@@ -25,6 +25,7 @@ from .kernels import (
     score_and_update,
     theta_gradient,
 )
+from .marginals import marginals, marginals_backward
 
 
 __all__ = [

@@ -13,58 +13,11 @@ import torch
 
 from .bits import both_ends, position_words, to_uniform, uniform_bits
 from .codec import join, mask_of
+from .marginals import marginals_of, suffix_polynomials
+from .weights import planes_of, weights_of, work_dtype
 
 
 Distribution = Literal["plackett_luce", "conditional_poisson"]
-
-# A member this far below (above) the n-th largest logit of its group is never (always) drawn; without the clamp a
-# lead of about 103 underflows float32 and gives NaN.
-_LOWEST = -60.0
-# In float32 products of four such weights must stay finite. What the limit changes has a probability below 2**-28.
-_HIGHEST = {torch.float32: 20.0, torch.float64: 40.0}
-# The polynomial of the least maximal relative error that is exact at 0.
-_POWER_OF_TWO = (0.00132646524, 0.00967151133, 0.0555073396, 0.240222421, 0.693146978, 1.0)
-
-
-def _planes(tensor: torch.Tensor) -> list[torch.Tensor]:
-    return list(tensor.unbind(-2))
-
-
-def work_dtype(n: int) -> torch.dtype:
-    """Products of more than two weights of up to exp(40) leave the range of float32."""
-    return torch.float32 if n <= 2 else torch.float64
-
-
-def _nth_largest(planes: list[torch.Tensor], n: int) -> torch.Tensor:
-    """The n-th largest of the planes, element-wise, by n passes of bubble sort."""
-    planes = list(planes)
-    for k in range(n):
-        for i in range(len(planes) - 1, k, -1):
-            low, high = torch.minimum(planes[i - 1], planes[i]), torch.maximum(planes[i - 1], planes[i])
-            planes[i - 1], planes[i] = high, low
-    return planes[n - 1]
-
-
-def weights_of(planes: list[torch.Tensor], n: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """exp(logits), shifted by the n-th largest of the group, in `dtype`."""
-    planes = [plane.to(dtype) for plane in planes]
-    shift = _nth_largest(planes, n)
-    exponents = [(plane - shift).clamp(_LOWEST, _HIGHEST[dtype]) for plane in planes]
-    return [_exp(exponent) if dtype == torch.float32 else exponent.exp() for exponent in exponents]
-
-
-def _exp(exponent: torch.Tensor) -> torch.Tensor:
-    """
-    exp in float32 by exactly rounded operations alone, so that eager and compiled masks are the same: libraries differ
-    in its last bit. `2**f` for f in [-0.5, 0.5] is a polynomial with a relative error of 1e-7.
-    """
-    binary = exponent * 1.4426950408889634
-    whole = binary.round()
-    fraction = binary - whole
-    power = fraction * _POWER_OF_TWO[0] + _POWER_OF_TWO[1]
-    for coefficient in _POWER_OF_TWO[2:]:
-        power = power * fraction + coefficient
-    return (power.view(torch.int32) + (whole.int() << 23)).view(torch.float32)
 
 
 def gumbel(like: torch.Tensor, first: torch.Tensor, second: torch.Tensor, count: int) -> list[torch.Tensor]:
@@ -98,7 +51,7 @@ def mode(logits: torch.Tensor, n: int) -> torch.Tensor:
     Returns:
         `torch.Tensor`: bool `[..., m, groups]`.
     """
-    return torch.stack(mode_of(_planes(logits), n), dim=-2)
+    return torch.stack(mode_of(planes_of(logits), n), dim=-2)
 
 
 def mode_of(planes: list[torch.Tensor], n: int) -> list[torch.Tensor]:
@@ -129,7 +82,7 @@ def sample(
     Returns:
         `torch.Tensor`: bool `[..., m, groups]`.
     """
-    weights = weights_of(_planes(logits), n, work_dtype(n))
+    weights = weights_of(planes_of(logits), n, work_dtype(n))
     words = uniform_bits((draws(n, distribution), *weights[0].shape), seed, layer, logits.device)
     return mask_of(draw(weights, n, words.unbind(0), distribution), len(weights))
 
@@ -227,7 +180,7 @@ def _draw_plackett_luce(weights: list[torch.Tensor], n: int, uniform: list[torch
 def _draw_conditional_poisson(weights: list[torch.Tensor], n: int, uniform: torch.Tensor) -> list[torch.Tensor]:
     """One uniform number per group walks the sets in lexicographic order, member by member."""
     m = len(weights)
-    suffix = _suffix_polynomials(weights, n)
+    suffix = suffix_polynomials(weights, n)
     threshold = uniform * suffix[0][n]
     left = torch.full_like(weights[0], n, dtype=torch.int32)
     kept = []
@@ -241,116 +194,6 @@ def _draw_conditional_poisson(weights: list[torch.Tensor], n: int, uniform: torc
         left = left - hit.int()
         kept.append(hit)
     return kept
-
-
-def _extend(polynomials: list[torch.Tensor], weight: torch.Tensor) -> list[torch.Tensor]:
-    """Elementary symmetric polynomials e_0..e_n after one more weight."""
-    return [polynomials[0]] + [polynomials[k] + weight * polynomials[k - 1] for k in range(1, len(polynomials))]
-
-
-def _suffix_polynomials(weights: list[torch.Tensor], n: int) -> list[list[torch.Tensor]]:
-    """e_0..e_n of the weights from i onwards, for i = 0..m."""
-    one, zero = torch.ones_like(weights[0]), torch.zeros_like(weights[0])
-    suffix = [[one] + [zero] * n]
-    for weight in reversed(weights):
-        suffix.append(_extend(suffix[-1], weight))
-    return suffix[::-1]
-
-
-def marginals(logits: torch.Tensor, n: int) -> torch.Tensor:
-    """
-    Probability that each member is kept, under the conditional Poisson distribution.
-
-    `mu_i = w_i e_{n-1}(w without i) / e_n(w)` with `w = exp(logits)`: sums of positive terms alone.
-
-    Args:
-        logits (`torch.Tensor`): `[..., m, groups]`.
-        n (`int`): Members kept per group.
-
-    Returns:
-        `torch.Tensor`: float32 `[..., m, groups]`; sums to n over the members.
-    """
-    weights = weights_of(_planes(logits), n, work_dtype(n))
-    return torch.stack(marginals_of(weights, n), dim=-2).float()
-
-
-def marginals_of(weights: list[torch.Tensor], n: int) -> list[torch.Tensor]:
-    """[`marginals`] on planes of weights."""
-    suffix = _suffix_polynomials(weights, n)
-    total = suffix[0][n]
-    prefix = [suffix[-1][0]] + [suffix[-1][1]] * n
-    result = []
-    for i, weight in enumerate(weights):
-        without = sum(prefix[k] * suffix[i + 1][n - 1 - k] for k in range(n))
-        result.append(weight * without / total)
-        prefix = _extend(prefix, weight)
-    return result
-
-
-def marginals_backward(logits: torch.Tensor, n: int, grad: torch.Tensor) -> torch.Tensor:
-    """
-    Send a gradient with respect to the mask through the exact marginals to the logits: SIMPLE (Ahmed et al., ICLR
-    2023).
-
-    `dL/dl_i = sum_j Cov(m_i, m_j) d_j = mu_i (1 - mu_i) (E[f | i kept] - E[f | i dropped])` where `f` is the sum of
-    `d` over the kept members. `1 - mu_i` is formed as the probability of the sets without i, never by subtraction.
-
-    Args:
-        logits (`torch.Tensor`): `[..., m, groups]`.
-        n (`int`): Members kept per group.
-        grad (`torch.Tensor`): `d`, the gradient with respect to the mask, `[..., m, groups]`.
-
-    Returns:
-        `torch.Tensor`: float32 `[..., m, groups]`.
-    """
-    dtype = work_dtype(n)
-    values = [plane.to(dtype) for plane in _planes(grad)]
-    return torch.stack(marginal_gradient(weights_of(_planes(logits), n, dtype), values, n), dim=-2)
-
-
-def marginal_gradient(weights: list[torch.Tensor], values: list[torch.Tensor], n: int) -> list[torch.Tensor]:
-    """[`marginals_backward`] on planes."""
-    suffix = _suffix_polynomials(weights, n)
-    # Beside each e_k, the same sum over sets with f(set) as a further factor.
-    zero = torch.zeros_like(weights[0])
-    suffix_f = [[zero] * (n + 1)]
-    for i in range(len(weights) - 1, -1, -1):
-        suffix_f.append(_extend_f(suffix[i + 1], suffix_f[-1], weights[i], values[i]))
-    suffix_f = suffix_f[::-1]
-    total = suffix[0][n]
-    prefix, prefix_f = suffix[-1], suffix_f[-1]
-    result = []
-    for i, (weight, value) in enumerate(zip(weights, values, strict=True)):
-        kept, kept_f = _combine(prefix, prefix_f, suffix[i + 1], suffix_f[i + 1], n - 1)
-        dropped, dropped_f = _combine(prefix, prefix_f, suffix[i + 1], suffix_f[i + 1], n)
-        difference = value + kept_f / kept - dropped_f / dropped
-        result.append((weight * kept / total * (dropped / total) * difference).float())
-        prefix, prefix_f = _extend(prefix, weight), _extend_f(prefix, prefix_f, weight, value)
-    return result
-
-
-def _extend_f(
-    polynomials: list[torch.Tensor], with_f: list[torch.Tensor], weight: torch.Tensor, value: torch.Tensor
-) -> list[torch.Tensor]:
-    """The sums with the factor f, after one more weight whose value is `value`."""
-    return [with_f[0]] + [
-        with_f[k] + weight * (with_f[k - 1] + value * polynomials[k - 1]) for k in range(1, len(with_f))
-    ]
-
-
-def _combine(
-    left: list[torch.Tensor],
-    left_f: list[torch.Tensor],
-    right: list[torch.Tensor],
-    right_f: list[torch.Tensor],
-    n: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """e_n of two disjoint parts together, and the same sum with the factor f."""
-    plain, with_f = left[0] * right[n], left_f[0] * right[n] + left[0] * right_f[n]
-    for k in range(1, n + 1):
-        plain = plain + left[k] * right[n - k]
-        with_f = with_f + left_f[k] * right[n - k] + left[k] * right_f[n - k]
-    return plain, with_f
 
 
 def log_prob(logits: torch.Tensor, mask: torch.Tensor, distribution: Distribution = "plackett_luce") -> torch.Tensor:
@@ -368,9 +211,9 @@ def log_prob(logits: torch.Tensor, mask: torch.Tensor, distribution: Distributio
     n = _subset_size(mask)
     if distribution == "plackett_luce":
         return _PlackettLuceSubsets(logits, mask, n).forward[-1]
-    weights = weights_of(_planes(logits), n, torch.float64)
-    chosen = sum(torch.where(kept, weight.log(), 0.0) for kept, weight in zip(_planes(mask), weights, strict=True))
-    return chosen - _suffix_polynomials(weights, n)[0][n].log()
+    weights = weights_of(planes_of(logits), n, torch.float64)
+    chosen = sum(torch.where(kept, weight.log(), 0.0) for kept, weight in zip(planes_of(mask), weights, strict=True))
+    return chosen - suffix_polynomials(weights, n)[0][n].log()
 
 
 def score(logits: torch.Tensor, mask: torch.Tensor, distribution: Distribution = "plackett_luce") -> torch.Tensor:
@@ -388,8 +231,8 @@ def score(logits: torch.Tensor, mask: torch.Tensor, distribution: Distribution =
     n = _subset_size(mask)
     if n > 2 and distribution == "plackett_luce":
         return _score_plackett_luce(logits, mask, n)
-    weights = weights_of(_planes(logits), n, work_dtype(n))
-    return torch.stack(score_of(weights, _planes(mask), n, distribution), dim=-2).float()
+    weights = weights_of(planes_of(logits), n, work_dtype(n))
+    return torch.stack(score_of(weights, planes_of(mask), n, distribution), dim=-2).float()
 
 
 def _subset_size(mask: torch.Tensor) -> int:
@@ -437,7 +280,7 @@ class _PlackettLuceSubsets:
     """
 
     def __init__(self, logits: torch.Tensor, mask: torch.Tensor, n: int):
-        log_weights = torch.stack(weights_of(_planes(logits), n, torch.float64), dim=-1).log()
+        log_weights = torch.stack(weights_of(planes_of(logits), n, torch.float64), dim=-1).log()
         by_group = mask.transpose(-1, -2)
         self.log_weights = log_weights
         kept = log_weights[by_group].view(*by_group.shape[:-1], n)

@@ -20,13 +20,12 @@ from .distributions import (
     Distribution,
     draw,
     draws,
-    marginal_gradient,
     mode_of,
     score,
     score_of,
-    weights_of,
-    work_dtype,
 )
+from .marginals import marginal_gradient
+from .weights import weights_of, work_dtype
 
 
 def _kernel(function: Callable[..., Any], n: int, m: int, job: str) -> Kernel:

@@ -6,18 +6,16 @@ from math import comb
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D
 
 from ..subset import (
     Distribution,
     apply_packed,
     check_packed,
     codes_of,
+    group_members,
     keep_of,
     mask_of,
     mode,
@@ -41,11 +39,6 @@ PLAIN_LOGIT_SCALE = 5.0
 LOGITS = (torch.float32, torch.bfloat16)
 
 NO_MASK = "they say nothing of what to keep; load an earlier state, or train anew with a smaller learning rate"
-
-
-def to_planes(rows: torch.Tensor, m: int) -> torch.Tensor:
-    """`[out_features, in_features]` to `[out_features, m, in_features // m]`, a view."""
-    return rows.unflatten(1, (-1, m)).transpose(1, 2)
 
 
 class _ApplyMask(torch.autograd.Function):
@@ -175,7 +168,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         shape = (out_features, config.m, in_features // config.m)
         data_free = not config.awaits_file and config.init_mask in DATA_FREE and not weight.is_meta
         if data_free:
-            scores = to_planes(weight.abs(), config.m) if config.init_mask == "magnitude" else torch.rand(shape)
+            scores = group_members(weight.abs(), config.m) if config.init_mask == "magnitude" else torch.rand(shape)
             packed = pack_codes(codes_of(mode(scores.to(weight.device), config.n)), config.n, config.m)
         else:
             packed = _placeholder(out_features, in_features, config, weight.device)
@@ -477,43 +470,3 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names, keep=False)
         return self.get_base_layer()
-
-
-class MaskProLinear(MaskProLayer):
-    """A masked `nn.Linear`."""
-
-    def out_in(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight
-
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, weight, self.base_layer.bias)
-
-    def __repr__(self) -> str:
-        return "maskpro." + super().__repr__()
-
-
-class MaskProConv1DLinear(MaskProLinear):
-    """
-    A masked `transformers.pytorch_utils.Conv1D`, GPT-2's linear layer with a transposed weight.
-
-    PEFT knows a masked linear layer by the word in its class's name.
-    """
-
-    def out_in(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.T
-
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        bias = self.get_base_layer().bias
-        return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.shape[1])
-
-
-def layer_class(module: nn.Module) -> type[MaskProLinear] | None:
-    """The class that masks a module, or `None` if there is none."""
-    # nn.MultiheadAttention reads the weight of its output projection and never calls it.
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return None
-    if isinstance(module, nn.Linear) and module.weight.is_floating_point():
-        return MaskProLinear
-    if isinstance(module, Conv1D):
-        return MaskProConv1DLinear
-    return None

@@ -1,16 +1,12 @@
-import hashlib
 import json
 import re
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -24,9 +20,10 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from ..subset import mode_codes, pack_codes, unpack_codes
-from .card import hub_id
+from .base import cached_commit, check_base, listed
 from .config import MaskProConfig
-from .layer import LOGITS, NO_MASK, MaskProLayer, has_memory, layer_class, logit_scale, members_first
+from .layer import LOGITS, NO_MASK, MaskProLayer, has_memory, logit_scale, members_first
+from .linear import layer_class
 
 
 # For all names of a model, which take milliseconds.
@@ -38,9 +35,6 @@ for pattern in patterns:
     for name in names:
         re.fullmatch(pattern, name)
 """
-
-# Weights of a layer that its fingerprint looks at, at least.
-_FINGERPRINTED = 4096
 
 
 class MaskProModel(BaseTuner):
@@ -93,10 +87,10 @@ class MaskProModel(BaseTuner):
                     base = module.get_base_layer() if isinstance(module, MaskProLayer) else module
                     weights[name] = cast(torch.Tensor, base.weight).detach()
         for problem, names in problems.items():
-            raise ValueError(f"cannot mask {_listed(names)}: {problem}.")
+            raise ValueError(f"cannot mask {listed(names)}: {problem}.")
         if isinstance(model, PreTrainedModel) and peft_config.revision is None and not peft_config.awaits_file:
-            peft_config.revision = _cached_commit(model.name_or_path)
-        _check_base(peft_config, weights)
+            peft_config.revision = cached_commit(model.name_or_path)
+        check_base(peft_config, weights)
 
     def _create_and_replace(
         self,
@@ -178,18 +172,18 @@ class MaskProModel(BaseTuner):
         assert isinstance(config, MaskProConfig)
         # PEFT would put the one of two names for the same tensor in the place of the other.
         if named := [key for key in state_dict if re.search(r"\.maskpro_(mask|theta)\.", key)]:
-            raise ValueError(f"the adapter file has names that are none of a mask's: {_listed(named)}.")
+            raise ValueError(f"the adapter file has names that are none of a mask's: {listed(named)}.")
         result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layers = dict(_layers(model, adapter_name))
         known = {f"{name}.maskpro_{part}.{adapter_name}" for name in layers for part in ("mask", "theta")}
         surplus = [key for key in result if re.search(r"\.maskpro_(mask|theta)(\.|$)", key) and key not in known]
         if surplus:
-            raise ValueError(f"the adapter file has masks for layers that the model has not: {_listed(surplus)}.")
+            raise ValueError(f"the adapter file has masks for layers that the model has not: {listed(surplus)}.")
         # PEFT would load them into the base model.
         weights = [key for key in result if key not in known and ".modules_to_save." not in key]
         if weights:
             raise ValueError(
-                f"the adapter file has weights besides its masks: {_listed(weights)}. Those that belong to it come by "
+                f"the adapter file has weights besides its masks: {listed(weights)}. Those that belong to it come by "
                 "modules_to_save; save it without others (save_embedding_layers=False)."
             )
         for name, layer in layers.items():
@@ -314,10 +308,6 @@ def _check_patterns(config: MaskProConfig, names: list[str]) -> None:
         raise ValueError(f"the adapter's configuration has a pattern of layers that is none: {reason}.") from error
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _unsupported(module: nn.Module) -> str:
     if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}, and quantized layers are not supported"
@@ -342,63 +332,6 @@ def _why_not(module: nn.Module, config: MaskProConfig, embeddings: set[int]) -> 
     return None
 
 
-def _cached_commit(name: str) -> str | None:
-    """The commit of a model in the Hub's cache, if there is only one that it can have been loaded from."""
-    repo = hub_id(name)
-    file = try_to_load_from_cache(repo, "config.json") if repo else None
-    if not isinstance(file, str) or len(list(Path(file).parents[1].iterdir())) > 1:
-        return None
-    return Path(file).parent.name
-
-
-def fingerprint(weight: torch.Tensor) -> str:
-    """
-    A hash of a few thousand weights spread over a matrix, as bfloat16: the same for a float32 copy of it.
-
-    Args:
-        weight (`torch.Tensor`): Of any shape, float32 or bfloat16.
-    """
-    values = weight.flatten()
-    sample = values[:: max(1, len(values) // _FINGERPRINTED)].to("cpu", torch.bfloat16).view(torch.int16)
-    return hashlib.blake2b(f"{list(weight.shape)}".encode() + sample.numpy().tobytes(), digest_size=8).hexdigest()
-
-
-def _check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
-    """
-    Record which weights a new mask is for, which are finite; refuse other weights than those that a loaded mask was
-    learned for.
-    """
-    if any(weight.is_meta for weight in weights.values()):
-        # A skeleton: there is nothing to compare.
-        return
-    # A finished mask may well drop such weights; what is learned from now on would compare with them.
-    if not config.awaits_file:
-        other = [f"{name}.weight" for name, weight in weights.items() if not _is_finite(weight)]
-        if other:
-            raise ValueError(f"cannot mask {_listed(other)}: the base model has weights there that are not finite.")
-    if any(weight.dtype == torch.float16 for weight in weights.values()):
-        if config.awaits_file:
-            warnings.warn("float16 weights cannot be compared with those that the mask was learned for.", stacklevel=2)
-        return
-    found = {name: fingerprint(weight) for name, weight in weights.items()}
-    known = config.base_fingerprint
-    if config.awaits_file and known is None:
-        warnings.warn("the adapter does not say which weights it was learned for; they are not checked.", stacklevel=2)
-    elif config.awaits_file and config.check_base:
-        other = [name for name, value in found.items() if known is not None and known.get(name) != value]
-        if other:
-            raise ValueError(
-                f"the mask was learned for other weights than this model has, in {len(other)} of {len(found)} layers: "
-                f"{_listed(other)}. Load the base model that it names, or pass a config= with check_base = False."
-            )
-    config.base_fingerprint = found
-
-
-def _is_finite(weight: torch.Tensor) -> bool:
-    # NaN is the least and the largest of what it is among; and unlike isfinite this takes no memory.
-    return bool(torch.stack(torch.aminmax(weight)).isfinite().all())
-
-
 def _refuse_fused_experts(model: nn.Module, inside: tuple[str, ...]) -> None:
     """Mixture-of-experts weights fused into 3-D parameters would stay dense, and they are most of such a model."""
     fused = [
@@ -410,6 +343,6 @@ def _refuse_fused_experts(model: nn.Module, inside: tuple[str, ...]) -> None:
     ]
     if fused:
         raise ValueError(
-            f"cannot mask {_listed(fused)}: fused expert parameters would stay dense; "
+            f"cannot mask {listed(fused)}: fused expert parameters would stay dense; "
             "name target_modules to mask the linear layers alone."
         )

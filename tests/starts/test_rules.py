@@ -6,8 +6,7 @@ import torch
 from hf_maskpro import MaskProConfig
 from hf_maskpro.starts import _mask_by_rule, gblm, magnitude, pruner_zero, ria, sparsegpt, wanda
 from hf_maskpro.starts.walk import Calibration, Inputs
-from hf_maskpro.subset import mode
-from hf_maskpro.tuner.layer import to_planes
+from hf_maskpro.subset import group_members, mode
 
 
 def random_layer(out_features=6, in_features=16, sequences=3, tokens=20):
@@ -68,7 +67,7 @@ def test_scores_and_masks(n, m):
         torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-8)
         by_group = expected.view(6, -1, m)
         keep = torch.zeros_like(by_group, dtype=torch.bool).scatter(2, by_group.topk(n, dim=2).indices, True)
-        assert torch.equal(mode(to_planes(scores, m), n), keep.transpose(1, 2))
+        assert torch.equal(mode(group_members(scores, m), n), keep.transpose(1, 2))
 
 
 @pytest.mark.parametrize("rule", [ria, gblm, pruner_zero])

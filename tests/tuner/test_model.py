@@ -20,9 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_maskpro import MaskProConfig, check_sparsity, initialize_masks
 from hf_maskpro.deploy import merge
-from hf_maskpro.subset import keep_of
+from hf_maskpro.subset import group_members, keep_of
 from hf_maskpro.tuner import MaskProLayer, masked_layers
-from hf_maskpro.tuner.layer import to_planes
 
 from ..conftest import tiny_gpt2, tiny_llama
 
@@ -79,8 +78,8 @@ def test_starting_masks_keep_the_pattern(llama, ids, n, m, init_mask):
     assert all(zeros == pytest.approx(1 - n / m) for zeros in report.values())
     if init_mask == "magnitude":
         name = "model.layers.0.mlp.up_proj.weight"
-        planes = to_planes(dense[name].abs(), m)
-        kept = to_planes(merged.get_parameter(name).detach() != 0, m)
+        planes = group_members(dense[name].abs(), m)
+        kept = group_members(merged.get_parameter(name).detach() != 0, m)
         assert torch.equal(kept, planes >= planes.topk(n, dim=1).values[:, -1:])
 
 

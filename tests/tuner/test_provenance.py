@@ -7,7 +7,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_maskpro import MaskProConfig
-from hf_maskpro.tuner.model import _cached_commit, fingerprint
+from hf_maskpro.tuner.base import cached_commit, fingerprint
 
 
 @pytest.fixture
@@ -93,10 +93,10 @@ def test_layers_without_a_fingerprint_are_other_weights(checkpoint, adapter, kno
 def test_the_commit_is_recorded_where_it_is_certain(tmp_path, monkeypatch):
     snapshots = tmp_path / "snapshots"
     monkeypatch.setattr(
-        "hf_maskpro.tuner.model.try_to_load_from_cache", lambda *_: str(snapshots / "a" / "config.json")
+        "hf_maskpro.tuner.base.try_to_load_from_cache", lambda *_: str(snapshots / "a" / "config.json")
     )
     (snapshots / "a").mkdir(parents=True)
-    assert _cached_commit("me/base") == "a"
-    assert _cached_commit(str(tmp_path)) is None
+    assert cached_commit("me/base") == "a"
+    assert cached_commit(str(tmp_path)) is None
     (snapshots / "b").mkdir()
-    assert _cached_commit("me/base") is None
+    assert cached_commit("me/base") is None

@@ -1,0 +1,76 @@
+"""Which weights a mask is for: their fingerprint, and the commit that they come from."""
+
+import hashlib
+import warnings
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+
+from .card import hub_id
+from .config import MaskProConfig
+
+
+# Weights of a layer that its fingerprint looks at, at least.
+_FINGERPRINTED = 4096
+
+
+def fingerprint(weight: torch.Tensor) -> str:
+    """
+    A hash of a few thousand weights spread over a matrix, as bfloat16: the same for a float32 copy of it.
+
+    Args:
+        weight (`torch.Tensor`): Of any shape, float32 or bfloat16.
+    """
+    values = weight.flatten()
+    sample = values[:: max(1, len(values) // _FINGERPRINTED)].to("cpu", torch.bfloat16).view(torch.int16)
+    return hashlib.blake2b(f"{list(weight.shape)}".encode() + sample.numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
+    """
+    Record which weights a new mask is for, which are finite; refuse other weights than those that a loaded mask was
+    learned for.
+    """
+    if any(weight.is_meta for weight in weights.values()):
+        # A skeleton: there is nothing to compare.
+        return
+    # A finished mask may well drop such weights; what is learned from now on would compare with them.
+    if not config.awaits_file:
+        other = [f"{name}.weight" for name, weight in weights.items() if not _is_finite(weight)]
+        if other:
+            raise ValueError(f"cannot mask {listed(other)}: the base model has weights there that are not finite.")
+    if any(weight.dtype == torch.float16 for weight in weights.values()):
+        if config.awaits_file:
+            warnings.warn("float16 weights cannot be compared with those that the mask was learned for.", stacklevel=2)
+        return
+    found = {name: fingerprint(weight) for name, weight in weights.items()}
+    known = config.base_fingerprint
+    if config.awaits_file and known is None:
+        warnings.warn("the adapter does not say which weights it was learned for; they are not checked.", stacklevel=2)
+    elif config.awaits_file and config.check_base:
+        other = [name for name, value in found.items() if known is not None and known.get(name) != value]
+        if other:
+            raise ValueError(
+                f"the mask was learned for other weights than this model has, in {len(other)} of {len(found)} layers: "
+                f"{listed(other)}. Load the base model that it names, or pass a config= with check_base = False."
+            )
+    config.base_fingerprint = found
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    # NaN is the least and the largest of what it is among; and unlike isfinite this takes no memory.
+    return bool(torch.stack(torch.aminmax(weight)).isfinite().all())
+
+
+def cached_commit(name: str) -> str | None:
+    """The commit of a model in the Hub's cache, if there is only one that it can have been loaded from."""
+    repo = hub_id(name)
+    file = try_to_load_from_cache(repo, "config.json") if repo else None
+    if not isinstance(file, str) or len(list(Path(file).parents[1].iterdir())) > 1:
+        return None
+    return Path(file).parent.name
+
+
+def listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

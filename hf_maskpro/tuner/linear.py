@@ -1,0 +1,49 @@
+"""The masked forms of the linear layers that there are."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from .layer import MaskProLayer
+
+
+class MaskProLinear(MaskProLayer):
+    """A masked `nn.Linear`."""
+
+    def out_in(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight, self.base_layer.bias)
+
+    def __repr__(self) -> str:
+        return "maskpro." + super().__repr__()
+
+
+class MaskProConv1DLinear(MaskProLinear):
+    """
+    A masked `transformers.pytorch_utils.Conv1D`, GPT-2's linear layer with a transposed weight.
+
+    PEFT knows a masked linear layer by the word in its class's name.
+    """
+
+    def out_in(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.T
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        bias = self.get_base_layer().bias
+        return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.shape[1])
+
+
+def layer_class(module: nn.Module) -> type[MaskProLinear] | None:
+    """The class that masks a module, or `None` if there is none."""
+    # nn.MultiheadAttention reads the weight of its output projection and never calls it.
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return None
+    if isinstance(module, nn.Linear) and module.weight.is_floating_point():
+        return MaskProLinear
+    if isinstance(module, Conv1D):
+        return MaskProConv1DLinear
+    return None
