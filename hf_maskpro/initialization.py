@@ -2,7 +2,7 @@
 
 import warnings
 
-from .starts import generated_text, initialize_masks, random_windows  # noqa: F401
+from .starts import __path__, generated_text, initialize_masks, random_windows  # noqa: F401
 
 
 warnings.warn(

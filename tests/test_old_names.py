@@ -21,3 +21,7 @@ def test_an_old_name_warns_and_gives_the_same(monkeypatch, old, new, name):
     with pytest.warns(FutureWarning, match=f"{old} is now {new};"):
         module = importlib.import_module(old)
     assert getattr(module, name) is getattr(importlib.import_module(new), name)
+
+
+def test_files_of_a_room_can_be_imported_by_its_old_name():
+    assert importlib.import_module("hf_maskpro.initialization.walk").walk.__name__ == "walk"

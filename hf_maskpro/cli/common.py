@@ -52,7 +52,7 @@ def one_line_errors() -> Iterator[None]:
     """Turn a failure into one line on stderr and exit code 1."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:
+    except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, SafetensorError) as error:
         # PEFT says of everything that goes wrong that it cannot find a file; why is in the cause.
         causes = [_line(error)] + ([_line(error.__cause__)] if isinstance(error.__cause__, OSError) else [])
         typer.echo(f"error: {': '.join(dict.fromkeys(causes))}", err=True)

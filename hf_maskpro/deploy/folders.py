@@ -33,7 +33,12 @@ def new_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
         # Outside the temporary folder, which is deleted even if the second renaming fails.
         old = Path(tempfile.mkdtemp(dir=output.parent, prefix=".old-")) / output.name
         output.rename(old)
-        folder.rename(output)
+        try:
+            folder.rename(output)
+        except BaseException:
+            old.rename(output)
+            old.parent.rmdir()
+            raise
         shutil.rmtree(old.parent)
 
 

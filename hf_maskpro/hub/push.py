@@ -106,9 +106,12 @@ def _for_masks(own: Callable[..., Any], name: str) -> None:
 
 def _save_whole(model: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
     """PEFT writes over an earlier adapter file by file, and would leave neither where it fails in between."""
+    if not kwargs.get("is_main_process", True):
+        return _save_in_place(model, save_directory, *args, **kwargs)
     folders = ["" if name == "default" else f"{name}/" for name in model.peft_config]
     with private_folder(save_directory, *(f"{folder}{file}" for folder in folders for file in CARD_FILES)) as folder:
         _save_in_place(model, str(folder), *args, **kwargs)
+    return None
 
 
 def _no_card(model: PeftModel, output_dir: str) -> None:

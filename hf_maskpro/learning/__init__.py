@@ -1,4 +1,4 @@
-"""Who moves the logits: the trainer, its arguments, and one file an estimator."""
+"""How masks are learned: the trainer, its arguments, and one file an estimator."""
 
 from .arguments import ESTIMATORS, MaskProTrainingArguments
 from .trainer import MaskProTrainer

@@ -20,43 +20,48 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 
 
 # Their own settings become fields of the arguments below.
-_SETTINGS = [estimator.Arguments for estimator in ESTIMATORS.values() if estimator.Arguments is not None]
+_SETTINGS = dict.fromkeys(known.Arguments for known in ESTIMATORS.values() if known.Arguments is not None)
 
 
 @dataclass
 class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[misc]
     """
     `TrainingArguments` with an estimator, and with defaults that suit masks rather than weights. The settings of each
-    estimator are fields too: see [`ResidualArguments`].
+    estimator are fields too: see [`ResidualArguments`], [`ProxSparseArguments`] and [`MaskLLMArguments`].
 
     Args:
         estimator (`str`, defaults to `"residual"`):
             `"residual"`: the policy gradient of MaskPro (arXiv 2506.12876), forward passes alone. `"simple"`: a
-            backward pass through the exact marginals (Ahmed et al., ICLR 2023); far fewer steps.
+            backward pass through the exact marginals (Ahmed et al., ICLR 2023); far fewer steps. `"proxsparse"` (arXiv
+            2502.00258) and `"maskllm"` (arXiv 2409.17481): those papers' learners, by backward, to compare with.
         modules_to_save_learning_rate (`float`, defaults to 5e-5):
             Learning rate of `MaskProConfig.modules_to_save`, a parameter group of their own.
         learning_rate (`float`, *optional*):
             Default 50 for `residual` (the paper's). For `simple` 0.2 in a run of 120 steps; in shorter ones more, in
             longer ones less, by the square root of the ratio: in few steps each must be larger for a logit to cross
-            `logit_scale`, in many the noise of each adds up.
+            `logit_scale`, in many the noise of each adds up. 1e-4 for `proxsparse`, 5e-4 for `maskllm`.
         lr_scheduler_type (`str`, *optional*):
-            Default `"constant"` for `residual`; for `simple` 10 warm-up steps and a linear decay to a tenth.
+            Default `"constant"` for `residual`; for `simple` 10 warm-up steps and a linear decay to a tenth; linear to
+            0 for `proxsparse`, a cosine to a tenth for `maskllm`.
         warmup_steps (`float`, *optional*):
-            Default 0 for `residual`; for `simple` 10, or a fifth of `max_steps` below 50.
+            Default 0 for `residual` and `maskllm`; for `simple` 10, or a fifth of `max_steps` below 50; a tenth of the
+            run for `proxsparse`.
         adam_beta2 (`float`, *optional*):
-            Default 0.98: gradients of logits change quickly. `residual` has no optimizer state.
+            Default 0.98 for `simple`, since gradients of logits change quickly; 0.999 for `proxsparse`, 0.95 for
+            `maskllm`. `residual` has no optimizer state.
         adam_epsilon (`float`, *optional*):
-            Default 1e-8.
+            Default 1e-8, 1e-5 for `maskllm`.
         weight_decay (`float`, *optional*):
-            Default 0.
+            Default 0, 0.1 for `maskllm`.
         max_grad_norm (`float`, *optional*):
-            Default 0, no clipping: Adam scales every logit's step by itself, `residual` has no gradient.
+            Default 0, no clipping, for `simple` and `residual`: Adam scales every logit's step by itself, and the
+            other has no gradient. 1 for `proxsparse` and `maskllm`.
 
     Raises:
         `ValueError`: if a value is none of those allowed.
     """
 
-    estimator: str = field(default="residual", metadata={"help": "Who moves the logits."})
+    estimator: str = field(default="residual", metadata={"help": "How the mask is learned."})
     modules_to_save_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of modules_to_save."})
     learning_rate: float | None = field(default=None, metadata={"help": "The estimator's own unless given."})
     lr_scheduler_type: str | None = field(default=None, metadata={"help": "The estimator's own unless given."})

@@ -8,8 +8,11 @@ import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
+from ..subset import Distribution
 from .adapter import TrainedAdapter
 
 
@@ -47,12 +50,25 @@ class Estimator:
     def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
         self.trainer, self.adapter = trainer, adapter
         self.skipped = self._skipped_in_a_row = 0
+        self._steps = False
 
     def check(self) -> None:
         """
         Raises:
             `ValueError`: if it cannot train this model, by this trainer.
         """
+
+    def refuse_several_processes(self) -> None:
+        """
+        Raises:
+            `ValueError`: if the run has several, which would learn masks of their own and part.
+        """
+        args = self.trainer.args
+        if (processes := max(args.world_size, args.n_gpu)) > 1:
+            raise ValueError(
+                f"estimator={args.estimator!r} runs in one process on one device, not {processes}: "
+                "ranks with different masks would drift apart; use estimator='simple'."
+            )
 
     def begin(self) -> None:
         """Called before the first step of a run, new or resumed."""
@@ -86,19 +102,33 @@ class Estimator:
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        """One micro-batch; returns its loss. `default` is that of a `Trainer`: forward and backward."""
+        """
+        One micro-batch. `default` is that of a `Trainer`: forward and backward.
+
+        Returns:
+            `torch.Tensor`: Its share of the loss of the whole batch, a scalar without a graph.
+        """
         return default(model, inputs, num_items_in_batch)
 
+    def before_step(self) -> None:
+        """Called when the gradients of an optimizer step are there, and are finite."""
+
+    def after_step(self) -> None:
+        """Called after an optimizer step that was not skipped."""
+
     def settle(self) -> None:
-        """Bring the logits up to what was learned. Called before the mask is measured, logged or saved."""
+        """
+        Bring the logits up to what was learned. Called before the mask is measured, logged or saved, also of a trainer
+        that has not trained.
+        """
 
     def metrics(self) -> dict[str, float]:
         """What is logged beside the loss."""
         return {}
 
     def settings(self) -> dict[str, Any]:
-        """What the adapter records of its own settings."""
-        return {}
+        """What the adapter records of how it learns."""
+        return {"optimizer": OptimizerNames(self.trainer.args.optim).value}
 
     def save(self, folder: Path) -> None:
         """Write into a checkpoint what a resumed run needs beside logits and optimizer."""
@@ -115,14 +145,35 @@ class Estimator:
         """Share of all groups that one sample changes against the starting mask."""
         # Seeded by the step: a draw from torch's generator would change the run.
         seed = self.trainer.state.global_step
-        return self.adapter.share_that_differs(lambda i, layer: layer.sampled_codes(self.adapter.name, seed, i))
+        name, distribution = self.adapter.name, self.distribution
+        return self.adapter.share_that_differs(lambda i, layer: layer.sampled_codes(name, seed, i, distribution))
 
-    def skip_unless_finite(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the gradients away before a step that would make the logits NaN."""
+    @property
+    def distribution(self) -> Distribution:
+        """What the layers sample from."""
+        return "conditional_poisson"
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
+        """Skip steps that are not finite, and call [`before_step`] and [`after_step`] for others."""
+        return [
+            optimizer.register_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer)),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
+
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if parameters and not self.is_finite(get_total_norm([p.grad for p in parameters])):
-            for parameter in parameters:
-                parameter.grad = None
+        self._steps = not parameters or self.is_finite(get_total_norm([p.grad for p in parameters]))
+        if self._steps:
+            self.before_step()
+            return
+        for parameter in parameters:
+            # Without a gradient an optimizer leaves a parameter alone.
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        if self._steps:
+            self.after_step()
 
     def is_finite(self, value: torch.Tensor) -> bool:
         """

@@ -13,7 +13,7 @@ from ..tuner import MaskProLayer
 from .relaxation import Relaxation
 
 
-# The deviation of the gates at first. The start's mask is put three of these above a neutral one.
+# The deviation of the gates at first, and how many of them a member that the starting mask keeps is worth.
 SPREAD, PRIOR = 0.01, 3.0
 # From the first step to the last.
 SCALE, TEMPERATURE = (100.0, 500.0), (4.0, 0.05)
@@ -38,8 +38,8 @@ class MaskLLM(Relaxation):
     `softmax((kappa * gates + Gumbel noise) / tau) @ masks`, with kappa from 100 to 500 and tau from 4 to 0.05 over the
     run; the learned mask is that of the largest gate. Gates are C(m, n) / m times as many as weights.
 
-    As in the published code, the gates start from noise of deviation 0.01, to which the starting mask adds, for each
-    mask, three times that deviation, times the share that both keep, between -1 and 1.
+    As in the published code, the gates start from noise of deviation 0.01, to which the starting mask adds three times
+    that deviation, times the number of members that both keep less one.
     """
 
     Arguments = MaskLLMArguments
@@ -66,12 +66,12 @@ class MaskLLM(Relaxation):
         if config.m != 4 or config.n not in (1, 2):
             raise ValueError(f"estimator='maskllm' learns 2:4 and 1:4, not {config.pattern}; use estimator='simple'.")
 
-    def start(self, index: int, layer: MaskProLayer) -> torch.Tensor:
-        n, kept = self.adapter.config.n, layer.initial_mask(self.adapter.name).float()
+    def initial_values(self, index: int, layer: MaskProLayer) -> torch.Tensor:
+        n, kept = self.adapter.config.n, layer.learned_mask(self.adapter.name).float()
         rows, m, groups = kept.shape
         gates = SPREAD * torch.randn(rows, comb(m, n), groups).to(kept.device)
         overlap = torch.einsum("cm,rmg->rcg", candidates(n, m, kept.device), kept)
-        return gates + (2 * overlap / n - 1) * gates.std() * PRIOR
+        return gates + (overlap - 1) * gates.std() * PRIOR
 
     def _progress(self) -> float:
         return min(1.0, self.trainer.state.global_step / max(1, self.trainer.state.max_steps))
@@ -79,7 +79,7 @@ class MaskLLM(Relaxation):
     def _annealed(self, ends: tuple[float, float]) -> float:
         return ends[0] + (ends[1] - ends[0]) * self._progress()
 
-    def relaxed(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:
+    def training_weight(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:
         # torch's own generator, so that the replay of gradient checkpointing holds, and a resumed run.
         seed = int(torch.randint(2**63 - 1, ()))
         bonus = self.trainer.args.weight_bonus * (1 - self._progress())
@@ -95,7 +95,7 @@ class MaskLLM(Relaxation):
         )
         return layer.out_in(masked)
 
-    def mask(self, index: int, layer: MaskProLayer) -> torch.Tensor:
+    def mask_of_values(self, index: int, layer: MaskProLayer) -> torch.Tensor:
         config, gates = self.adapter.config, self.values[index]
         chosen = candidates(config.n, config.m, gates.device)[gates.argmax(1)]
         return chosen.transpose(1, 2) == 1
@@ -104,7 +104,7 @@ class MaskLLM(Relaxation):
         return {"temperature": self._annealed(TEMPERATURE)}
 
     def settings(self) -> dict[str, Any]:
-        return {name: getattr(self.trainer.args, name) for name in ("optim", "weight_bonus")}
+        return super().settings() | {"weight_bonus": self.trainer.args.weight_bonus}
 
 
 class _SoftMask(torch.autograd.Function):

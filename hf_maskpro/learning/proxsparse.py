@@ -1,15 +1,15 @@
 """`proxsparse`: a relaxed weight and a proximal operator that is at rest at 2:4 (ProxSparse, arXiv 2502.00258)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, reduce
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from ..subset import Kernel, group_members, mode
 from ..tuner import MaskProLayer
+from .adapter import TrainedAdapter
 from .relaxation import Relaxation
 
 
@@ -52,8 +52,10 @@ class ProxSparse(Relaxation):
 
     Arguments = ProxSparseArguments
 
-    # `lambda` of every layer.
-    strengths: list[torch.Tensor]
+    def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
+        super().__init__(trainer, adapter)
+        # `lambda` of every layer.
+        self.strengths: list[torch.Tensor] = []
 
     @classmethod
     def defaults(cls, args: TrainingArguments) -> dict[str, Any]:
@@ -61,11 +63,11 @@ class ProxSparse(Relaxation):
             value = getattr(args, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}; it needs to be at least 0.")
-        steps = args.max_steps if args.max_steps > 0 else 120
         return {
             "learning_rate": 1e-4,
             "lr_scheduler_type": "linear",
-            "warmup_steps": steps // 10,
+            # A tenth of the run.
+            "warmup_steps": 0.1,
             "max_grad_norm": 1.0,
         }
 
@@ -75,27 +77,20 @@ class ProxSparse(Relaxation):
         if (config.n, config.m) != (2, 4):
             raise ValueError(f"estimator='proxsparse' learns 2:4 alone, not {config.pattern}; use estimator='simple'.")
 
-    def optimizer(self, default: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
-        args = self.trainer.args
-        weights = [layer.get_base_layer().weight.detach().float() for layer in self.adapter.layers]
-        self.strengths = [
-            args.learning_rate / weight.square().median()
-            if args.prox_lambda is None
-            else weight.new_tensor(args.prox_lambda)
-            for weight in weights
-        ]
-        return super().optimizer(default)
-
-    def start(self, index: int, layer: MaskProLayer) -> torch.Tensor:
-        rows = layer.out_in(layer.get_base_layer().weight).float()
+    def initial_values(self, index: int, layer: MaskProLayer) -> torch.Tensor:
+        args, rows = self.trainer.args, layer.out_in(layer.get_base_layer().weight).float()
+        typical = rows[rows != 0].square().median()
+        # Of a layer of zeros there is nothing to choose.
+        strength = (args.learning_rate / typical).nan_to_num(0) if args.prox_lambda is None else args.prox_lambda
+        self.strengths = [*self.strengths[:index], torch.as_tensor(strength, device=rows.device, dtype=rows.dtype)]
         members = group_members(rows, 4)
-        size, kept = members.abs(), layer.initial_mask(self.adapter.name)
+        size, kept = members.abs(), layer.learned_mask(self.adapter.name)
         least = size.masked_fill(~kept, torch.inf).amin(1, keepdim=True)
         largest = (mode(size, 2) == kept).all(1, keepdim=True)
         limit = torch.where(largest | kept, torch.inf, BELOW * least)
         return torch.where(size > limit, members.sign() * limit, members).transpose(1, 2).flatten(1)
 
-    def relaxed(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:
+    def training_weight(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:
         return layer.out_in(self.values[index].to(weight.dtype))
 
     def training_step(self, *args: Any) -> torch.Tensor:
@@ -103,15 +98,17 @@ class ProxSparse(Relaxation):
         pull = self.trainer.args.prox_pull / self.trainer.current_gradient_accumulation_steps
         if pull:
             for value, layer in zip(self.values, self.adapter.layers, strict=True):
-                assert value.grad is not None
+                # A layer that the batch did not reach is pulled all the same.
+                value.grad = torch.zeros_like(value) if value.grad is None else value.grad
                 value.grad += pull * pull_gradient(value.detach(), layer.out_in(layer.get_base_layer().weight).float())
         return loss
 
     def after_step(self) -> None:
+        super().after_step()
         for value, strength in zip(self.values, self.strengths, strict=True):
-            value.copy_(shrink(value, strength))
+            value.copy_(proximal_step(value, strength))
 
-    def mask(self, index: int, layer: MaskProLayer) -> torch.Tensor:
+    def mask_of_values(self, index: int, layer: MaskProLayer) -> torch.Tensor:
         return mode(group_members(self.values[index].abs(), 4), 2)
 
     def metrics(self) -> dict[str, float]:
@@ -119,16 +116,26 @@ class ProxSparse(Relaxation):
         return {"dense_groups": dense / self.adapter.groups()}
 
     def settings(self) -> dict[str, Any]:
-        return {name: getattr(self.trainer.args, name) for name in ("optim", "prox_lambda", "prox_pull")}
+        args = self.trainer.args
+        return super().settings() | {"prox_lambda": args.prox_lambda, "prox_pull": args.prox_pull}
 
 
 def pull_gradient(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The gradient with respect to V of `||(V / (W + 0.1 sign W)) (V - W)||^2`, with sign(0) = 1."""
+    """
+    The gradient with respect to V of `||(V / (W + 0.1 sign W)) (V - W)||^2`, with sign(0) = 1.
+
+    Args:
+        value (`torch.Tensor`): V, `[out_features, in_features]`.
+        weight (`torch.Tensor`): W, of the same shape.
+
+    Returns:
+        `torch.Tensor`: Of the same shape.
+    """
     scale = weight + torch.where(weight < 0, -EPSILON, EPSILON)
     return 2 * value * (value - weight) * (2 * value - weight) / scale.square()
 
 
-def shrink(value: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+def proximal_step(value: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
     """
     In every group the minimiser of `0.5 ||w - v||^2 + strength * (|w1 w2 w3| + |w2 w3 w4| + |w3 w4 w1| + |w4 w1 w2|)`.
 

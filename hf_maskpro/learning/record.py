@@ -6,7 +6,6 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 
 from ..tuner import MaskProConfig
 from ..tuner.card import CARD_FILE, card_for_repository, load_card, save_card
@@ -14,7 +13,9 @@ from ..tuner.card import CARD_FILE, card_for_repository, load_card, save_card
 
 def record_training(config: MaskProConfig, args: TrainingArguments, steps: int, settings: dict[str, Any]) -> None:
     """Note in an adapter how its mask is learned, its estimator's own settings last."""
-    config.start["training"] = config.start.get("training", {}) | {
+    # The text is known to who began the run.
+    known = config.start.get("training", {})
+    config.start["training"] = {name: known[name] for name in ("text", "seq_len") if name in known} | {
         "estimator": args.estimator,
         "steps": steps,
         "sequences_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -23,7 +24,7 @@ def record_training(config: MaskProConfig, args: TrainingArguments, steps: int, 
         "warmup_steps": args.warmup_steps,
         "logit_scale": config.logit_scale,
         "seed": args.seed,
-        **(settings or {"optimizer": OptimizerNames(args.optim).value}),
+        **settings,
     }
 
 
@@ -53,7 +54,7 @@ def add_to_card(
 
 
 def plot_run(state: TrainerState, path: Path) -> None:
-    """Plot the loss of sampled masks, and the share of groups whose mode has left the start, against steps."""
+    """Plot the loss in training, and the share of groups whose mode has left the start, against steps."""
     from matplotlib.figure import Figure
 
     logs = [entry for entry in state.log_history if "loss" in entry]
@@ -63,7 +64,7 @@ def plot_run(state: TrainerState, path: Path) -> None:
     axes = figure.subplots()
     steps = [entry["step"] for entry in logs]
     axes.plot(steps, [entry["loss"] for entry in logs])
-    axes.set(xlabel="step", ylabel="loss of sampled masks")
+    axes.set(xlabel="step", ylabel="training loss")
     changed = axes.twinx()
     changed.plot(steps, [100 * entry["changed"] for entry in logs], color="tab:orange")
     changed.set(ylabel="groups changed, %")

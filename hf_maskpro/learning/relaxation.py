@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
+from transformers import Trainer
 
 from ..tuner import MaskProLayer
+from .adapter import TrainedAdapter
 from .estimator import Estimator, TrainingStep
 
 
@@ -18,32 +20,35 @@ STATE_NAME = "estimator_state.safetensors"
 
 class Relaxation(Estimator):
     """
-    Trains one float32 tensor a layer. A subclass says where it starts, what the layer multiplies by meanwhile, what
-    follows an optimizer step, and which mask it stands for.
+    Trains one float32 tensor a layer. A subclass says where it starts, what the layer multiplies by meanwhile, and
+    which mask it stands for.
     """
 
-    # The values, one tensor a layer: they are made when a run begins, and belong to it alone.
-    values: list[nn.Parameter]
+    def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
+        super().__init__(trainer, adapter)
+        # One tensor a layer, once a run has begun.
+        self.values: list[nn.Parameter] = []
 
-    def start(self, index: int, layer: MaskProLayer) -> torch.Tensor:
-        """What a layer's values start from, float32."""
+    def initial_values(self, index: int, layer: MaskProLayer) -> torch.Tensor:
+        """What a layer's values start from, float32, of a shape of the subclass's own."""
         raise NotImplementedError
 
-    def relaxed(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:
+    def training_weight(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:
         """What a layer multiplies by in training, in the weight's layout and dtype, with a graph to the values."""
         raise NotImplementedError
 
-    def after_step(self) -> None:
-        """Called when the optimizer has moved the values."""
-
-    def mask(self, index: int, layer: MaskProLayer) -> torch.Tensor:
+    def mask_of_values(self, index: int, layer: MaskProLayer) -> torch.Tensor:
         """The mask that the values stand for, bool `[out_features, m, groups]`."""
         raise NotImplementedError
 
     def check(self) -> None:
+        args = self.trainer.args
+        self.refuse_several_processes()
         if self.trainer.optimizer is not None:
+            raise ValueError(f"estimator={args.estimator!r} makes what its optimizer steps; drop optimizers.")
+        if args.load_best_model_at_end and args.save_only_model:
             raise ValueError(
-                f"estimator={self.trainer.args.estimator!r} makes what its optimizer steps; drop optimizers."
+                f"estimator={args.estimator!r} needs its own state to go back to the best mask; drop save_only_model."
             )
 
     def parameters(self) -> list[nn.Parameter]:
@@ -51,22 +56,18 @@ class Relaxation(Estimator):
 
     def optimizer(self, default: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
         with torch.no_grad():
-            self.values = [nn.Parameter(self.start(i, layer)) for i, layer in enumerate(self.adapter.layers)]
-        optimizer = super().optimizer(default)
-        # The trainer clips the gradients of the model's own parameters, and frees those.
-        optimizer.register_step_pre_hook(lambda *_: self._clip())
-        optimizer.register_step_post_hook(lambda *_: self._finish_step())
-        return optimizer
+            self.values = [nn.Parameter(self.initial_values(i, layer)) for i, layer in enumerate(self.adapter.layers)]
+        return super().optimizer(default)
 
-    def _clip(self) -> None:
+    def before_step(self) -> None:
+        # The trainer clips the gradients of the model's own parameters.
         if (most := self.trainer.args.max_grad_norm) > 0:
             clip_grad_norm_(self.values, most)
 
-    @torch.no_grad()
-    def _finish_step(self) -> None:
+    def after_step(self) -> None:
+        # And frees those.
         for value in self.values:
             value.grad = None
-        self.after_step()
 
     def training_step(
         self,
@@ -75,13 +76,14 @@ class Relaxation(Estimator):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        with self.adapter.masks(self.relaxed):
+        with self.adapter.masks(self.training_weight):
             return default(model, inputs, num_items_in_batch)
 
     @torch.no_grad()
     def settle(self) -> None:
-        for index, layer in enumerate(self.adapter.layers):
-            layer.set_learned_mask(self.adapter.name, self.mask(index, layer))
+        if self.values:
+            for index, layer in enumerate(self.adapter.layers):
+                layer.set_learned_mask(self.adapter.name, self.mask_of_values(index, layer))
 
     def save(self, folder: Path) -> None:
         save_file({str(i): value.detach() for i, value in enumerate(self.values)}, folder / STATE_NAME)
@@ -90,8 +92,7 @@ class Relaxation(Estimator):
         path = folder / STATE_NAME
         saved = load_file(path) if path.is_file() else {}
         if [saved[key].shape for key in sorted(saved, key=int)] != [value.shape for value in self.values]:
-            estimator = self.trainer.args.estimator
-            raise ValueError(f"{folder} is not a checkpoint of estimator={estimator!r}; start a new run from it.")
+            raise ValueError(f"{path} does not hold the values of this run; start a new run from the checkpoint.")
         with torch.no_grad():
             for index, value in enumerate(self.values):
                 value.copy_(saved[str(index)])

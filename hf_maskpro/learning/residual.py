@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import exp
+from math import exp, isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
+from ..subset import Distribution
 from ..tuner import MaskProLayer
 from .adapter import TrainedAdapter
 from .estimator import Estimator, TrainingStep
@@ -24,8 +25,7 @@ logger = logging.get_logger(__name__)
 
 STATE_NAME = "residual_state.json"
 # Batches whose loss is computed both ways before cached losses are trusted, and by how much the two may differ.
-PROBES = 4
-PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+PROBES, PROBE_TOLERANCE = 4, 5e-3
 
 _INDEX = "example_index"
 
@@ -78,11 +78,7 @@ class Residual(Estimator):
 
     def check(self) -> None:
         args = self.trainer.args
-        if (processes := max(args.world_size, args.n_gpu)) > 1:
-            raise ValueError(
-                f"estimator='residual' runs in one process on one device, not {processes}: "
-                "ranks with different masks would drift apart; use estimator='simple'."
-            )
+        self.refuse_several_processes()
         thetas = {id(theta) for theta in self.adapter.thetas()}
         parameters = self.trainer.model.named_parameters()
         others = [name for name, p in parameters if p.requires_grad and id(p) not in thetas]
@@ -115,7 +111,7 @@ class Residual(Estimator):
 
     def _sampled(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:
         """By the mask of this optimiser step, which is drawn again wherever it is needed."""
-        return layer.masked(weight, self.adapter.name, self._seed, index, self.adapter.config.distribution)
+        return layer.masked(weight, self.adapter.name, self._seed, index, self.distribution)
 
     def training_step(
         self,
@@ -157,7 +153,7 @@ class Residual(Estimator):
         self.tracker = alpha * self.tracker + (1 - alpha) * residual
         step = -self.trainer._get_learning_rate() * (residual - self.tracker)
         for index, layer in enumerate(self.adapter.layers):
-            layer.move_logits(self.adapter.name, step, self._seed, index, self.adapter.config.distribution)
+            layer.move_logits(self.adapter.name, step, self._seed, index, self.distribution)
         self._history["residual"].append(residual)
         self._history["tracker"].append(self.tracker)
 
@@ -166,18 +162,16 @@ class Residual(Estimator):
         self._history = {name: [] for name in self._history}
         return logs | {"flipped": self.flipped_groups()}
 
-    def flipped_groups(self) -> float:
-        adapter, seed = self.adapter, self.trainer.state.global_step
-        return adapter.share_that_differs(
-            lambda i, layer: layer.sampled_codes(adapter.name, seed, i, adapter.config.distribution)
-        )
+    @property
+    def distribution(self) -> Distribution:
+        return self.adapter.config.distribution
 
     def settings(self) -> dict[str, Any]:
         args = self.trainer.args
         return {
             "tracker_decay": args.tracker_decay,
             "baseline": args.baseline,
-            "distribution": self.adapter.config.distribution,
+            "distribution": self.distribution,
         }
 
     def save(self, folder: Path) -> None:
@@ -187,7 +181,13 @@ class Residual(Estimator):
         path = folder / STATE_NAME
         if not path.is_file():
             raise ValueError(f"{folder} is not a checkpoint of estimator='residual'; start a new run from it.")
-        self.tracker = json.loads(path.read_text())["tracker"]
+        try:
+            tracker = float(json.loads(path.read_text())["tracker"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{path} has no tracker: {error}; resume from an earlier checkpoint.") from error
+        if not isfinite(tracker):
+            raise ValueError(f"{path} has the tracker {tracker}; resume from an earlier checkpoint.")
+        self.tracker = tracker
 
     def train_dataloader(self, default: Callable[[], DataLoader]) -> DataLoader:
         trainer = self.trainer
@@ -198,7 +198,7 @@ class Residual(Estimator):
         trainer.train_dataset = _Indexed(dataset)
         try:
             if self._cache_is_sound():
-                self._baselines = self._cached(range(len(dataset)), trainer._train_batch_size)
+                self._baselines, _ = self._cached(range(len(dataset)), trainer._train_batch_size)
                 return default()
         finally:
             trainer.train_dataset, trainer.data_collator = dataset, collator
@@ -235,7 +235,6 @@ class Residual(Estimator):
         # A generator of its own: a draw from torch's would change the run.
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(len(trainer.train_dataset), generator=generator)[: PROBES * size].tolist()
-        tolerance = PROBE_TOLERANCE[next(trainer.model.parameters()).dtype]
         try:
             alone, together = self._cached(order, 1), self._cached(order, size)
             for inputs in self._batches(order, size):
@@ -243,18 +242,25 @@ class Residual(Estimator):
                 items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
                 with torch.no_grad(), self.adapter.masks(self.adapter.initial), trainer.accelerator.autocast():
                     loss = share_of_loss(trainer, trainer.model, trainer._prepare_inputs(inputs), items).item()
-                for losses in (alone, together):
-                    if not abs(losses[index].sum().item() / float(items) - loss) <= tolerance * abs(loss):
+                for losses, _ in (alone, together):
+                    if not abs(losses[index].sum().item() / float(items) - loss) <= PROBE_TOLERANCE * abs(loss):
                         return False
+            # A token more or less that counts is told by no tolerance.
+            return torch.equal(alone[1], together[1])
+        except torch.OutOfMemoryError:
+            raise
         # Of what has no labels or no logits, or is no batch of rows, the losses cannot be cached.
         except (KeyError, AttributeError, TypeError, ValueError, IndexError, RuntimeError, ZeroDivisionError):
             return False
-        return True
 
-    def _cached(self, examples: Sequence[int], size: int) -> torch.Tensor:
-        """Summed loss of examples under the initial mask, so many at a time: float64 `[all examples]`."""
+    def _cached(self, examples: Sequence[int], size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Summed loss of examples under the initial mask, so many at a time: float64 `[all examples]`; and how many
+        tokens of each it is of, int64.
+        """
         trainer = self.trainer
         losses = torch.zeros(len(trainer.train_dataset), dtype=torch.float64)
+        counts = torch.zeros(len(losses), dtype=torch.int64)
         trainer.model.eval()
         for inputs in tqdm(self._batches(examples, size), desc="baseline loss", disable=trainer.args.disable_tqdm):
             index = inputs.pop(_INDEX)
@@ -266,7 +272,8 @@ class Residual(Estimator):
             if len(found) != len(index):
                 raise ValueError(f"{len(index)} examples become {len(found)} rows.")
             losses[index] = found.double().cpu()
-        return losses
+            counts[index] = (labels[:, 1:] != -100).sum(1).cpu()
+        return losses, counts
 
     def _batches(self, examples: Sequence[int], size: int) -> DataLoader:
         dataset, collator = self.trainer.train_dataset, self.trainer.data_collator

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
@@ -51,6 +52,7 @@ class MaskProTrainer(Trainer):
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed partitions the logits, which masks need whole; train without it.")
         self._given_optimizer = self.optimizer
+        self._hooks: list[RemovableHandle] = []
         self.estimator = ESTIMATORS[args.estimator](self, self.adapter)
         self.estimator.check()
 
@@ -63,6 +65,9 @@ class MaskProTrainer(Trainer):
         # What an earlier run of this trainer left behind is not this run's.
         self.estimator = ESTIMATORS[self.args.estimator](self, self.adapter)
         self.optimizer = self._given_optimizer
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         self.estimator.begin()
         output = super().train(*args, **kwargs)
         self._record()
@@ -75,7 +80,9 @@ class MaskProTrainer(Trainer):
             self.config.logit_scale = self.estimator.logit_scale
         if self.optimizer is None:
             self.optimizer = self.estimator.optimizer(partial(super().create_optimizer, model))
-        self.optimizer.register_step_pre_hook(lambda optimizer, *_: self.estimator.skip_unless_finite(optimizer))
+        # A run that is tried again with smaller batches has them already.
+        if not self._hooks:
+            self._hooks = self.estimator.watch(self.optimizer)
         return self.optimizer
 
     def get_train_dataloader(self) -> DataLoader:
@@ -86,8 +93,11 @@ class MaskProTrainer(Trainer):
     ) -> torch.Tensor:
         return self.estimator.training_step(super().training_step, model, inputs, num_items_in_batch)
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.estimator.settle()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         # In eval mode every layer would keep its masked weight: that serves generation, and takes memory here.
         with self.adapter.masks(self.adapter.mode):
             return super().prediction_step(*args, **kwargs)
@@ -96,6 +106,10 @@ class MaskProTrainer(Trainer):
         """Share of all groups whose mode has left the initial mask."""
         self.estimator.settle()
         return self.adapter.changed_groups()
+
+    def flipped_groups(self) -> float:
+        """Share of all groups that one sample changes against the initial mask."""
+        return self.estimator.flipped_groups()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -145,7 +159,14 @@ class MaskProTrainer(Trainer):
             self.config.save_logits = save_logits
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved = MaskProConfig.from_pretrained(resume_from_checkpoint)
+        # Where PEFT saves the adapter, and so its card.
+        saved = MaskProConfig.from_pretrained(str(card_path(resume_from_checkpoint, self.adapter.name).parent))
+        learner = saved.start.get("training", {}).get("estimator", self.args.estimator)
+        if learner != self.args.estimator:
+            raise ValueError(
+                f"{resume_from_checkpoint} is not a checkpoint of estimator={self.args.estimator!r}, but of "
+                f"{learner!r}; start a new run from it."
+            )
         for name in ("n", "m", "logit_scale"):
             mine, theirs = getattr(self.config, name), getattr(saved, name)
             if mine not in (None, theirs):
@@ -161,6 +182,11 @@ class MaskProTrainer(Trainer):
                     f"{resume_from_checkpoint} was begun from another mask than that of the adapter; "
                     "resume with the adapter that it was begun from."
                 )
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if not self.args.save_only_model:
+            self.estimator.load(Path(str(self.state.best_model_checkpoint)))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Resumed from its last checkpoint, a Trainer would take one step more.

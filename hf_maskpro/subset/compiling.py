@@ -35,8 +35,12 @@ def _keep_kernels_private() -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = cache / "hf_maskpro" / "inductor"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # No home, or none to write to.
-    except (OSError, RuntimeError):
+        known = folder.lstat()
+        private = known.st_uid == os.getuid() and not known.st_mode & 0o022 and os.access(folder, os.W_OK)
+    # No home, none to write to, or no user ids, as on Windows.
+    except (OSError, RuntimeError, AttributeError):
+        private = False
+    if not private:
         folder = Path(tempfile.mkdtemp(prefix="hf_maskpro-"))
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 

@@ -276,6 +276,10 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         """The starting mask, bool `[out_features, m, in_features // m]`."""
         return mask_of(self.initial_codes(adapter_name), self.maskpro_config[adapter_name].m)
 
+    def learned_mask(self, adapter_name: str) -> torch.Tensor:
+        """The learned mask, bool `[out_features, m, in_features // m]`."""
+        return mask_of(self.mode_codes(adapter_name), self.maskpro_config[adapter_name].m)
+
     def set_learned_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
         """Put the logits where they would be if this were the starting mask, `[out_features, m, in_features // m]`."""
         moved = mask.float() - self.initial_mask(adapter_name).float()

@@ -304,7 +304,7 @@ def _check_patterns(config: MaskProConfig, names: list[str]) -> None:
             f"{SECONDS_TO_MATCH} seconds to match; put the names of the layers into its target_modules."
         ) from None
     except subprocess.CalledProcessError as error:
-        reason = error.stderr.strip().splitlines()[-1]
+        reason = (error.stderr.strip().splitlines() or [f"the check ended with {error.returncode}"])[-1]
         raise ValueError(f"the adapter's configuration has a pattern of layers that is none: {reason}.") from error
 
 

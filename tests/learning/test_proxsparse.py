@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 
 from hf_maskpro import MaskProConfig, MaskProTrainer
-from hf_maskpro.learning.proxsparse import pull_gradient, shrink
+from hf_maskpro.learning.proxsparse import proximal_step, pull_gradient
 from hf_maskpro.subset import compiling
 from hf_maskpro.tuner import masked_layers
 
@@ -37,7 +37,7 @@ def brute_force(v, strength):
 @pytest.mark.parametrize("strength", [0.02, 0.3, 1.0, 4.0])
 def test_the_operator_finds_the_minimum(strength):
     v = torch.randn(30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    w = shrink(v, torch.tensor(strength, dtype=v.dtype))
+    w = proximal_step(v, torch.tensor(strength, dtype=v.dtype))
     # A hundred sweeps leave a part in ten thousand where two candidates are about to change places.
     assert (cost(w, v, strength) <= brute_force(v, strength) * (1 + 1e-4) + 1e-9).all()
     assert ((w == 0) | (w.sign() == v.sign())).all()
@@ -47,16 +47,16 @@ def test_the_operator_finds_the_minimum(strength):
 
 def test_two_of_four_are_at_rest():
     v = torch.tensor([[0.0, -3.0, 0.0, 0.5], [2.0, 1e-6, -1.0, 0.0]])
-    w = shrink(v, torch.tensor(0.5))
+    w = proximal_step(v, torch.tensor(0.5))
     assert torch.equal(w[0], v[0])
     assert torch.equal(w[1], torch.tensor([2.0, 0.0, -1.0, 0.0]))
 
 
 def test_the_compiled_operator_is_the_eager_one(monkeypatch):
     v = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
-    compiled = shrink(v, torch.tensor(0.1))
+    compiled = proximal_step(v, torch.tensor(0.1))
     monkeypatch.setattr(compiling, "SMALLEST_COMPILED", 1 << 62)
-    torch.testing.assert_close(compiled, shrink(v, torch.tensor(0.1)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(compiled, proximal_step(v, torch.tensor(0.1)), atol=1e-6, rtol=1e-5)
 
 
 def test_the_gradient_of_the_pull_is_that_of_autograd():

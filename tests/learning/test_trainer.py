@@ -476,6 +476,88 @@ def test_a_resumed_run_keeps_the_earlier_stages(tmp_path, llama):
     assert [stage["init_mask"] for stage in lineage] == ["random", "adapter"]
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_best_mask_is_what_a_run_ends_with(tmp_path, estimator):
+    """The worst here, which is an early one: where the last is the best there is nothing to see."""
+    torch.manual_seed(0)
+    model = get_peft_model(fitted_llama(), MaskProConfig(init_mask="random"))
+    options = {"residual": {"learning_rate": 5.0}, "simple": {"warmup_steps": 0}}.get(estimator, QUICK[estimator])
+    args = arguments(
+        tmp_path, estimator, max_steps=12, eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True,
+        per_device_train_batch_size=32, **options,
+    )  # fmt: skip
+    trainer = MaskProTrainer(model, args, train_dataset=rows(64), eval_dataset=rows(64))
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert estimator == "residual" or min(losses) < max(losses)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_trainer_that_has_not_trained_can_be_asked(tmp_path, llama, estimator):
+    model = get_peft_model(llama, MaskProConfig(init_mask="random"))
+    trainer = MaskProTrainer(model, arguments(tmp_path, estimator), train_dataset=rows(), eval_dataset=rows(8))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(batch_loss(model, rows(8)), rel=1e-5)
+    trainer.save_model()
+    assert trainer.changed_groups() == 0
+
+
+@pytest.mark.parametrize("estimator", ["proxsparse", "maskllm"])
+def test_a_relaxation_goes_on_from_the_learned_mask(tmp_path, llama, estimator):
+    model = get_peft_model(llama, MaskProConfig(init_mask="random"))
+    args = arguments(tmp_path, estimator, max_steps=10, **QUICK[estimator])
+    trainer = MaskProTrainer(model, args, train_dataset=rows())
+    trainer.train()
+    learned = trainer.changed_groups()
+    again = MaskProTrainer(model, arguments(tmp_path, estimator, learning_rate=0.0), train_dataset=rows())
+    again.create_optimizer()
+    # The gates start from noise, which changes a few groups.
+    assert learned > 0
+    assert again.changed_groups() == pytest.approx(learned, abs=0.15 if estimator == "maskllm" else 1e-3)
+    assert (again.changed_groups() > 0.5 * learned) or estimator == "maskllm"
+
+
+def test_a_checkpoint_of_another_estimator_is_refused(tmp_path, llama):
+    model = get_peft_model(copy.deepcopy(llama), MaskProConfig())
+    args = arguments(tmp_path, "simple", max_steps=1, save_strategy="steps", save_steps=1)
+    MaskProTrainer(model, args, train_dataset=rows()).train()
+    other = MaskProTrainer(
+        get_peft_model(llama, MaskProConfig()), arguments(tmp_path, "maskllm", max_steps=2), train_dataset=rows()
+    )
+    with pytest.raises(ValueError, match="is not a checkpoint of estimator='maskllm', but of 'simple'"):
+        other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "null", "{}", '{"tracker": null}', '{"tracker": NaN}', "[" * 5000, '{"tracker": []}']
+)
+def test_a_spoiled_tracker_is_refused(tmp_path, llama, content):
+    def trainer():
+        args = arguments(tmp_path, "residual", max_steps=2, save_strategy="steps", save_steps=1)
+        return MaskProTrainer(get_peft_model(copy.deepcopy(llama), MaskProConfig()), args, train_dataset=rows())
+
+    trainer().train()
+    (tmp_path / "checkpoint-1" / "residual_state.json").write_text(content)
+    with pytest.raises(ValueError, match="residual_state.json has") as caught:
+        trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_with_a_name_is_resumed(tmp_path, llama):
+    def trainer():
+        model = get_peft_model(copy.deepcopy(llama), MaskProConfig(logit_scale=2.0), adapter_name="mine")
+        args = arguments(tmp_path, "simple", max_steps=4, save_strategy="steps", save_steps=2)
+        return MaskProTrainer(model, args, train_dataset=rows())
+
+    whole = trainer()
+    whole.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for mine, theirs in zip(whole.adapter.thetas(), resumed.adapter.thetas(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def recover(tmp_path, seed=0, logits_dtype="float32", estimator="simple", **options):
     """Loss above the dense model's, before and after 60 steps of an estimator."""
     torch.manual_seed(seed)

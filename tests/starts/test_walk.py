@@ -371,3 +371,11 @@ def test_generated_text_begins_with_the_start_token(starting_checkpoint):
     text = torch.cat([batch["input_ids"] for batch in batches])
     assert text.shape == (9, 12)
     assert (text[:, 0] == start_token_of(tokenizer)).all()
+
+
+def test_gradients_that_are_not_finite_are_refused(ids):
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="gblm"))
+    labels = ids.clone()
+    labels[0] = -100
+    with pytest.raises(ValueError, match="its gradients are not finite"):
+        initialize_masks(model, [{"input_ids": ids, "labels": labels}])
