@@ -17,8 +17,9 @@ from .relaxation import Relaxation
 SWEEPS, MOST_SWEEPS = 4, 100
 # Of the pull to the pretrained weight, which divides by it.
 EPSILON = 0.1
-# A dropped weight that is larger than a kept one of its group starts so much below it.
-BELOW = 0.99
+# A dropped weight starts at no more than this share of the smallest kept one of its group, unless the kept ones are
+# the largest: closer by, noise would choose between them.
+MOST_DROPPED = 0.5
 
 
 @dataclass
@@ -46,8 +47,8 @@ class ProxSparse(Relaxation):
     `lambda * (|v1 v2 v3| + |v2 v3 v4| + |v3 v4 v1| + |v4 v1 v2|)` in every group, which is zero exactly where at most
     two of four are not. The mask is the two largest |V| of a group, and is applied to the weights as they were.
 
-    V starts at the weights; where the starting mask drops one that is larger than a kept one of its group, at just
-    below that, so that the two largest are the starting mask. From the magnitude mask this is the paper's own start.
+    V starts at the weights, which from the magnitude mask is the paper's own start. In groups where the mask keeps
+    other than the two largest, the dropped ones start at no more than half the smaller of the two.
     """
 
     Arguments = ProxSparseArguments
@@ -87,7 +88,7 @@ class ProxSparse(Relaxation):
         size, kept = members.abs(), layer.learned_mask(self.adapter.name)
         least = size.masked_fill(~kept, torch.inf).amin(1, keepdim=True)
         largest = (mode(size, 2) == kept).all(1, keepdim=True)
-        limit = torch.where(largest | kept, torch.inf, BELOW * least)
+        limit = torch.where(largest | kept, torch.inf, MOST_DROPPED * least)
         return torch.where(size > limit, members.sign() * limit, members).transpose(1, 2).flatten(1)
 
     def training_weight(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:

@@ -245,7 +245,7 @@ class Residual(Estimator):
                 for losses, _ in (alone, together):
                     if not abs(losses[index].sum().item() / float(items) - loss) <= PROBE_TOLERANCE * abs(loss):
                         return False
-            # A token more or less that counts is told by no tolerance.
+            # Of another example, or of a token more, the loss may be much the same.
             return torch.equal(alone[1], together[1])
         except torch.OutOfMemoryError:
             raise
@@ -255,12 +255,12 @@ class Residual(Estimator):
 
     def _cached(self, examples: Sequence[int], size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Summed loss of examples under the initial mask, so many at a time: float64 `[all examples]`; and how many
-        tokens of each it is of, int64.
+        Summed loss of examples under the initial mask, so many at a time: float64 `[all examples]`; and the sum of the
+        ids of the tokens that it is of, each plus one, int64.
         """
         trainer = self.trainer
         losses = torch.zeros(len(trainer.train_dataset), dtype=torch.float64)
-        counts = torch.zeros(len(losses), dtype=torch.int64)
+        tokens = torch.zeros(len(losses), dtype=torch.int64)
         trainer.model.eval()
         for inputs in tqdm(self._batches(examples, size), desc="baseline loss", disable=trainer.args.disable_tqdm):
             index = inputs.pop(_INDEX)
@@ -272,8 +272,8 @@ class Residual(Estimator):
             if len(found) != len(index):
                 raise ValueError(f"{len(index)} examples become {len(found)} rows.")
             losses[index] = found.double().cpu()
-            counts[index] = (labels[:, 1:] != -100).sum(1).cpu()
-        return losses, counts
+            tokens[index] = (labels + 1).masked_fill(labels == -100, 0)[:, 1:].sum(1).cpu()
+        return losses, tokens
 
     def _batches(self, examples: Sequence[int], size: int) -> DataLoader:
         dataset, collator = self.trainer.train_dataset, self.trainer.data_collator

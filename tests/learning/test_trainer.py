@@ -539,7 +539,7 @@ def test_a_spoiled_tracker_is_refused(tmp_path, llama, content):
 
     trainer().train()
     (tmp_path / "checkpoint-1" / "residual_state.json").write_text(content)
-    with pytest.raises(ValueError, match="residual_state.json has") as caught:
+    with pytest.raises(ValueError, match=r"residual_state\.json has") as caught:
         trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert "\n" not in str(caught.value)
 
