@@ -86,9 +86,7 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
         weight = layer.out_in(layer.get_base_layer().weight.detach()).float()
         calibration = Calibration(inputs, gradients.pop(name, None))
         if calibration.gradient is not None and not calibration.gradient.isfinite().all():
-            raise ValueError(
-                f"{name}: its gradients are not finite; calibrate on sequences of two tokens or more each."
-            )
+            raise ValueError(f"{name}: its gradients are not finite; load the model in bfloat16 or float32.")
         mask = _mask_by_rule(rule, weight, calibration, config, name)
         if mask is None:
             mask = mask_of(layer.initial_codes(adapter_name), config.m)

@@ -252,15 +252,15 @@ def test_compiled_kernels_are_kept_where_nobody_else_can_put_any(home, monkeypat
     if home == "not writable":
         cache.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    kernel = kernels._Kernel(lambda rows, packed: rows, 2, 4, "test")
+    kernel = compiling.Kernel(lambda rows, packed: rows, "test")
     found = []
     kernel.compiled = lambda *args: found.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-    kernel(kernels.SMALLEST_COMPILED, torch.zeros(1, 4), torch.zeros(1, 1, dtype=torch.uint8))
+    kernel(compiling.SMALLEST_COMPILED, torch.zeros(1, 4), torch.zeros(1, 1, dtype=torch.uint8))
     if home == "set":
         assert found == [str(tmp_path / "mine")]
         return
     assert Path(found[0]).stat().st_mode & 0o777 == 0o700
     assert (found == [str(cache / "hf_maskpro" / "inductor")]) == (home == "writable")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    kernels._keep_kernels_private()
+    compiling._keep_kernels_private()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == found[0]
