@@ -143,6 +143,7 @@ def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, st
 
 
 def linear_names(model: nn.Module) -> list[str]:
+    """The weights of a model's linear layers, by name, without that of its output head."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return [
         f"{name}.weight"

@@ -15,6 +15,7 @@ _POWER_OF_TWO = (0.00132646524, 0.00967151133, 0.0555073396, 0.240222421, 0.6931
 
 
 def planes_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The members of every group of `[..., m, groups]`, each `[..., groups]`."""
     return list(tensor.unbind(-2))
 
 

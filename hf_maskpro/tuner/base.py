@@ -73,4 +73,5 @@ def cached_commit(name: str) -> str | None:
 
 
 def listed(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -155,11 +155,13 @@ def pattern_of(saved: Saved) -> str:
 
 
 def is_causal(saved: Saved) -> bool:
+    """Whether the adapter is for a causal language model."""
     base_class = (saved["auto_mapping"] or {}).get("base_model_class")
     return saved["task_type"] == "CAUSAL_LM" or base_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def last_stage(saved: Saved) -> dict[str, Any]:
+    """How the mask was made, as far as its last stage of training."""
     return (saved["lineage"] or [{"init_mask": saved["init_mask"], "groups_changed": {}}])[-1]
 
 
