@@ -1,6 +1,6 @@
 """
-What the settings of `simple` do: each is changed by itself, and held-out perplexity measured after as many steps. Runs
-that are in the file of results are not repeated, so an interrupted call goes on where it stopped.
+What the settings of `simple` do: each is changed by itself, and the mask measured after as many steps, at home and
+elsewhere. Runs that are in the file of results are not repeated, so an interrupted call goes on where it stopped.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 import protocol
 from hf_maskpro import MaskProTrainer, MaskProTrainingArguments, perplexity
 from hf_maskpro.cli.common import load_adapter, load_model
-from hf_maskpro.evaluation import windows
+from hf_maskpro.evaluation import against_dense, windows
 
 
 BASE: dict[str, Any] = {
@@ -66,7 +66,14 @@ class Evaluate(TrainerCallback):
 
 
 def worker(
-    settings: dict[str, Any], base: str, start: str, work: Path, steps: int, evaluate_at: list[int], result: Path
+    settings: dict[str, Any],
+    base: str,
+    start: str,
+    work: Path,
+    elsewhere: list[str],
+    steps: int,
+    evaluate_at: list[int],
+    result: Path,
 ) -> None:
     """One run, in this process; writes its row."""
     model, tokenizer = load_model(base)
@@ -99,14 +106,17 @@ def worker(
     trainer = MaskProTrainer(masked, args, train_dataset=dataset, callbacks=[callback])
     begun = time.perf_counter()
     trainer.train()
+    seconds = time.perf_counter() - begun
+    texts = {"held_out.txt": held_out} | {Path(path).name: Path(path).read_text("utf-8") for path in elsewhere}
     row = {
         **settings,
         "steps": steps,
         "training_tokens": inputs.numel(),
-        "seconds": time.perf_counter() - begun,
+        "seconds": seconds,
         "changed": trainer.changed_groups(),
         "curve": callback.curve,
         **callback.curve[-1],
+        **against_dense(masked, tokenizer, texts, "held_out.txt", protocol.SEQ_LEN, MAX_TOKENS),
     }
     del row["step"]
     result.write_text(json.dumps(row))
@@ -124,7 +134,14 @@ def setting(entry: str) -> tuple[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, required=True, help="WikiText-2's raw text")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="texts to learn from; a fifth is held out")
+    parser.add_argument(
+        "--elsewhere",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="texts of other kinds, beside the topics of Python's help",
+    )
     parser.add_argument("--model", help="a local folder or a Hub id; SmolLM2-135M-Instruct if absent")
     parser.add_argument("--work", type=Path, default=Path("ablations"), help="folder for starts and texts")
     parser.add_argument("--results", type=Path, default=Path("docs/assets/ablations.json"))
@@ -140,13 +157,13 @@ def main() -> None:
     if args.worker:
         job = json.loads(args.worker)
         settings, result = job["settings"], Path(job["result"])
-        worker(settings, job["base"], job["start"], args.work, args.steps, args.evaluate_at, result)
+        worker(settings, job["base"], job["start"], args.work, job["elsewhere"], args.steps, args.evaluate_at, result)
         return
-    base = protocol.prepare(args.text, args.model, args.work)
+    base, elsewhere = protocol.prepare(args.text, args.elsewhere, args.model, args.work)
     changes = CHANGES[:1] if args.base_only else CHANGES
     if args.set:
         changes = [dict(args.set)]
-    described = protocol.describe(args.text, args.model, MAX_TOKENS)
+    described = protocol.describe(args.text, elsewhere, args.model, MAX_TOKENS)
     rows = protocol.read(args.results, described)
     for change in changes:
         settings = BASE | change
@@ -155,8 +172,10 @@ def main() -> None:
         start = protocol.start(base, settings["start"], args.work)
         with tempfile.TemporaryDirectory() as folder:
             result = Path(folder) / "row.json"
-            job = json.dumps({"settings": settings, "base": base, "start": str(start), "result": str(result)})
-            command = [sys.executable, __file__, "--worker", job, "--text", str(args.text), "--work", str(args.work)]
+            job = {"settings": settings, "base": base, "start": str(start), "result": str(result)}
+            job["elsewhere"] = [str(path) for path in elsewhere]
+            command = [sys.executable, __file__, "--worker", json.dumps(job), "--work", str(args.work), "--text"]
+            command += map(str, args.text)
             command += ["--steps", str(args.steps), "--evaluate-at", *map(str, args.evaluate_at)]
             subprocess.run(command, check=True, env=protocol.KEEP_MEMORY | os.environ)
             row = json.loads(result.read_text()) | {"protocol": described}
@@ -172,11 +191,11 @@ def main() -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table, runs of as many steps together."""
-    names = [*BASE, "steps", "perplexity", "changed"]
+    names = [*BASE, "steps", "perplexity", "at_home", "elsewhere", "changed"]
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in sorted(rows, key=lambda row: row["steps"]):
         shown = row | {"tokens": f"{row['training_tokens']:,}", "changed": f"{row['changed']:.2%}"}
-        shown["perplexity"] = f"{row['perplexity']:.2f}"
+        shown |= {name: f"{row[name]:.2f}" for name in ("perplexity", "at_home", "elsewhere")}
         lines.append("| " + " | ".join(str(shown[name]) for name in names) + " |")
     return "\n".join(lines)
 

@@ -1,7 +1,8 @@
 """
-Every one-shot rule, and every learner from the best of them, on one model, text and protocol. Each row is made by the
-command line in a process of its own. Rows that are in the file of results are not made again, so an interrupted call
-goes on where it stopped; those of learners are if their budget was another.
+Every one-shot rule, and every learner from the best of them, on one model and by one protocol: at home, on text of the
+kind that was learned, and elsewhere, on other kinds. Each row is made by the command line in a process of its own.
+Rows that are in the file of results are not made again, so an interrupted call goes on where it stopped; those of
+learners are if their budget was another.
 """
 
 import argparse
@@ -53,12 +54,26 @@ def run(arguments: list[str]) -> tuple[str, float, int]:
     return output[0], time.perf_counter() - begun, usage.ru_maxrss * 1024
 
 
-def evaluate(base: str, held_out: Path, max_tokens: int, adapter: Path | None) -> tuple[float, int]:
-    command = ["eval", "--model", base, "--text", str(held_out), "--seq-len", str(protocol.SEQ_LEN), "--json"]
+def evaluate(
+    base: str, held_out: Path, elsewhere: list[Path], max_tokens: int, adapter: Path | None
+) -> tuple[dict[str, Any], int]:
+    """Perplexity at home; what it is times dense, there and elsewhere; the figures of every text; and peak memory."""
+    command = ["eval", "--model", base, "--home", str(held_out), "--seq-len", str(protocol.SEQ_LEN), "--json"]
+    command += [option for path in elsewhere for option in ("--text", str(path))]
     command += ["--adapter", str(adapter)] if adapter else []
     command += ["--max-tokens", str(max_tokens)]
     output, _, peak = run(command)
-    return json.loads(output)["perplexity"], peak
+    figures = json.loads(output)
+    texts = {
+        Path(path).name: {name: value for name, value in measured.items() if name != "protocol"}
+        for path, measured in figures["texts"].items()
+    }
+    return {
+        "perplexity": texts[held_out.name]["perplexity"],
+        "at_home": figures.get("at_home", 1.0),
+        "elsewhere": figures.get("elsewhere", 1.0),
+        "texts": texts,
+    }, peak
 
 
 def bits(adapter: Path | None) -> float | None:
@@ -116,7 +131,14 @@ def steps_within(budget: float, command: list[str], work: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, required=True, help="WikiText-2's raw text")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="texts to learn from; a fifth is held out")
+    parser.add_argument(
+        "--elsewhere",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="texts of other kinds, beside the topics of Python's help",
+    )
     parser.add_argument("--model", help="a local folder or a Hub id; SmolLM2-135M-Instruct if absent")
     parser.add_argument("--work", type=Path, default=Path("leaderboard"), help="folder for texts and adapters")
     parser.add_argument("--results", type=Path, default=Path("docs/assets/leaderboard.json"))
@@ -124,12 +146,12 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=900, help="time budget of each learner, which decides its steps"
     )
-    parser.add_argument("--max-tokens", type=int, default=16_384, help="of the held-out text")
+    parser.add_argument("--max-tokens", type=int, default=16_384, help="of each held-out text")
     parser.add_argument("--json", action="store_true", help="print the results as JSON, not as a table")
     args = parser.parse_args()
-    base = protocol.prepare(args.text, args.model, args.work)
+    base, elsewhere = protocol.prepare(args.text, args.elsewhere, args.model, args.work)
     held_out = args.work / "held_out.txt"
-    described = protocol.describe(args.text, args.model, args.max_tokens)
+    described = protocol.describe(args.text, elsewhere, args.model, args.max_tokens)
     rows = protocol.read(args.results, described)
 
     def add(method: str, make, budget: float | None = None) -> None:
@@ -138,9 +160,9 @@ def main() -> None:
             return
         print(method, file=sys.stderr)
         adapter, figures = make()
-        value, peak = evaluate(base, held_out, args.max_tokens, adapter)
+        measured, peak = evaluate(base, held_out, elsewhere, args.max_tokens, adapter)
         figures = {"peak_bytes": peak, "seconds": 0.0, "steps": 0} | figures
-        row = {"method": method, "perplexity": value, "bits_per_weight": bits(adapter), **figures}
+        row = {"method": method, **measured, "bits_per_weight": bits(adapter), **figures}
         rows[:] = [other for other in rows if other not in same] + [row | {"protocol": described}]
         protocol.write(args.results, rows)
 
@@ -171,18 +193,18 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         # What has collapsed would hide the differences between the others.
         if row["perplexity"] < 20 * dense:
             axes.scatter(row["seconds"], row["perplexity"], marker=marker, label=row["method"], s=60)
-    axes.set(xlabel="seconds of the command", ylabel="held-out perplexity", ylim=(0, None))
+    axes.set(xlabel="seconds of the command", ylabel="held-out perplexity at home", ylim=(0, None))
     figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    names = ["method", "perplexity", "against dense", "seconds", "steps", "peak memory, MiB", "bits per weight"]
+    names = ["method", "perplexity at home", "times dense at home", "times dense elsewhere", "seconds", "steps"]
+    names += ["peak memory, MiB", "bits per weight"]
     lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
-    dense = next(row["perplexity"] for row in rows if row["method"] == "dense")
     for row in sorted(rows, key=lambda row: -row["perplexity"]):
         width = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}"
-        cells = [row["method"], f"{row['perplexity']:,.2f}", f"{row['perplexity'] / dense:.2f}"]
+        cells = [row["method"], f"{row['perplexity']:,.2f}", f"{row['at_home']:.2f}", f"{row['elsewhere']:.2f}"]
         cells += [f"{row['seconds']:.0f}", f"{row['steps']:,}", f"{row['peak_bytes'] / 2**20:,.0f}", width]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -1,15 +1,16 @@
-"""What the leaderboard and the ablations measure by: model, text, held-out perplexity, and a place for results."""
+"""What the leaderboard and the ablations measure by: model, texts at home and elsewhere, and a place for results."""
 
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from hf_maskpro.cli.common import load_tokenizer
-from hf_maskpro.cli.quickstart import KEEP_MEMORY, write_smollm2
+from hf_maskpro.cli.quickstart import KEEP_MEMORY, _topics, write_smollm2
 from hf_maskpro.deploy import new_folder
 from hf_maskpro.starts import start_token_of
 from hf_maskpro.starts.calibration import SAMPLES
@@ -17,36 +18,59 @@ from hf_maskpro.starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
 
 
 SEQ_LEN = 512
+# Text that needs no file, since every Python carries it.
+TOPICS = "python-topics.txt"
 
 
-def split(path: Path) -> tuple[str, str]:
-    """The first four fifths and the last fifth of WikiText, its tokenization undone."""
+def plain(path: Path) -> str:
+    """A text, WikiText's tokenization undone."""
     text = path.read_text(encoding="utf-8")
     for mark in "-,.":
         text = text.replace(f" @{mark}@ ", mark)
+    return text
+
+
+def split(path: Path) -> tuple[str, str]:
+    """The first four fifths and the last fifth of a text."""
+    text = plain(path)
     cut = text.index("\n", len(text) * 4 // 5)
     return text[:cut], text[cut:]
 
 
-def prepare(text: Path, model: str | None, work: Path) -> str:
-    """Write `calibration.txt` and `held_out.txt` into the working folder; name the base model."""
-    work.mkdir(parents=True, exist_ok=True)
-    for name, part in zip(("calibration.txt", "held_out.txt"), split(text), strict=True):
-        (work / name).write_text(part, encoding="utf-8")
+def prepare(texts: list[Path], elsewhere: list[Path], model: str | None, work: Path) -> tuple[str, list[Path]]:
+    """
+    Write `calibration.txt`, `held_out.txt` and the texts that count as elsewhere into the working folder; name the
+    base model, and those texts.
+    """
+    (work / "elsewhere").mkdir(parents=True, exist_ok=True)
+    learned, held_out = zip(*map(split, texts), strict=True)
+    # Paragraphs in turns, since no more of what is held out is measured than so many tokens.
+    turns = zip_longest(*(part.split("\n\n") for part in held_out))
+    at_home = "\n\n".join(paragraph for turn in turns for paragraph in turn if paragraph is not None)
+    contents = {"calibration.txt": "\n\n".join(learned), "held_out.txt": at_home}
+    contents |= {f"elsewhere/{path.name}": plain(path) for path in elsewhere}
+    contents |= {f"elsewhere/{TOPICS}": "\n\n".join(_topics())}
+    for name, content in contents.items():
+        (work / name).write_text(content, encoding="utf-8")
+    others = [work / "elsewhere" / name for name in (*(path.name for path in elsewhere), TOPICS)]
     if model is not None:
-        return model
+        return model, others
     if not (work / "base").is_dir():
         with new_folder(work / "base") as folder:
             write_smollm2(folder)
-    return str(work / "base")
+    return str(work / "base"), others
 
 
-def describe(text: Path, model: str | None, max_tokens: int) -> str:
+def describe(texts: list[Path], elsewhere: list[Path], model: str | None, max_tokens: int) -> str:
     begun = "" if model is None or start_token_of(load_tokenizer(model)) is None else ", each from the start token on"
+    others = ""
+    if elsewhere:
+        others = f" Elsewhere: the geometric mean over {', '.join(path.name for path in elsewhere)}, measured alike."
     return (
-        f"{model or 'SmolLM2-135M-Instruct'} on {text.name}, tokenization artefacts undone. Calibration: {SAMPLES} "
-        f"windows of {CALIBRATION_SEQ_LEN} tokens of its first four fifths, on which learners train, too. Held-out: "
-        f"its last fifth, non-overlapping windows of {SEQ_LEN} tokens{begun}, {max_tokens:,} tokens."
+        f"{model or 'SmolLM2-135M-Instruct'} on {', '.join(path.name for path in texts)}, tokenization artefacts "
+        f"undone. Calibration: {SAMPLES} windows of {CALIBRATION_SEQ_LEN} tokens of its first four fifths, on which "
+        f"learners train, too. Held-out: its last fifth, non-overlapping windows of {SEQ_LEN} tokens{begun}, "
+        f"{max_tokens:,} tokens.{others}"
     )
 
 

@@ -34,7 +34,13 @@ class CommandLine:
         figures = {"bits_per_weight": 0.67}
         if arguments[0] == "eval":
             name = Path(options["--adapter"]).name if "--adapter" in options else "dense"
-            figures = {"perplexity": PERPLEXITIES.get(name, 100.0)}
+            paths = [value for option, value in pairwise(arguments) if option in ("--home", "--text")]
+            value = PERPLEXITIES.get(name, 100.0)
+            measured = {"perplexity": value, "protocol": "windows"}
+            figures = {"texts": dict.fromkeys(paths, measured)}
+            if "--adapter" in options:
+                measured |= {"dense_perplexity": 25.0, "ratio": value / 25, "kl": 0.5}
+                figures |= {"at_home": value / 25, "elsewhere": value / 20}
         elif arguments[0] in ("init", "train"):
             folder = Path(options["--output"])
             folder.mkdir(parents=True, exist_ok=True)
@@ -66,13 +72,15 @@ def commands(monkeypatch):
 @pytest.fixture
 def make(commands, monkeypatch, tmp_path):
     """Run the leaderboard; returns its rows by method."""
-    text = tmp_path / "wiki.txt"
+    text, web = tmp_path / "wiki.txt", tmp_path / "web.txt"
     text.write_text("".join(f"line {i}\n" for i in range(100)))
+    web.write_text("A page of 1 @,@ 000 words.")
     results = tmp_path / "results.json"
 
     def make(*options, seconds=100):
         commands.calls.clear()
-        argv = ["--text", text, "--model", "me/model", "--work", tmp_path / "work", "--results", results]
+        argv = ["--text", text, "--elsewhere", web, "--model", "me/model", "--work", tmp_path / "work"]
+        argv += ["--results", results]
         monkeypatch.setattr(sys, "argv", ["leaderboard.py", *map(str, [*argv, "--seconds", seconds, *options])])
         leaderboard.main()
         rows = json.loads(results.read_text())
@@ -153,6 +161,38 @@ def test_results_of_another_protocol_are_not_mixed(make, commands, tmp_path):
     assert (tmp_path / "results.json").read_bytes() == before
 
 
+def test_both_columns_come_from_one_command(make, commands, tmp_path, capsys):
+    rows = make()
+    measured = [arguments for arguments in commands.calls if arguments[0] == "eval"]
+    assert len(measured) == len(rows)
+    work = tmp_path / "work"
+    for arguments in measured:
+        given = [pair for pair in pairwise(arguments) if pair[0] in ("--home", "--text")]
+        others = [("--text", str(work / "elsewhere" / name)) for name in ("web.txt", "python-topics.txt")]
+        assert given == [("--home", str(work / "held_out.txt")), *others]
+    assert (work / "elsewhere" / "web.txt").read_text() == "A page of 1,000 words."
+    assert "lambda" in (work / "elsewhere" / "python-topics.txt").read_text()
+    assert (rows["dense"]["at_home"], rows["dense"]["elsewhere"]) == (1, 1)
+    assert (rows["wanda"]["at_home"], rows["wanda"]["elsewhere"]) == (60 / 25, 60 / 20)
+    assert rows["wanda"]["texts"].keys() == {"held_out.txt", "web.txt", "python-topics.txt"}
+    assert rows["wanda"]["texts"]["web.txt"] == {
+        "perplexity": 60, "dense_perplexity": 25, "ratio": 2.4, "kl": 0.5,
+    }  # fmt: skip
+    assert "Elsewhere: the geometric mean over web.txt, python-topics.txt" in rows["wanda"]["protocol"]
+    printed = capsys.readouterr().out
+    assert "| wanda | 60.00 | 2.40 | 3.00 |" in printed
+
+
+def test_texts_to_learn_from_are_held_out_in_turns(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).write_text("".join(f"{name}{i}\n\n" for i in range(20)))
+    base, others = protocol.prepare([tmp_path / "a", tmp_path / "b"], [], "me/model", tmp_path / "work")
+    assert (base, others) == ("me/model", [tmp_path / "work" / "elsewhere" / "python-topics.txt"])
+    calibration, held_out = ((tmp_path / "work" / f"{name}.txt").read_text() for name in ("calibration", "held_out"))
+    assert calibration.split() == [f"{name}{i}" for name in "ab" for i in range(17)]
+    assert held_out.split() == ["a17", "b17", "a18", "b18", "a19", "b19"]
+
+
 def test_the_text_is_split_once(tmp_path):
     lines = [f"Line {i} : a well @-@ known 1 @,@ 024 and 3 @.@ 5 , <unk> .\n" for i in range(50)]
     (tmp_path / "wiki.txt").write_text("".join(lines))
@@ -172,6 +212,7 @@ def test_interrupted_ablations_go_on(monkeypatch, tmp_path, capsys):
             raise KeyboardInterrupt
         runs.append(job["settings"])
         figures = {"steps": 50, "training_tokens": 4096, "changed": 0.1, "perplexity": 40.0}
+        figures |= {"at_home": 1.6, "elsewhere": 2.5}
         Path(job["result"]).write_text(json.dumps(job["settings"] | figures))
 
     monkeypatch.setattr(ablations.subprocess, "run", run)

@@ -31,7 +31,13 @@ def evaluate(
         typer.Argument(metavar="[DIR]...", help="With --compare: checkpoints, and mask adapters over --model."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Base model: a local folder or a Hub id.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text file to measure perplexity on.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text file to measure perplexity on; repeat it for several.")
+    ] = None,
+    home: Annotated[
+        Path | None,
+        typer.Option(help="Text file of the kind that the mask was learned from: the others are elsewhere."),
+    ] = None,
     adapter: Annotated[str | None, typer.Option(help="Mask adapter: a local folder or a Hub id.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Measure several models, side by side.")] = False,
     seq_len: Annotated[int, typer.Option(min=2, help="Length of a window, in tokens.")] = 2048,
@@ -39,9 +45,7 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Tokens from one window to the next: windows do not overlap unless given."),
     ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Use no more of the text than this, in tokens.")
-    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Use no more of a text than this, in tokens.")] = None,
     start_token: StartToken = True,
     tasks: Annotated[
         str | None,
@@ -59,12 +63,15 @@ def evaluate(
     gguf_file: GgufFile = None,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity on a text, and accuracy on tasks."""
-    if text is None and tasks is None:
+    """Measure perplexity on texts, of a mask also against the dense model, and accuracy on tasks."""
+    paths = [*(text or []), *([home] if home is not None else [])]
+    if not paths and tasks is None:
         raise ValueError("nothing to measure: pass --text FILE or --tasks NAMES.")
+    if home in (text or []):
+        raise ValueError(f"{home} is both --home and --text; a text at home is not elsewhere, so name it once.")
     if record and (compare or adapter is None or not Path(adapter).is_dir()):
         raise ValueError("--record writes into an adapter's folder: pass one with --adapter, and no --compare.")
-    content = read_text(text) if text is not None else None
+    texts = {str(path): read_text(path) for path in paths}
     names = tasks.split(",") if tasks is not None else []
     if names:
         evaluation.find_tasks(names)
@@ -74,12 +81,23 @@ def evaluate(
         if mask is not None:
             loaded = load_adapter(loaded, adapter_folder(mask, revision, subfolder))
         figures: dict[str, Any] = {"model": base, "adapter": mask}
-        if content is not None:
-            protocol = evaluation.protocol(tokenizer, content, seq_len, max_tokens, stride, start_token)
-            perplexity = evaluation.perplexity(
-                loaded, tokenizer, content, seq_len, max_tokens, True, stride, batch_size or 1, start_token
+        how = (seq_len, max_tokens, True, stride, batch_size or 1, start_token)
+        # Side by side, the dense model is one of those that are compared.
+        if mask is not None and not compare:
+            figures |= evaluation.against_dense(
+                loaded, tokenizer, texts, str(home) if home is not None else None, *how
             )
-            figures |= {"perplexity": perplexity, "protocol": f"{text}, {protocol}"}
+        else:
+            figures["texts"] = {
+                path: {"perplexity": evaluation.perplexity(loaded, tokenizer, content, *how)}
+                for path, content in texts.items()
+            }
+        for path, content in texts.items():
+            protocol = evaluation.protocol(tokenizer, content, seq_len, max_tokens, stride, start_token)
+            figures["texts"][path]["protocol"] = f"{path}, {protocol}"
+        if len(texts) == 1:
+            # Nobody said that it is elsewhere.
+            figures.pop("elsewhere", None)
         if names:
             figures["tasks"] = evaluation.task_scores(loaded, tokenizer, names, batch_size or 8, limit)
             if limit is not None:
@@ -100,18 +118,32 @@ def evaluate(
             saved_config(adapter_folder(mask, revision, subfolder))
     results = [measure(*pair) for pair in pairs]
     if record:
-        _record(Path(str(adapter)) / (subfolder or ""), text, results[0])
+        _record(Path(str(adapter)) / (subfolder or ""), home, results[0])
     if compare:
-        _show_side_by_side(sources or [], results, as_json)
-    else:
-        show(results[0] if as_json else _flat(results[0]), as_json)
+        rows = [_lifted(each) for each in results]
+        if as_json:
+            typer.echo(json.dumps(rows))
+        else:
+            _show_side_by_side(sources or [], [_flat(row) for row in rows])
+        return
+    figures = _lifted(results[0])
+    if not as_json and "texts" in figures:
+        measured = figures.pop("texts")
+        _show_side_by_side([Path(path).name for path in measured], list(measured.values()))
+    show(figures if as_json else _flat(figures), as_json)
 
 
-def _record(folder: Path, text: Path | None, figures: dict[str, Any]) -> None:
-    """Put perplexity and accuracies into an adapter's card."""
-    if text is not None:
-        protocol = figures["protocol"].removeprefix(f"{text}, ")
-        hub.record_evaluation(folder, text.name, "perplexity", figures["perplexity"], protocol)
+def _record(folder: Path, home: Path | None, figures: dict[str, Any]) -> None:
+    """Put perplexities, what they are at home and elsewhere, and accuracies into an adapter's card."""
+    protocols = {path: each["protocol"].removeprefix(f"{path}, ") for path, each in figures["texts"].items()}
+    for path, measured in figures["texts"].items():
+        hub.record_evaluation(folder, Path(path).name, "perplexity", measured["perplexity"], protocols[path])
+    at_home = [path for path in protocols if path == str(home)]
+    for kind, paths in ("at_home", at_home), ("elsewhere", [path for path in protocols if path not in at_home]):
+        if kind in figures:
+            names = ", ".join(Path(path).name for path in paths)
+            protocol = "; ".join(dict.fromkeys(protocols[path] for path in paths))
+            hub.record_evaluation(folder, names, f"times dense, {kind.replace('_', ' ')}", figures[kind], protocol)
     protocol = "lm-evaluation-harness" + (f", {figures['limit']} examples" if "limit" in figures else "")
     for task, scores in figures.get("tasks", {}).items():
         for metric, value in scores.items():
@@ -134,26 +166,35 @@ def _compared(sources: list[str], model: str | None, adapter: str | None) -> lis
     return pairs
 
 
+def _lifted(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures in which those of a single text stand by themselves."""
+    if len(figures["texts"]) > 1:
+        return figures
+    measured: dict[str, Any] = next(iter(figures["texts"].values()), {})
+    return {name: value for name, value in figures.items() if name != "texts"} | measured
+
+
 def _flat(figures: dict[str, Any]) -> dict[str, Any]:
     """Figures as the rows of a table, where tasks have no standard errors."""
+    texts = {
+        f"{Path(path).name} {name}": value
+        for path, measured in figures.get("texts", {}).items()
+        for name, value in measured.items()
+    }
     scores = {
         f"{task} {metric}": value
         for task, metrics in figures.get("tasks", {}).items()
         for metric, value in metrics.items()
         if "_stderr" not in metric
     }
-    return {name: value for name, value in figures.items() if name != "tasks"} | scores
+    return {name: value for name, value in figures.items() if name not in ("texts", "tasks")} | texts | scores
 
 
-def _show_side_by_side(sources: list[str], figures: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(figures))
-        return
-    rows = [_flat(each) for each in figures]
-    table = Table("", *sources)
-    for name in rows[0]:
-        if name not in ("model", "adapter", "protocol"):
-            table.add_row(name, *(f"{row[name]:,.4g}" for row in rows))
+def _show_side_by_side(columns: list[str], figures: list[dict[str, Any]]) -> None:
+    table = Table("", *columns)
+    for name, value in figures[0].items():
+        if isinstance(value, (int, float)):
+            table.add_row(name, *(f"{each[name]:,.4g}" for each in figures))
     console.print(table)
-    for protocol in dict.fromkeys(row["protocol"] for row in rows if "protocol" in row):
+    for protocol in dict.fromkeys(v for each in figures for name, v in each.items() if name.endswith("protocol")):
         console.print(f"Perplexity: {protocol}.")

@@ -1,8 +1,19 @@
-"""Perplexity of a language model on a text, and its scores on tasks."""
+"""Perplexity of a language model on texts, at home and elsewhere, and its scores on tasks."""
 
+from .divergence import against_dense, divergence
 from .perplexity import perplexity
 from .tasks import ZERO_SHOT, find_tasks, task_scores
 from .windows import check_length, protocol, windows
 
 
-__all__ = ["ZERO_SHOT", "check_length", "find_tasks", "perplexity", "protocol", "task_scores", "windows"]
+__all__ = [
+    "ZERO_SHOT",
+    "against_dense",
+    "check_length",
+    "divergence",
+    "find_tasks",
+    "perplexity",
+    "protocol",
+    "task_scores",
+    "windows",
+]

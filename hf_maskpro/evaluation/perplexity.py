@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..starts.calibration import begin_windows
 from ..tuner import evaluating
-from .windows import check_length, spans_of, tokens_of
+from .windows import batches_of
 
 
 @torch.no_grad()
@@ -59,23 +58,12 @@ def perplexity(
         `ValueError`: if the text is shorter than one window, the model's positions are fewer, or `stride` or
             `batch_size` out of range.
     """
-    check_length(model, seq_len)
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it needs to be at least 1.")
-    ids, start_id = tokens_of(tokenizer, text, seq_len, max_tokens, start_token)
-    spans = spans_of(len(ids), seq_len, start_id, stride)
-    whole = sum(end - start == spans[0][-1] for start, _, end in spans)
-    batches = [
-        group[i : i + batch_size] for group in (spans[:whole], spans[whole:]) for i in range(0, len(group), batch_size)
-    ]
-    ids = ids.to(next(model.parameters()).device)
+    batches = batches_of(model, tokenizer, text, seq_len, max_tokens, stride, batch_size, start_token)
     total = 0.0
     with evaluating(model):
-        for batch in tqdm(batches, desc="perplexity", disable=not progress):
-            inputs = begin_windows(torch.stack([ids[start:end] for start, _, end in batch]), start_id)
+        for inputs, targets in tqdm(batches, desc="perplexity", disable=not progress):
             logits = model(input_ids=inputs, use_cache=False).logits
             # Row by row, so that only one window's logits are ever there in float32.
-            for row, (_, first, end) in zip(logits, batch, strict=True):
-                predicted = row[first - end - 1 : -1].float()
-                total += F.cross_entropy(predicted, ids[first:end], reduction="sum").item()
-    return math.exp(total / sum(end - first for _, first, end in spans))
+            for row, predicted in zip(logits, targets, strict=True):
+                total += F.cross_entropy(row[-len(predicted) - 1 : -1].float(), predicted, reduction="sum").item()
+    return math.exp(total / sum(len(predicted) for _, targets in batches for predicted in targets))

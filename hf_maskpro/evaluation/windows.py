@@ -75,6 +75,40 @@ def spans_of(tokens: int, seq_len: int, start_id: int | None, stride: int | None
     ]
 
 
+def batches_of(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    seq_len: int,
+    max_tokens: int | None,
+    stride: int | None,
+    batch_size: int,
+    start_token: bool,
+) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """
+    A text as a model is measured on it: batches of windows, int64 `[windows, tokens]`, on the model's device, and of
+    every window the tokens at its end that count.
+    """
+    check_length(model, seq_len)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it needs to be at least 1.")
+    ids, start_id = tokens_of(tokenizer, text, seq_len, max_tokens, start_token)
+    spans = spans_of(len(ids), seq_len, start_id, stride)
+    # The last window may be shorter, and then it is a batch of its own.
+    whole = sum(end - start == spans[0][-1] for start, _, end in spans)
+    groups = [
+        group[i : i + batch_size] for group in (spans[:whole], spans[whole:]) for i in range(0, len(group), batch_size)
+    ]
+    ids = ids.to(next(model.parameters()).device)
+    return [
+        (
+            begin_windows(torch.stack([ids[start:end] for start, _, end in group]), start_id),
+            [ids[first:end] for _, first, end in group],
+        )
+        for group in groups
+    ]
+
+
 def protocol(
     tokenizer: PreTrainedTokenizerBase,
     text: str,

@@ -2,7 +2,7 @@
 
 from .config import DATA_FREE, RULES, MaskProConfig, saved_config, split_init_mask
 from .layer import PLAIN_LOGIT_SCALE, MaskProLayer, logit_scale
-from .model import MaskProModel, evaluating, masked_layers, one_adapter
+from .model import MaskProModel, evaluating, masked_layers, one_adapter, unmasked
 from .registration import register
 
 
@@ -21,4 +21,5 @@ __all__ = [
     "one_adapter",
     "saved_config",
     "split_init_mask",
+    "unmasked",
 ]

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils.constants import EMBEDDING_LAYER_NAMES, INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
@@ -269,6 +270,28 @@ def one_adapter(model: nn.Module, adapter_name: str) -> Iterator[None]:
     finally:
         for layer, active in zip(layers, before, strict=True):
             layer._active_adapter = active
+
+
+@contextmanager
+def unmasked(model: nn.Module) -> Iterator[None]:
+    """
+    Let a model be the dense one that its adapters are for. `PeftModel.disable_adapter` would make a mask that was
+    loaded for inference a trained one afterwards, with memory for its logits.
+
+    Raises:
+        `ValueError`: if the model has no mask adapter.
+    """
+    wrappers = [module for module in model.modules() if isinstance(module, (MaskProLayer, AuxiliaryTrainingWrapper))]
+    if not any(isinstance(module, MaskProLayer) for module in wrappers):
+        raise ValueError("the model has no mask adapter, so there is no dense model to compare it with.")
+    before = [module._disable_adapters for module in wrappers]
+    for module in wrappers:
+        module._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module, disabled in zip(wrappers, before, strict=True):
+            module._disable_adapters = disabled
 
 
 def _bare(name: str) -> str:

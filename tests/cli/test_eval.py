@@ -1,6 +1,8 @@
 import json
+from shutil import copytree
 
 import pytest
+from huggingface_hub import ModelCard
 
 from hf_maskpro.cli.common import load_model
 from hf_maskpro.evaluation import perplexity
@@ -44,6 +46,73 @@ def test_the_papers_windows_on_request(starting_checkpoint, text):
     assert papers["protocol"].endswith("windows of 32 tokens, 480 tokens")
 
 
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory):
+    """Two texts of other kinds than the one that masks are learned from."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    for name, step in (("verse.txt", 5), ("prose.txt", 11)):
+        (folder / name).write_text(" ".join(f"w{step * i * i % 32}" for i in range(300)))
+    return [folder / "verse.txt", folder / "prose.txt"]
+
+
+def test_a_mask_at_home_and_elsewhere(checkpoint, adapter, text, elsewhere):
+    eval = ["--model", checkpoint, "--seq-len", 32, "--max-tokens", 200]
+    given = ["--text", elsewhere[0], "--text", elsewhere[1], "--home", text]
+    figures = measured(*eval, "--adapter", adapter, *given)
+    assert list(figures["texts"]) == [str(path) for path in (*elsewhere, text)]
+    for path, each in figures["texts"].items():
+        assert each["perplexity"] == measured(*eval, "--adapter", adapter, "--text", path)["perplexity"]
+        assert each["dense_perplexity"] == measured(*eval, "--text", path)["perplexity"] != each["perplexity"]
+        assert each["ratio"] == each["perplexity"] / each["dense_perplexity"]
+        assert each["protocol"] == f"{path}, non-overlapping windows of 32 tokens, 192 tokens"
+    verse, prose, home = (each["ratio"] for each in figures["texts"].values())
+    assert figures["at_home"] == home
+    assert figures["elsewhere"] == pytest.approx((verse * prose) ** 0.5)
+    printed = run("eval", *eval, "--adapter", adapter, *given).stdout
+    (row,) = (line for line in printed.splitlines() if "│ ratio" in line)
+    assert [float(cell) for cell in row.split("│")[2:5]] == pytest.approx([verse, prose, home], rel=1e-3)
+    assert printed.count("Perplexity: ") == 3
+
+
+def test_one_text_is_neither_at_home_nor_elsewhere(checkpoint, adapter, text):
+    eval = ["--model", checkpoint, "--adapter", adapter, "--seq-len", 32]
+    plain, home = measured(*eval, "--text", text), measured(*eval, "--home", text)
+    assert home == plain | {"at_home": plain["ratio"]}
+    assert plain.keys() == {"model", "adapter", "perplexity", "dense_perplexity", "ratio", "kl", "protocol"}
+
+
+def test_several_texts_of_models_without_an_adapter(checkpoint, adapter, merged, text, elsewhere):
+    given = ["--text", elsewhere[0], "--text", text, "--seq-len", 32]
+    sparse = measured("--model", merged, *given)
+    assert [each.keys() for each in sparse["texts"].values()] == 2 * [{"perplexity", "protocol"}]
+    assert "elsewhere" not in sparse
+    compare = ["--compare", checkpoint, adapter, "--model", checkpoint, *given]
+    dense, masked = measured(*compare)
+    assert masked["texts"] == sparse["texts"]
+    printed = run("eval", *compare).stdout
+    for path in (elsewhere[0], text):
+        (row,) = (line for line in printed.splitlines() if f"{path.name} perplexity" in line)
+        expected = [each["texts"][str(path)]["perplexity"] for each in (dense, masked)]
+        assert [float(cell) for cell in row.split("│")[2:4]] == pytest.approx(expected, rel=1e-3)
+
+
+def test_both_columns_go_into_the_card(checkpoint, adapter, text, elsewhere, tmp_path):
+    copytree(adapter, tmp_path / "a")
+    eval = ["--model", checkpoint, "--adapter", tmp_path / "a", "--seq-len", 32, "--max-tokens", 200, "--record"]
+    figures = measured(*eval, "--text", elsewhere[0], "--text", elsewhere[1], "--home", text)
+    results = {
+        (result.dataset_name, result.metric_type): (result.metric_value, result.dataset_config)
+        for result in ModelCard.load(tmp_path / "a" / "README.md").data.eval_results
+    }
+    protocol = "non-overlapping windows of 32 tokens, 192 tokens"
+    assert results == {
+        (path.name, "perplexity"): (figures["texts"][str(path)]["perplexity"], protocol) for path in (*elsewhere, text)
+    } | {
+        ("text.txt", "times dense, at home"): (figures["at_home"], protocol),
+        ("verse.txt, prose.txt", "times dense, elsewhere"): (figures["elsewhere"], protocol),
+    }
+
+
 def test_tasks_of_a_file(checkpoint, adapter, merged, task):
     dense, masked, sparse = (
         measured("--model", *model, "--tasks", task)["tasks"]
@@ -78,6 +147,8 @@ def test_models_side_by_side(checkpoint, adapter, merged, text, task):
 def test_bad_input(checkpoint, adapter, text, tmp_path, monkeypatch):
     eval = ["eval", "--text", text, "--seq-len", 32]
     assert "no model to measure" in fails(*eval)
+    assert "text.txt is both --home and --text" in fails(*eval, "--model", tmp_path / "no", "--home", text)
+    assert "no.txt does not exist" in fails(*eval, "--model", tmp_path / "no", "--text", tmp_path / "no.txt")
     assert "--compare to compare several" in fails(*eval, checkpoint)
     assert "two or more" in fails(*eval, "--compare", checkpoint)
     assert "no --adapter" in fails(*eval, "--compare", checkpoint, checkpoint, "--adapter", adapter)
