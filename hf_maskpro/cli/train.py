@@ -10,12 +10,13 @@ from peft import get_peft_model
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..deploy import check_free
-from ..evaluation import check_length
+from ..evaluation import check_length, mixed_windows
 from ..learning import ESTIMATORS, MaskProTrainer, MaskProTrainingArguments
-from ..starts import random_windows, start_token_of
+from ..starts import generated_text, start_token_of
 from ..starts.calibration import SAMPLES, SEQ_LEN
 from ..tuner import MaskProConfig
 from .common import (
+    GENERATED,
     Chat,
     Dataset,
     GgufFile,
@@ -27,15 +28,19 @@ from .common import (
     StartToken,
     Subfolder,
     Text,
+    Weights,
     adapter_folder,
     calibrate,
-    learning_windows,
+    calibration_batches,
     load_adapter,
     load_model,
-    read_text,
+    load_tokenizer,
+    mixture_name,
+    read_sources,
+    shares_of,
     show,
     sources_of,
-    text_name,
+    windows_of_each,
 )
 from .common import init_mask as source_or_rule
 
@@ -50,6 +55,10 @@ def train(
     estimator: Estimator = "simple",
     text: Text = None,
     dataset: Dataset = None,
+    weights: Weights = None,
+    self_generated: Annotated[
+        int, typer.Option(min=0, help="Tokens of text that the model itself generates, to learn from as well.")
+    ] = 0,
     n: Annotated[int | None, typer.Option(help="Weights kept in every group: 2 unless given.")] = None,
     m: Annotated[int | None, typer.Option(help="Size of a group: 4 unless given.")] = None,
     init_mask: Annotated[
@@ -107,11 +116,26 @@ def train(
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
     )
-    if text is not None:
-        read_text(text)
-    base, tokenizer = load_model(model, gguf_file)
+    names = [*map(str, text or []), *(dataset or []), *[GENERATED] * (self_generated > 0)]
+    if not names:
+        raise ValueError("nothing to learn from: pass --text FILE, --dataset NAME or --self-generated TOKENS.")
+    if 0 < self_generated < seq_len:
+        raise ValueError(f"--self-generated is {self_generated}, less than one window of {seq_len}; raise it.")
+    shares = shares_of(weights, len(names))
+    # As much as the run sees, and in a short one as much as calibration is drawn from.
+    seen = max_steps * per_device_train_batch_size * gradient_accumulation_steps * seq_len
+    tokens = max_tokens or max(seen, 16 * SAMPLES * SEQ_LEN)
+    contents = read_sources(text, dataset, tokens)
+    tokenizer = load_tokenizer(model, gguf_file)
+    limit = max_tokens if len(names) == 1 else None
+    pieces = windows_of_each(tokenizer, contents, seq_len, limit, start_token, chat)
+    base, _ = load_model(model, gguf_file)
     check_length(base, seq_len)
-    inputs = learning_windows(tokenizer, text, dataset, seq_len, max_tokens, start_token, chat)
+    if self_generated:
+        cache = output.with_name(f"{output.name}.generated")
+        batches = generated_text(base, tokenizer, self_generated // seq_len, seq_len, seed, cache)
+        pieces.append(torch.cat([batch["input_ids"] for batch in batches]))
+    inputs = pieces[0] if len(pieces) == 1 else mixed_windows(pieces, shares, tokens if shares else max_tokens, seed)
     if adapter is None:
         torch.manual_seed(seed)
         masked = get_peft_model(base, config)
@@ -119,8 +143,9 @@ def train(
         if checkpoint is None:
             start_id = start_token_of(tokenizer) if start_token else None
             known = inputs.numel() if start_id is None else inputs[:, 1:].numel() + 1
-            batches = random_windows(inputs, SAMPLES, min(SEQ_LEN, known), seed, start_id)
-            calibrate(masked, batches, text_name(text, dataset), seed)
+            in_order = len(pieces) == 1 and not self_generated
+            batches = calibration_batches(inputs, in_order, SAMPLES, min(SEQ_LEN, known), seed, start_id)
+            calibrate(masked, batches, mixture_name(names, shares), seed)
     else:
         masked = load_adapter(base, adapter_folder(adapter, revision, subfolder), is_trainable=True)
         config = masked.peft_config["default"]
@@ -128,7 +153,7 @@ def train(
         if not config.save_logits or logit_scale is not None:
             config.logit_scale = logit_scale
     config = masked.peft_config["default"]
-    config.start["training"] = {"text": text_name(text, dataset), "seq_len": seq_len}
+    config.start["training"] = {"text": mixture_name(names, shares), "seq_len": seq_len}
     trainer = MaskProTrainer(masked, args, train_dataset=[{"input_ids": row, "labels": row} for row in inputs])
     previous = set_aside(output) if not resume else None
     result = trainer.train(resume_from_checkpoint=checkpoint)

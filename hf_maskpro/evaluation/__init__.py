@@ -3,7 +3,7 @@
 from .divergence import against_dense, divergence
 from .perplexity import perplexity
 from .tasks import ZERO_SHOT, find_tasks, task_scores
-from .windows import check_length, protocol, windows
+from .windows import check_length, mixed_windows, protocol, windows
 
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "check_length",
     "divergence",
     "find_tasks",
+    "mixed_windows",
     "perplexity",
     "protocol",
     "task_scores",

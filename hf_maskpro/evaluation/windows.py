@@ -1,5 +1,6 @@
 """How a text is cut into windows, and in words."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,56 @@ def windows(
     ids, start_id = tokens_of(tokenizer, text, seq_len, max_tokens, start_token)
     spans = spans_of(len(ids), seq_len, start_id)
     return begin_windows(torch.stack([ids[start:end] for start, _, end in spans]), start_id)
+
+
+def mixed_windows(
+    sources: Sequence[torch.Tensor],
+    weights: Sequence[float] | None = None,
+    tokens: int | None = None,
+    seed: int = 0,
+) -> torch.Tensor:
+    """
+    The training windows of a mixture of texts, shuffled across them: a function of these arguments alone, so that a
+    resumed run continues the same stream.
+
+    Without weights, all windows of all sources, or at random as many as `tokens` allows. With them, each source has
+    its share of `tokens`; one that holds less is gone through again.
+
+    Args:
+        sources (`Sequence[torch.Tensor]`): The windows of each text, int64 `[windows, seq_len]`, from [`windows`] or
+            [`generated_text`](starts.generated_text).
+        weights (`Sequence[float]`, *optional*): The share of each source in the windows, relative to the others.
+        tokens (`int`, *optional*): How many tokens to draw. With weights and unless given, so many that no window is
+            there twice.
+        seed (`int`): Seed of the choice and of the order.
+
+    Returns:
+        `torch.Tensor`: int64 `[windows, seq_len]`.
+
+    Raises:
+        `ValueError`: if there are not as many positive weights as sources, or a source gets no window.
+    """
+    sizes = [len(source) for source in sources]
+    shares = sizes if weights is None else weights
+    if len(shares) != len(sources) or not all(share > 0 for share in shares):
+        raise ValueError(f"weights are {list(shares)}; give a positive number for each of the {len(sources)} sources.")
+    scale = min(size / share for size, share in zip(sizes, shares, strict=True))
+    if tokens is not None:
+        asked = tokens / sources[0].shape[1] / sum(shares)
+        scale = min(scale, asked) if weights is None else asked
+    # A product that is a whole number but for rounding is that number.
+    counts = [int(scale * share + 1e-6) for share in shares]
+    if 0 in counts:
+        raise ValueError(
+            f"source {counts.index(0) + 1} of {len(sources)} gets no window at the shares {list(shares)}; raise its "
+            "weight or the number of tokens."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for source, count in zip(sources, counts, strict=True):
+        passes = [torch.randperm(len(source), generator=generator) for _ in range(-(-count // len(source)))]
+        drawn.append(source[torch.cat(passes)[:count]])
+    return torch.cat(drawn)[torch.randperm(sum(counts), generator=generator)]
 
 
 def tokens_of(

@@ -1,14 +1,24 @@
 """Calibration text as windows of tokens."""
 
+import hashlib
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..tuner.base import fingerprint
+from ..tuner.files import private_folder
 
 
 SAMPLES, SEQ_LEN = 128, 256
 # What the papers of all rules use, on C4.
 SOURCE_SAMPLES, SOURCE_SEQ_LEN = 128, 2048
+# What is generated at once: beyond so many rows a batch is hardly faster, and every token has its keys and values.
+MOST_ROWS, BATCH_TOKENS = 64, 16_384
 
 
 def start_token_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -70,39 +80,94 @@ def random_windows(
     return [{"input_ids": batch} for batch in windows.split(8)]
 
 
-@torch.no_grad()
 def generated_text(
-    model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, samples: int = SAMPLES, seq_len: int = SEQ_LEN
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int = SAMPLES,
+    seq_len: int = SEQ_LEN,
+    seed: int = 0,
+    cache: Path | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """
-    Text that the model itself samples, for those who have none: every sequence from the start token on.
+    Text that the model itself samples: for those who have none, and to train on what the dense model knows.
 
-    Draws from torch's own generator.
+    Every sequence begins with the start token, or, where the tokenizer has a chat template, every other batch of them
+    with the opening of a conversation, so that the model asks a question and answers it. The rest is drawn from the
+    model's whole distribution: nothing but chance makes two sequences alike.
 
     Args:
-        model (`GenerationMixin`): The dense model.
+        model (`PreTrainedModel`): The dense model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         samples (`int`, defaults to 128): Number of sequences.
         seq_len (`int`, defaults to 256): Length of each, in tokens.
+        seed (`int`): Seed of what is drawn. torch's own generator is left as it was.
+        cache (`Path`, *optional*): Folder to keep the sequences in. What is there is not generated again, so an
+            interrupted call goes on where it stopped.
 
     Returns:
         `list[dict[str, torch.Tensor]]`: Batches for [`initialize_masks`].
 
     Raises:
-        `ValueError`: if the tokenizer has neither a start nor an end token.
+        `ValueError`: if the tokenizer has neither a start nor an end token, or the cache was made otherwise.
     """
+    openings = _openings(tokenizer, seq_len)
+    rows = max(1, min(MOST_ROWS, BATCH_TOKENS // seq_len))
+    made_by = {"model": _identity(model), "seed": str(seed), "seq_len": str(seq_len)} if cache is not None else {}
+    parts = []
+    for index in tqdm(range(-(-samples // rows)), desc="generating text"):
+        path = None if cache is None else cache / f"{index:05d}.safetensors"
+        if path is not None and path.is_file():
+            parts.append(_read(path, made_by))
+            continue
+        # On a CPU torch looks at no more than 32 bits of a seed.
+        own_seed = int.from_bytes(hashlib.blake2b(f"{seed} {index}".encode(), digest_size=4).digest())
+        parts.append(_sample(model, openings[index % len(openings)], rows, seq_len, own_seed))
+        if path is not None:
+            with private_folder(path.parent) as folder:
+                save_file({"input_ids": parts[-1]}, folder / path.name, metadata=made_by)
+    return [{"input_ids": batch} for batch in torch.cat(parts)[:samples].split(8)]
+
+
+def _openings(tokenizer: PreTrainedTokenizerBase, seq_len: int) -> list[list[int]]:
+    """The tokens that sequences begin with."""
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise ValueError("the tokenizer has neither a bos nor an eos token to start a text from; pass a text.")
+    openings = [[first]]
+    if tokenizer.chat_template is not None:
+        mark = "QUESTION"
+        turns = str(tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False))
+        opening = tokenizer(turns.rpartition(mark)[0], add_special_tokens=False).input_ids
+        if 0 < len(opening) < seq_len:
+            openings.append(opening)
+    return openings
+
+
+@torch.no_grad()
+def _sample(model: PreTrainedModel, opening: list[int], rows: int, seq_len: int, seed: int) -> torch.Tensor:
+    """Sequences that begin so, int64 `[rows, seq_len]`."""
     # No end token, so that every sequence has the full length, and nothing of the model's own taste in sampling.
-    settings = GenerationConfig(do_sample=True, max_new_tokens=seq_len - 1, top_k=0, pad_token_id=first)
+    settings = GenerationConfig(
+        do_sample=True, max_new_tokens=seq_len - len(opening), top_k=0, pad_token_id=opening[0]
+    )
+    prompt = torch.tensor([opening] * rows, device=model.device)
     before, model.generation_config = model.generation_config, settings
     try:
-        batches = []
-        for count in tqdm([8] * (samples // 8) + [samples % 8] * (samples % 8 > 0), desc="generating text"):
-            prompt = torch.full((count, 1), first, device=model.device)
-            text = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
-            batches.append({"input_ids": text.cpu()})
-        return batches
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            return model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt)).cpu()
     finally:
         model.generation_config = before
+
+
+def _identity(model: PreTrainedModel) -> str:
+    """A hash that another model, or the same under a mask, does not have."""
+    known = "".join(fingerprint(parameter.detach()) for parameter in model.parameters())
+    return hashlib.blake2b(known.encode(), digest_size=8).hexdigest()
+
+
+def _read(path: Path, made_by: dict[str, str]) -> torch.Tensor:
+    with safe_open(path, framework="pt") as file:
+        if file.metadata() != made_by:
+            raise ValueError(f"{path.parent} holds text by another model, seed or seq_len; remove or rename it.")
+        return file.get_tensor("input_ids")

@@ -266,7 +266,7 @@ def test_settings_of_the_sources(checkpoint, text, tmp_path, monkeypatch):
         asked.append((samples, seq_len))
         return random_windows(ids, 2, 16, seed)
 
-    monkeypatch.setattr("hf_maskpro.cli.init.random_windows", few_windows)
+    monkeypatch.setattr("hf_maskpro.cli.common.random_windows", few_windows)
     run(*init, tmp_path / "long.txt")
     assert asked == [(128, 2048)]
 

@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_maskpro import MaskProConfig, perplexity
-from hf_maskpro.evaluation import ZERO_SHOT, find_tasks, protocol, task_scores, tasks, windows
+from hf_maskpro.evaluation import ZERO_SHOT, find_tasks, mixed_windows, protocol, task_scores, tasks, windows
 from hf_maskpro.starts import start_token_of
 
 from ..conftest import tiny_gpt2, tiny_llama
@@ -90,6 +90,51 @@ def test_windows_begin_with_the_start_token_and_hold_all_of_the_text(starting):
     assert cut[:, 0].tolist() == 3 * [starting.bos_token_id]
     assert cut[:, 1:].flatten().tolist() == ids[1:46]
     assert papers.flatten().tolist() == ids[:48]
+
+
+def sources(*sizes):
+    """Windows whose first token tells the source, and whose second its place in it."""
+    return [torch.tensor([[i, j, 0, 0] for j in range(size)]) for i, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize(("weights", "tokens"), [([2, 1, 1], None), ([5, 3, 0.5], 9000), ([1, 1, 1], 2400)])
+def test_the_weights_of_a_mixture_hold(weights, tokens):
+    mixed = mixed_windows(sources(600, 300, 900), weights, tokens)
+    counts = mixed[:, 0].bincount()
+    for count, weight in zip(counts, weights, strict=True):
+        assert count / len(mixed) == pytest.approx(weight / sum(weights), rel=0.02)
+    assert len(mixed) == pytest.approx(1200 if tokens is None else tokens / 4, abs=3)
+    # A source is gone through again only when all of it is there.
+    for i, size in enumerate((600, 300, 900)):
+        times = mixed[mixed[:, 0] == i, 1].bincount(minlength=size)
+        assert times.max() - times.min() <= 1
+        assert tokens is not None or times.max() == 1
+    # Every stretch of it is a mixture, too.
+    for stretch in mixed[:, 0].chunk(4):
+        assert (stretch.bincount() / len(stretch) - counts / len(mixed)).abs().max() < 0.1
+
+
+def test_without_weights_a_mixture_is_all_of_its_sources():
+    given = sources(7, 50, 12)
+    for tokens in (None, 1000):
+        assert sorted(mixed_windows(given, tokens=tokens).tolist()) == sorted(torch.cat(given).tolist())
+    assert mixed_windows(given, tokens=4 * 23)[:, 0].bincount().tolist() == [2, 16, 4]
+
+
+def test_a_mixture_is_a_function_of_its_seed():
+    given, state = sources(30, 50), torch.get_rng_state()
+    first, again, other = (mixed_windows(given, [1, 1], seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_wrong_weights_of_a_mixture():
+    for weights in ([1], [1, 1, 1], [1, 0], [1, -1], [1, math.nan]):
+        with pytest.raises(ValueError, match="give a positive number for each of the 2 sources"):
+            mixed_windows(sources(5, 5), weights)
+    with pytest.raises(ValueError, match=r"source 2 of 2 gets no window at the shares \[100, 1\]"):
+        mixed_windows(sources(5, 5), [100, 1])
 
 
 def test_perplexity_records_no_graph(tokenizer):

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_maskpro import MaskProConfig, initialize_masks
-from hf_maskpro.starts import generated_text, random_windows, start_token_of, swaps
+from hf_maskpro.starts import calibration, generated_text, random_windows, start_token_of, swaps
 from hf_maskpro.starts.gradients import gradient_norms
 from hf_maskpro.starts.walk import walk
 from hf_maskpro.subset import mask_of
@@ -371,6 +371,71 @@ def test_generated_text_begins_with_the_start_token(starting_checkpoint):
     text = torch.cat([batch["input_ids"] for batch in batches])
     assert text.shape == (9, 12)
     assert (text[:, 0] == start_token_of(tokenizer)).all()
+
+
+def test_generated_text_is_a_function_of_its_seed(starting_checkpoint):
+    model, tokenizer = tiny_llama(), AutoTokenizer.from_pretrained(starting_checkpoint)
+
+    def text(**options):
+        return torch.cat([batch["input_ids"] for batch in generated_text(model, tokenizer, **options)])
+
+    state = torch.get_rng_state()
+    first = text(samples=70, seq_len=12, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(text(samples=65, seq_len=12, seed=1), first[:65])
+    assert not torch.equal(text(samples=70, seq_len=12, seed=2), first)
+    # By chance alone two of them were alike.
+    assert len({tuple(row) for row in first.tolist()}) == 70
+
+
+def test_every_other_batch_of_generated_text_begins_as_a_conversation(starting_checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(starting_checkpoint)
+    tokenizer.chat_template = "{{ bos_token }} w30 w31 {{ messages[0].content }} w29"
+    batches = generated_text(tiny_llama(), tokenizer, samples=130, seq_len=8)
+    text = torch.cat([batch["input_ids"] for batch in batches])
+    assert text.shape == (130, 8)
+    opening = tokenizer("w30 w31").input_ids
+    begins = (text[:, :3] == torch.tensor(opening)).all(1)
+    assert begins[64:128].all()
+    assert not begins[:64].any()
+    assert (text[:, 0] == opening[0]).all()
+    # Windows that the opening would fill are left to the model.
+    short = generated_text(tiny_llama(), tokenizer, samples=70, seq_len=3)
+    assert not (torch.cat([batch["input_ids"] for batch in short]) == torch.tensor(opening)).all(1)[64:].all()
+
+
+def test_interrupted_generation_goes_on(starting_checkpoint, tmp_path, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(starting_checkpoint)
+
+    def text(samples=150, seed=1, cache=tmp_path / "cache", model=None):
+        batches = generated_text(model or tiny_llama(), tokenizer, samples, 12, seed, cache)
+        return torch.cat([batch["input_ids"] for batch in batches])
+
+    made, sample = [], calibration._sample
+
+    def interrupted(*arguments):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(arguments)
+        return sample(*arguments)
+
+    monkeypatch.setattr(calibration, "_sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        text()
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["00000.safetensors", "00001.safetensors"]
+    made.clear()
+    resumed = text()
+    assert len(made) == 1
+    made.clear()
+    assert torch.equal(text(samples=100), resumed[:100])
+    assert made == []
+    monkeypatch.undo()
+    assert torch.equal(text(cache=None), resumed)
+    for other in ({"seed": 2}, {"model": tiny_llama(seed=1)}):
+        with pytest.raises(
+            ValueError, match="cache holds text by another model, seed or seq_len; remove or rename it"
+        ):
+            text(**other)
 
 
 def test_gradients_that_are_not_finite_are_refused(ids):
