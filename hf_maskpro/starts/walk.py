@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -94,11 +95,24 @@ class _Batch:
     attention_mask: torch.Tensor | None = None
     # The same in the dense model.
     dense_hidden: torch.Tensor | None = None
+    # Of the decoder layer under way, what the layers whose masks are chosen have put out, a tensor a call.
+    known: dict[MaskProLayer, list[torch.Tensor]] = field(default_factory=dict)
 
     def run(self, block: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self.arguments[index]
         output = block(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    @contextmanager
+    def remembering(self, chosen: list[MaskProLayer]) -> Iterator[None]:
+        """Let layers whose masks are chosen compute what they put out once, and say it again in later runs."""
+        for layer in chosen:
+            layer.forward = partial(_remember, layer.forward, self.known.setdefault(layer, []), count())
+        try:
+            yield
+        finally:
+            for layer in chosen:
+                del layer.forward
 
     def rows(self, inputs: torch.Tensor) -> torch.Tensor:
         """A layer's inputs without padding; what is no longer one row a token, as in an expert, is left as it is."""
@@ -109,6 +123,16 @@ class _Batch:
 
     def is_row_a_token(self, inputs: torch.Tensor) -> bool:
         return inputs[..., 0].numel() == self.hidden[..., 0].numel()
+
+
+def _remember(
+    forward: Callable[..., torch.Tensor], known: list[torch.Tensor], calls: Iterator[int], *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """A layer's forward, of which so many outputs are known."""
+    call = next(calls)
+    if call == len(known):
+        known.append(forward(*args, **kwargs))
+    return known[call]
 
 
 class _StopForward(Exception):
@@ -135,7 +159,8 @@ def walk(
     and v are, share [`Inputs`].
 
     `in_order` goes on within a decoder layer as it runs: what is given the same tensor is one stage, each sees what
-    the masks before it make of the tokens, and what the dense model would have made of them.
+    the masks before it make of the tokens, and what the dense model would have made of them. A layer whose mask is
+    chosen multiplies once.
 
     Args:
         model (`torch.nn.Module`): A model with one active mask adapter.
@@ -143,7 +168,8 @@ def walk(
         batches (`list[dict]`): Batches for the model's forward.
         with_gram (`bool`): Gather X^T X too.
         choose (`Callable`): Sets the mask of a layer, given its name and its inputs.
-        in_order (`bool`): Go by stages. The inputs of a decoder layer's dense linear layers are in memory meanwhile.
+        in_order (`bool`): Go by stages. The inputs of a decoder layer's dense linear layers, and what they put out,
+            are in memory meanwhile.
 
     Raises:
         `ValueError`: if there is no batch, or a masked layer lies outside the decoder layers.
@@ -161,7 +187,10 @@ def walk(
                 for layer in inside:
                     choose(names[layer], layer, gathered[layer])
             for batch in captured:
-                batch.hidden = batch.run(block, index, batch.hidden)
+                # Of a walk by stages, all but the last are known.
+                with batch.remembering(list(batch.known)):
+                    batch.hidden = batch.run(block, index, batch.hidden)
+                batch.known.clear()
             for layer in inside:
                 layer.forget_masked_weight()
 
@@ -202,13 +231,15 @@ def _choose_in_order(
             given, batch.dense_hidden = _inputs_of(block, index, inside, batch, hidden)
             dense.append(given)
             _add_stages(stages, given)
+        chosen: list[MaskProLayer] = []
         never = [layer for layer in inside if not any(layer in stage for stage in stages)]
         for stage in stages:
             gathered: dict[MaskProLayer, Inputs] = {}
             for batch, known in zip(batches, dense, strict=True):
                 calls = sum(len(known.pop(layer, [])) for layer in stage[1:])
                 others = known.pop(stage[0], [])
-                given, _ = _inputs_of(block, index, stage, batch, batch.hidden, stop_after=calls + len(others))
+                with batch.remembering(chosen):
+                    given, _ = _inputs_of(block, index, stage, batch, batch.hidden, stop_after=calls + len(others))
                 for layers, inputs in _together(gathered, given, True):
                     tensors = given[layers[0]]
                     # What one expert is sent of the dense model's tokens need not be the same tokens.
@@ -221,6 +252,7 @@ def _choose_in_order(
             for layer in stage:
                 choose(names[layer], layer, gathered.get(layer) or _nothing(layer, True))
                 layer.dense = False
+            chosen += stage
         for layer in never:
             choose(names[layer], layer, _nothing(layer, True))
 
