@@ -6,6 +6,7 @@ from transformers import TrainingArguments
 
 from .estimator import Estimator
 from .maskllm import MaskLLM
+from .objectives import objective_weights
 from .proxsparse import ProxSparse
 from .residual import Residual
 from .simple import Simple
@@ -34,6 +35,13 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
             `"residual"`: the policy gradient of MaskPro (arXiv 2506.12876), forward passes alone. `"simple"`: a
             backward pass through the exact marginals (Ahmed et al., ICLR 2023); far fewer steps. `"proxsparse"` (arXiv
             2502.00258) and `"maskllm"` (arXiv 2409.17481): those papers' learners, by backward, to compare with.
+        objective (`str` or `dict[str, float]`, *optional*):
+            What is minimised. `"language-modeling"`: the model's own loss, which also adapts the mask to the kind of
+            text. `"distillation"`: KL(dense || masked) of every next token, the dense model being the same one without
+            its adapters. Or a weight for each, `{"distillation": 2, "language-modeling": 1}`. Default
+            `"language-modeling"`.
+        distillation_temperature (`float`, defaults to 1.0):
+            Of both distributions of the divergence, which is multiplied by its square.
         modules_to_save_learning_rate (`float`, defaults to 5e-5):
             Learning rate of `MaskProConfig.modules_to_save`, a parameter group of their own.
         learning_rate (`float`, *optional*):
@@ -62,6 +70,8 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
     """
 
     estimator: str = field(default="residual", metadata={"help": "How the mask is learned."})
+    objective: dict[str, float] | str | None = field(default=None, metadata={"help": "What is minimised."})
+    distillation_temperature: float = field(default=1.0, metadata={"help": "Of the divergence's distributions."})
     modules_to_save_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of modules_to_save."})
     learning_rate: float | None = field(default=None, metadata={"help": "The estimator's own unless given."})
     lr_scheduler_type: str | None = field(default=None, metadata={"help": "The estimator's own unless given."})
@@ -74,8 +84,11 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
     def __post_init__(self):
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator is {self.estimator!r}; use one of {', '.join(map(repr, ESTIMATORS))}.")
-        common = {"adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.0, "max_grad_norm": 0.0}
+        if not self.distillation_temperature > 0:
+            raise ValueError(f"distillation_temperature is {self.distillation_temperature}; it has to be positive.")
+        common = {"objective": "language-modeling", "adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.0, "max_grad_norm": 0.0}
         for name, value in (common | ESTIMATORS[self.estimator].defaults(self)).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        objective_weights(self.objective)
         super().__post_init__()

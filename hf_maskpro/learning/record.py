@@ -1,5 +1,6 @@
 """What stays of a run beside the mask: its settings in the adapter, its plot, its card."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ def record_training(config: MaskProConfig, args: TrainingArguments, steps: int, 
     known = config.start.get("training", {})
     config.start["training"] = {name: known[name] for name in ("text", "seq_len") if name in known} | {
         "estimator": args.estimator,
+        "objective": args.objective if isinstance(args.objective, str) else json.dumps(args.objective),
         "steps": steps,
         "sequences_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning_rate": args.learning_rate,

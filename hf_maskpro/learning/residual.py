@@ -265,10 +265,13 @@ class Residual(Estimator):
         for inputs in tqdm(self._batches(examples, size), desc="baseline loss", disable=trainer.args.disable_tqdm):
             index = inputs.pop(_INDEX)
             inputs = trainer._prepare_inputs(inputs)
-            labels = inputs.pop("labels")
+            labels = inputs["labels"]
             with torch.no_grad(), self.adapter.masks(self.adapter.initial), trainer.accelerator.autocast():
-                logits = trainer.model(**inputs).logits
-            found = sequence_losses(logits, labels)
+                if trainer.distillation is not None:
+                    found = trainer.distillation.sequence_losses(trainer.model, inputs)
+                else:
+                    inputs.pop("labels")
+                    found = sequence_losses(trainer.model(**inputs).logits, labels)
             if len(found) != len(index):
                 raise ValueError(f"{len(index)} examples become {len(found)} rows.")
             losses[index] = found.double().cpu()

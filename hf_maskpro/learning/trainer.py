@@ -17,6 +17,7 @@ from ..tuner import MaskProConfig
 from ..tuner.card import PLOT
 from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
+from .objectives import Distillation, objective_weights
 from .record import add_to_card, card_path, plot_run, record_training
 
 
@@ -28,8 +29,8 @@ class MaskProTrainer(Trainer):
     Its checkpoints hold the logits exactly and the estimator's state, so that a resumed run ends with the same bits.
     Logged beside the usual: `changed`, the share of groups whose mask has left the start, `skipped`, the updates that
     were not made because they were not finite, and what the estimator adds: `flipped`, the share of groups that a
-    sample changes against the start, for `residual` also the `residual` and its `tracker`. `loss` is that of the masks
-    it trains with. Evaluation uses the mode.
+    sample changes against the start, for `residual` also the `residual` and its `tracker`. `loss` is the objective of
+    the masks it trains with. Evaluation uses the mode, and the language-model loss.
 
     Args:
         model ([`~peft.PeftModel`]): A model with a mask adapter.
@@ -51,6 +52,13 @@ class MaskProTrainer(Trainer):
             raise ValueError("fp16 scales gradients, which moves the logits by the scale; use bf16.")
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed partitions the logits, which masks need whole; train without it.")
+        weights = objective_weights(args.objective)
+        # Of the plain language-model loss a model's own is the best implementation.
+        self.distillation = None
+        if "distillation" in weights:
+            if self.compute_loss_func is not None or self.label_smoother is not None:
+                raise ValueError("objective='distillation' is a loss; drop compute_loss_func and label_smoothing.")
+            self.distillation = Distillation(model, weights, args.distillation_temperature)
         self._given_optimizer = self.optimizer
         self._hooks: list[RemovableHandle] = []
         self.estimator = ESTIMATORS[args.estimator](self, self.adapter)
@@ -92,6 +100,23 @@ class MaskProTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         return self.estimator.training_step(super().training_step, model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        # Evaluation asks for outputs, too; its loss is the language model's whatever is minimised.
+        if self.distillation is None or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = self.distillation.sequence_losses(model, inputs).sum()
+        if not self.model_accepts_loss_kwargs or num_items_in_batch is None:
+            return loss / (inputs["labels"][:, 1:] != -100).sum()
+        # Ranks' gradients are averaged, and the items are those of all.
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return loss * ranks / num_items_in_batch
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.estimator.settle()

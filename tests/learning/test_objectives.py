@@ -1,0 +1,241 @@
+"""What is minimised, against plain implementations of the same."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from transformers import BartConfig, BartForConditionalGeneration, Gemma2Config, Gemma2ForCausalLM, Trainer
+
+from hf_maskpro import MaskProConfig, MaskProTrainer
+from hf_maskpro.learning import objectives
+from hf_maskpro.learning.objectives import Distillation, objective_weights
+from hf_maskpro.tuner import MaskProLayer
+
+from ..conftest import tiny_gpt2, tiny_llama
+from .test_trainer import arguments, rows, thetas
+
+
+def batch(examples):
+    return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def plain(dense, masked, labels, weights, temperature):
+    """Losses of sequences from all logits at once."""
+    counts, targets = labels[:, 1:] != -100, labels[:, 1:].clamp(min=0)
+    found = (masked[:, :-1] / temperature).log_softmax(-1)
+    wanted = (dense[:, :-1] / temperature).log_softmax(-1)
+    divergence = (wanted.exp() * (wanted - found)).sum(-1) * temperature**2
+    likelihood = masked[:, :-1].log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    losses = weights.get("distillation", 0) * divergence - weights.get("language-modeling", 0) * likelihood
+    return (losses * counts).sum(1)
+
+
+def double(model):
+    """A masked model in float64, with trained values in the place of masks."""
+    masked = get_peft_model(model.double(), MaskProConfig())
+    values = []
+    for layer in masked.modules():
+        if isinstance(layer, MaskProLayer):
+            value = torch.rand_like(layer.get_base_layer().weight).requires_grad_()
+            layer.choose_mask = lambda weight, value=value: weight * value
+            values.append(value)
+    return masked.train(), values
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("weights", [{"distillation": 1.0}, {"distillation": 0.7, "language-modeling": 0.2}])
+def test_the_gradient_is_that_of_a_plain_implementation(monkeypatch, make, weights):
+    monkeypatch.setattr(objectives, "SPAN", 5)
+    model, values = double(make())
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    inputs = batch(rows(4, ragged=True))
+    with model.disable_adapter(), torch.no_grad():
+        dense = model(input_ids=inputs["input_ids"]).logits
+    expected = plain(dense, model(input_ids=inputs["input_ids"]).logits, inputs["labels"], weights, 2.0)
+    found = Distillation(model, weights, 2.0).sequence_losses(model, inputs)
+
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    gradients = torch.autograd.grad(found.sum(), values)
+    for one, other in zip(gradients, torch.autograd.grad(expected.sum(), values), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
+
+
+def test_what_a_model_does_to_its_logits_is_part_of_them():
+    config = Gemma2Config(
+        vocab_size=34, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.05,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = get_peft_model(Gemma2ForCausalLM(config), MaskProConfig()).eval()
+    inputs = batch(rows(2))
+    with torch.no_grad():
+        masked = model(input_ids=inputs["input_ids"]).logits
+        with model.disable_adapter():
+            dense = model(input_ids=inputs["input_ids"]).logits
+        found = Distillation(model, {"distillation": 1.0}, 1.0).sequence_losses(model, inputs)
+    assert masked.abs().max() <= 0.05
+    torch.testing.assert_close(found, plain(dense, masked, inputs["labels"], {"distillation": 1.0}, 1.0))
+
+
+def test_a_mask_that_drops_nothing_costs_nothing(tmp_path):
+    model = tiny_llama()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data.view(len(module.weight), -1, 4)[..., 2:] = 0
+    masked = get_peft_model(model, MaskProConfig())
+    loss = Distillation(masked, {"distillation": 1.0}, 1.0).sequence_losses(masked, batch(rows(4)))
+    assert torch.equal(loss, torch.zeros(4))
+
+
+@pytest.mark.parametrize("estimator", ["simple", "residual", "proxsparse", "maskllm"])
+def test_accumulated_batches_learn_as_one_with_every_estimator(tmp_path, estimator):
+    def learn(size, accumulation):
+        masked = get_peft_model(tiny_llama(), MaskProConfig())
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        args = arguments(tmp_path, estimator, objective="distillation", max_steps=1, logging_steps=1, **options)
+        trainer = MaskProTrainer(masked, args, train_dataset=rows(8, ragged=True))
+        trainer.train()
+        return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+
+    # Masks are drawn for every micro-batch, but by residual: the starting mask is hardly left.
+    assert learn(8, 1) == pytest.approx(learn(2, 4), rel=0.2)
+
+
+def test_padding_and_checkpointing_change_nothing(tmp_path):
+    def gradient(inputs, checkpointing):
+        masked = get_peft_model(tiny_llama(), MaskProConfig(logit_scale=4.0))
+        if checkpointing:
+            masked.gradient_checkpointing_enable({"use_reentrant": False})
+        masked.train()
+        torch.manual_seed(1)
+        objective = Distillation(masked, {"distillation": 1.0}, 1.0)
+        objective.sequence_losses(masked, inputs).sum().backward()
+        return [parameter.grad for parameter in masked.parameters() if parameter.grad is not None]
+
+    inputs = batch(rows(4))
+    known = gradient(inputs, False)
+    padded = {
+        "input_ids": F.pad(inputs["input_ids"], (0, 3), value=1),
+        "labels": F.pad(inputs["labels"], (0, 3), value=-100),
+        "attention_mask": F.pad(torch.ones_like(inputs["input_ids"]), (0, 3)),
+    }
+    for others in (gradient(inputs, True), gradient(padded, False)):
+        assert known
+        for one, other in zip(known, others, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_distillation_brings_the_masked_model_closer_to_the_dense_one(tmp_path):
+    masked = get_peft_model(tiny_llama(), MaskProConfig(init_mask="random"))
+    args = arguments(tmp_path, "simple", objective="distillation", max_steps=60, per_device_train_batch_size=16)
+    trainer = MaskProTrainer(masked, args, train_dataset=rows(64))
+    inputs = batch(rows(16, seed=1))
+
+    def divergence():
+        masked.eval()
+        with torch.no_grad():
+            return Distillation(masked, {"distillation": 1.0}, 1.0).sequence_losses(masked, inputs).sum().item()
+
+    before = divergence()
+    trainer.train()
+    assert divergence() < 0.8 * before
+
+
+def test_the_language_model_loss_is_the_default_trainers(tmp_path, monkeypatch):
+    masked = get_peft_model(tiny_llama(), MaskProConfig())
+    args = arguments(tmp_path, "residual", objective="language-modeling", max_steps=1)
+    trainer = MaskProTrainer(masked, args, train_dataset=rows())
+    monkeypatch.setattr(Trainer, "compute_loss", lambda self, *args, **kwargs: 7.0)
+    assert trainer.distillation is None
+    assert trainer.compute_loss(masked, batch(rows())) == 7.0
+
+
+def test_the_trained_logits_are_not_touched_by_the_dense_pass():
+    masked = get_peft_model(tiny_llama(), MaskProConfig())
+    masked.train()
+    before = thetas(masked)
+    Distillation(masked, {"distillation": 1.0}, 1.0).sequence_losses(masked, batch(rows(4))).sum().backward()
+    assert all(torch.equal(one, other) for one, other in zip(before, thetas(masked), strict=True))
+    assert all(parameter.requires_grad for name, parameter in masked.named_parameters() if "theta" in name)
+    assert masked.training
+
+
+def test_residual_caches_the_divergence(tmp_path):
+    def learn(baseline):
+        masked = get_peft_model(tiny_llama(), MaskProConfig(logit_scale=4.0))
+        options = {"objective": "distillation", "baseline": baseline, "per_device_train_batch_size": 8}
+        args = arguments(tmp_path, "residual", max_steps=6, logging_steps=1, **options)
+        trainer = MaskProTrainer(masked, args, train_dataset=rows(16, ragged=True))
+        trainer.train()
+        return [entry["residual"] for entry in trainer.state.log_history if "residual" in entry]
+
+    assert learn("cache") == pytest.approx(learn("step"), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["kl", '{"distillation": 0}', '{"kl": 1}', "{}"])
+def test_an_unknown_objective_is_refused(tmp_path, objective):
+    with pytest.raises(ValueError, match=r"^objective is .*language-modeling"):
+        arguments(tmp_path, "simple", objective=objective)
+
+
+def test_weights_come_as_json_from_a_command_line():
+    assert objective_weights('{"distillation": 2, "language-modeling": 1}') == {
+        "distillation": 2,
+        "language-modeling": 1,
+    }
+
+
+def test_models_without_a_head_of_their_own_are_refused(tmp_path):
+    config = BartConfig(
+        vocab_size=34, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+    )  # fmt: skip
+    masked = get_peft_model(BartForConditionalGeneration(config), MaskProConfig())
+    with pytest.raises(ValueError, match="needs a causal language model, not BartFor"):
+        MaskProTrainer(masked, arguments(tmp_path, "simple", objective="distillation"), train_dataset=rows())
+
+
+def test_a_trained_head_is_refused(tmp_path):
+    masked = get_peft_model(tiny_llama(), MaskProConfig(modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="trains no head"):
+        MaskProTrainer(masked, arguments(tmp_path, "simple", objective="distillation"), train_dataset=rows())
+
+
+def test_a_loss_of_the_users_own_and_distillation_exclude_each_other(tmp_path):
+    masked = get_peft_model(tiny_llama(), MaskProConfig())
+    args = arguments(tmp_path, "simple", objective="distillation")
+    with pytest.raises(ValueError, match="drop compute_loss_func"):
+        MaskProTrainer(masked, args, train_dataset=rows(), compute_loss_func=lambda *args, **kwargs: None)
+
+
+# In a process of its own, whose peak is nobody else's.
+_MEASURE = """
+import resource, torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+from hf_maskpro import MaskProConfig
+from hf_maskpro.learning.objectives import Distillation
+torch.manual_seed(0)
+config = LlamaConfig(vocab_size=150_000, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                     num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=4096)
+model = get_peft_model(LlamaForCausalLM(config).bfloat16(), MaskProConfig()).train()
+objective = Distillation(model, {"distillation": 1.0, "language-modeling": 1.0}, 1.0)
+def step(tokens):
+    ids = torch.randint(150_000, (1, tokens))
+    objective.sequence_losses(model, {"input_ids": ids, "labels": ids}).sum().backward()
+step(4)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(4096)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_a_large_vocabulary_and_many_tokens_take_less_than_a_gigabyte():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", _MEASURE], capture_output=True, text=True, check=True)
+    # All logits of one model alone would take 2.5 GB in float32.
+    assert int(done.stdout) < 1e9
