@@ -86,7 +86,13 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
             raise ValueError(f"estimator is {self.estimator!r}; use one of {', '.join(map(repr, ESTIMATORS))}.")
         if not self.distillation_temperature > 0:
             raise ValueError(f"distillation_temperature is {self.distillation_temperature}; it has to be positive.")
-        common = {"objective": "language-modeling", "adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.0, "max_grad_norm": 0.0}
+        common = {
+            "objective": "language-modeling",
+            "adam_beta2": 0.999,
+            "adam_epsilon": 1e-8,
+            "weight_decay": 0.0,
+            "max_grad_norm": 0.0,
+        }
         for name, value in (common | ESTIMATORS[self.estimator].defaults(self)).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

@@ -165,12 +165,10 @@ class Distillation:
 
 
 class _SpanBySpan(torch.autograd.Function):
-    """Losses of rows that do not depend on each other; the gradient of every span is taken while its graph is there."""
+    """Losses of rows that do not depend on each other; a span's gradient is taken while its graph is there."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, losses_of: Callable[[torch.Tensor, int], torch.Tensor]
-    ) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor, losses_of: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
         losses, gradients = [], []
         wanted = ctx.needs_input_grad[0]
         for index, span in enumerate(rows.split(SPAN)):
