@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -48,17 +48,18 @@ class Inputs:
         """Add inputs, and if they are known those that the dense model would have had for the same tokens."""
         assert self.gram is not None
         self.sequences += sequences
-        squares = rows.float().square()
+        exact = rows.float()
+        squares = exact.square()
         self.squares += squares.sum(0)
         scale = squares.mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
-        unit = rows.float() * scale
+        unit = exact * scale
         # The lower half is the upper one.
         step = -(-unit.shape[1] // GRAM_BLOCKS)
         for start in range(0, unit.shape[1], step):
             self.gram[start : start + step, start:].addmm_(unit[:, start : start + step].T, unit[:, start:])
         if dense is not None:
             # In the model's own precision, which is several times as fast: it is damped, and added to what is exact.
-            lost = (((dense.float() - rows.float()) * scale).to(rows.dtype).T @ unit.to(rows.dtype)).float()
+            lost = (((dense - rows) * scale).to(rows.dtype).T @ unit.to(rows.dtype)).float()
             self.lost = lost if self.lost is None else self.lost.add_(lost)
 
     def complete(self) -> None:
@@ -95,24 +96,22 @@ class _Batch:
     attention_mask: torch.Tensor | None = None
     # The same in the dense model.
     dense_hidden: torch.Tensor | None = None
-    # Of the decoder layer under way, what the layers whose masks are chosen have put out, a tensor a call.
-    known: dict[MaskProLayer, list[torch.Tensor]] = field(default_factory=dict)
+    # Of the decoder layer under way, what modules whose masks are all chosen have put out, call by call.
+    known: dict[nn.Module, list[Any]] = field(default_factory=dict)
 
     def run(self, block: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self.arguments[index]
         output = block(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    @contextmanager
-    def remembering(self, chosen: list[MaskProLayer]) -> Iterator[None]:
-        """Let layers whose masks are chosen compute what they put out once, and say it again in later runs."""
-        for layer in chosen:
-            layer.forward = partial(_remember, layer.forward, self.known.setdefault(layer, []), count())
-        try:
-            yield
-        finally:
-            for layer in chosen:
-                del layer.forward
+    def remembering(self, finished: list[nn.Module]) -> AbstractContextManager[None]:
+        """Let modules whose masks are all chosen compute what they put out once, and say it again in later runs."""
+        return _running(
+            {
+                module: partial(_remember, module.forward, self.known.setdefault(module, []), count())
+                for module in finished
+            }
+        )
 
     def rows(self, inputs: torch.Tensor) -> torch.Tensor:
         """A layer's inputs without padding; what is no longer one row a token, as in an expert, is left as it is."""
@@ -125,14 +124,28 @@ class _Batch:
         return inputs[..., 0].numel() == self.hidden[..., 0].numel()
 
 
-def _remember(
-    forward: Callable[..., torch.Tensor], known: list[torch.Tensor], calls: Iterator[int], *args: Any, **kwargs: Any
-) -> torch.Tensor:
-    """A layer's forward, of which so many outputs are known."""
+def _remember(forward: Callable[..., Any], known: list[Any], calls: Iterator[int], *args: Any, **kwargs: Any) -> Any:
+    """A module's forward, of which so many outputs are known."""
     call = next(calls)
     if call == len(known):
         known.append(forward(*args, **kwargs))
     return known[call]
+
+
+@contextmanager
+def _running(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules another forward."""
+    # Where something else has done so already, its own is put back.
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 class _StopForward(Exception):
@@ -159,8 +172,8 @@ def walk(
     and v are, share [`Inputs`].
 
     `in_order` goes on within a decoder layer as it runs: what is given the same tensor is one stage, each sees what
-    the masks before it make of the tokens, and what the dense model would have made of them. A layer whose mask is
-    chosen multiplies once.
+    the masks before it make of the tokens, and what the dense model would have made of them. What has all its
+    masks is computed once.
 
     Args:
         model (`torch.nn.Module`): A model with one active mask adapter.
@@ -231,14 +244,15 @@ def _choose_in_order(
             given, batch.dense_hidden = _inputs_of(block, index, inside, batch, hidden)
             dense.append(given)
             _add_stages(stages, given)
-        chosen: list[MaskProLayer] = []
+        chosen: set[MaskProLayer] = set()
         never = [layer for layer in inside if not any(layer in stage for stage in stages)]
         for stage in stages:
             gathered: dict[MaskProLayer, Inputs] = {}
+            finished = _finished(block, chosen)
             for batch, known in zip(batches, dense, strict=True):
                 calls = sum(len(known.pop(layer, [])) for layer in stage[1:])
                 others = known.pop(stage[0], [])
-                with batch.remembering(chosen):
+                with batch.remembering(finished):
                     given, _ = _inputs_of(block, index, stage, batch, batch.hidden, stop_after=calls + len(others))
                 for layers, inputs in _together(gathered, given, True):
                     tensors = given[layers[0]]
@@ -252,9 +266,19 @@ def _choose_in_order(
             for layer in stage:
                 choose(names[layer], layer, gathered.get(layer) or _nothing(layer, True))
                 layer.dense = False
-            chosen += stage
+            chosen.update(stage)
         for layer in never:
             choose(names[layer], layer, _nothing(layer, True))
+
+
+def _finished(module: nn.Module, chosen: set[MaskProLayer]) -> list[nn.Module]:
+    """The outermost modules inside that have masks, all of which are chosen."""
+    masked = {inner for inner in module.modules() if isinstance(inner, MaskProLayer)}
+    if not masked:
+        return []
+    if masked <= chosen:
+        return [module]
+    return [found for child in module.children() for found in _finished(child, chosen)]
 
 
 def _add_stages(stages: list[list[MaskProLayer]], given: _Given) -> None:
@@ -383,12 +407,9 @@ def _capture(model: nn.Module, blocks: list[nn.Module], batches: list[dict[str, 
         block.register_forward_pre_hook(partial(capture, index=index), with_kwargs=True)
         for index, block in enumerate(blocks)
     ]
-    # Where something else has replaced a layer's forward, it is put back.
-    before = [vars(block).get("forward") for block in blocks]
-    for index, block in enumerate(blocks):
-        block.forward = pass_on if index else partial(compute, block.forward)
+    forwards = {block: pass_on if index else partial(compute, block.forward) for index, block in enumerate(blocks)}
     try:
-        with _dense(layers):
+        with _running(forwards), _dense(layers):
             for batch in tqdm(batches, desc="reading the calibration text"):
                 inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
                 with suppress(_StopForward):
@@ -397,10 +418,6 @@ def _capture(model: nn.Module, blocks: list[nn.Module], batches: list[dict[str, 
     finally:
         for handle in handles:
             handle.remove()
-        for block, forward in zip(blocks, before, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
     if not captured:
         raise ValueError("the calibration data is empty; pass at least one batch.")
     return captured
