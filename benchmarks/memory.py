@@ -2,7 +2,8 @@
 Peak memory of a training step per target weight: the slope over three model sizes, minus that of a bare forward pass
 of the same batch. The first step, which loads or compiles the kernels, is not counted. The published layout adds a
 float32 logit and a byte of mask to the bfloat16 weight: 5 bytes. `lean` is `simple` with its optimizer in the backward
-pass and gradient checkpointing. `--billion` measures two of its steps on a Llama of 1.1 billion weights instead.
+pass and gradient checkpointing. `--billion` measures instead a whole process that makes a random Llama of 1.1 billion
+weights and trains it for two such steps.
 """
 
 import argparse
@@ -62,8 +63,10 @@ def worker(job: str, dtype: str, layers: int, pattern: str) -> None:
     print(json.dumps(run(job, dtype, LlamaConfig(**LLAMA, num_hidden_layers=layers), TOKENS, pattern)))
 
 
-def run(job: str, dtype: str, config: LlamaConfig, tokens: tuple[int, int], pattern: str) -> dict[str, int]:
-    """Peak memory in bytes, and target weights."""
+def run(
+    job: str, dtype: str, config: LlamaConfig, tokens: tuple[int, int], pattern: str, whole: bool = False
+) -> dict[str, int]:
+    """Peak memory in bytes, of the steps after the first or of the whole process, and target weights."""
     torch.manual_seed(0)
     cuda = torch.cuda.is_available()
     with torch.device("cuda" if cuda else "cpu"):
@@ -86,7 +89,7 @@ def run(job: str, dtype: str, config: LlamaConfig, tokens: tuple[int, int], patt
             tempfile.gettempdir(),  # where nothing is saved
             estimator="simple" if job == "lean" else job,
             optimizer_in_backward=job == "lean",
-            max_steps=3,
+            max_steps=2 if whole else 3,
             per_device_train_batch_size=tokens[0],
             baseline="auto",
             save_strategy="no",
@@ -95,7 +98,8 @@ def run(job: str, dtype: str, config: LlamaConfig, tokens: tuple[int, int], patt
             disable_tqdm=True,
         )
         data = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids]
-        MaskProTrainer(model, args, train_dataset=data, callbacks=[ForgetFirstStep()]).train()
+        callbacks = [] if whole else [ForgetFirstStep()]
+        MaskProTrainer(model, args, train_dataset=data, callbacks=callbacks).train()
     return {"peak": peak_bytes(), "weights": weights}
 
 
@@ -124,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--other-patterns", nargs="*", default=["4:8", "8:16"], help="for residual alone")
-    parser.add_argument("--billion", action="store_true", help="peak memory of `lean` on a model of that size, alone")
+    parser.add_argument("--billion", action="store_true", help="peak memory of lean on a model of that size")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -134,7 +138,7 @@ def main() -> None:
         return
     if args.billion:
         config = LlamaConfig(**BILLION, num_hidden_layers=BILLION_LAYERS)
-        found = run("lean", "bfloat16", config, BILLION_TOKENS, "2:4")
+        found = run("lean", "bfloat16", config, BILLION_TOKENS, "2:4", whole=True)
         print(json.dumps(found) if args.json else f"{found['weights']:,} target weights: {found['peak'] / 1e9:.2f} GB")
         return
     jobs = [(job, dtype, "2:4") for job in ("residual", "simple", "lean") for dtype in ("bfloat16", "float32")]
