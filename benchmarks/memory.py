@@ -1,7 +1,9 @@
 """
 Peak memory of a training step per target weight: the slope over three model sizes, minus that of a bare forward pass
 of the same batch. The first step, which loads or compiles the kernels, is not counted. The published layout adds a
-float32 logit and a byte of mask to the bfloat16 weight: 5 bytes.
+float32 logit and a byte of mask to the bfloat16 weight: 5 bytes. `lean` is `simple` with its optimizer in the backward
+pass and gradient checkpointing. `--billion` measures instead a whole process that makes a random Llama of 1.1 billion
+weights and trains it for two such steps.
 """
 
 import argparse
@@ -28,6 +30,10 @@ from hf_maskpro.cli import quickstart_row
 # Layers are added, not widened, so that what belongs to the layer at work is the same in all sizes.
 LAYERS = (8, 16, 24)
 TOKENS = (4, 64)
+LLAMA = {"vocab_size": 128, "hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12}
+# TinyLlama's shape.
+BILLION = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
+BILLION_LAYERS, BILLION_TOKENS = 22, (1, 512)
 
 
 class ForgetFirstStep(TrainerCallback):
@@ -54,21 +60,20 @@ def peak_bytes() -> int:
 
 def worker(job: str, dtype: str, layers: int, pattern: str) -> None:
     """Run one job in this process and print its peak memory and target weights."""
+    print(json.dumps(run(job, dtype, LlamaConfig(**LLAMA, num_hidden_layers=layers), TOKENS, pattern)))
+
+
+def run(
+    job: str, dtype: str, config: LlamaConfig, tokens: tuple[int, int], pattern: str, whole: bool = False
+) -> dict[str, int]:
+    """Peak memory in bytes, of the steps after the first or of the whole process, and target weights."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=layers,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-    )
     cuda = torch.cuda.is_available()
     with torch.device("cuda" if cuda else "cpu"):
         torch.set_default_dtype(torch.bfloat16)
         model = LlamaForCausalLM(config).eval()
         torch.set_default_dtype(torch.float32)
-    ids = torch.randint(128, TOKENS)
+    ids = torch.randint(config.vocab_size, tokens)
     weights = sum(
         m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm" not in n
     )
@@ -82,9 +87,10 @@ def worker(job: str, dtype: str, layers: int, pattern: str) -> None:
         model = get_peft_model(model, MaskProConfig(n=n, m=m, init_mask="random", logits_dtype=dtype))
         args = MaskProTrainingArguments(
             tempfile.gettempdir(),  # where nothing is saved
-            estimator=job,
-            max_steps=3,
-            per_device_train_batch_size=TOKENS[0],
+            estimator="simple" if job == "lean" else job,
+            optimizer_in_backward=job == "lean",
+            max_steps=2 if whole else 3,
+            per_device_train_batch_size=tokens[0],
             baseline="auto",
             save_strategy="no",
             logging_strategy="no",
@@ -92,8 +98,9 @@ def worker(job: str, dtype: str, layers: int, pattern: str) -> None:
             disable_tqdm=True,
         )
         data = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids]
-        MaskProTrainer(model, args, train_dataset=data, callbacks=[ForgetFirstStep()]).train()
-    print(json.dumps({"peak": peak_bytes(), "weights": weights}))
+        callbacks = [] if whole else [ForgetFirstStep()]
+        MaskProTrainer(model, args, train_dataset=data, callbacks=callbacks).train()
+    return {"peak": peak_bytes(), "weights": weights}
 
 
 def slope(job: str, dtype: str, pattern: str, repeats: int, bar: tqdm) -> tuple[float, list[float]]:
@@ -121,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--other-patterns", nargs="*", default=["4:8", "8:16"], help="for residual alone")
+    parser.add_argument("--billion", action="store_true", help="peak memory of lean on a model of that size")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -128,7 +136,12 @@ def main() -> None:
         job, dtype, layers, pattern = args.worker
         worker(job, dtype, int(layers), pattern)
         return
-    jobs = [(job, dtype, "2:4") for job in ("residual", "simple") for dtype in ("bfloat16", "float32")]
+    if args.billion:
+        config = LlamaConfig(**BILLION, num_hidden_layers=BILLION_LAYERS)
+        found = run("lean", "bfloat16", config, BILLION_TOKENS, "2:4", whole=True)
+        print(json.dumps(found) if args.json else f"{found['weights']:,} target weights: {found['peak'] / 1e9:.2f} GB")
+        return
+    jobs = [(job, dtype, "2:4") for job in ("residual", "simple", "lean") for dtype in ("bfloat16", "float32")]
     jobs += [("residual", "bfloat16", pattern) for pattern in args.other_patterns]
     with tqdm(total=(1 + len(jobs)) * len(LAYERS) * args.repeats) as bar:
         bare, _ = slope("forward", "bfloat16", "2:4", args.repeats, bar)

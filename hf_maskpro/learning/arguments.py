@@ -28,7 +28,8 @@ _SETTINGS = dict.fromkeys(known.Arguments for known in ESTIMATORS.values() if kn
 class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[misc]
     """
     `TrainingArguments` with an estimator, and with defaults that suit masks rather than weights. The settings of each
-    estimator are fields too: see [`ResidualArguments`], [`ProxSparseArguments`] and [`MaskLLMArguments`].
+    estimator are fields too: see [`ResidualArguments`], [`SimpleArguments`], [`ProxSparseArguments`] and
+    [`MaskLLMArguments`].
 
     Args:
         estimator (`str`, defaults to `"residual"`):
@@ -64,6 +65,8 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
         max_grad_norm (`float`, *optional*):
             Default 0, no clipping, for `simple` and `residual`: Adam scales every logit's step by itself, and the
             other has no gradient. 1 for `proxsparse` and `maskllm`.
+        gradient_checkpointing (`bool`, *optional*):
+            Off unless given, but on with `optimizer_in_backward`.
 
     Raises:
         `ValueError`: if a value is none of those allowed.
@@ -80,6 +83,7 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
     adam_epsilon: float | None = field(default=None, metadata={"help": "The estimator's own unless given."})
     weight_decay: float | None = field(default=None, metadata={"help": "The estimator's own unless given."})
     max_grad_norm: float | None = field(default=None, metadata={"help": "The estimator's own unless given."})
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "The estimator's own unless given."})
 
     def __post_init__(self):
         if self.estimator not in ESTIMATORS:

@@ -245,14 +245,14 @@ def _update_kernel(n: int, m: int, distribution: Distribution, dtype: torch.dtyp
             scores = score_of(weights, [codes & 1 << i != 0 for i in range(m)], n, distribution)
         moved = [member.float() + step * value.float() for member, value in zip(theta, scores, strict=True)]
         if dtype == torch.bfloat16:
-            moved = _round_at_random(moved, words[0])
+            moved = round_at_random(moved, words[0])
         for member, value in zip(theta, moved, strict=True):
             member.copy_(value)
 
     return _kernel(update, n, m, "update")
 
 
-def _round_at_random(planes: list[torch.Tensor], words: torch.Tensor) -> list[torch.Tensor]:
+def round_at_random(planes: list[torch.Tensor], words: torch.Tensor) -> list[torch.Tensor]:
     """
     Float32 planes rounded up or down to bfloat16, with probabilities that make it right on average.
 

@@ -1,0 +1,240 @@
+"""`simple` with its optimizer in the backward pass: the same rule as a plain loop, in less memory."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import TrainerCallback
+
+from hf_maskpro import MaskProConfig, MaskProTrainer
+from hf_maskpro.learning.lean import OptimizerInBackward, _update_kernel
+from hf_maskpro.subset import Kernel, random_keys
+
+from ..conftest import tiny_llama
+from .test_trainer import NotANumber, Spoiled, arguments, recover, rows, thetas
+
+
+def lean(folder, **options):
+    return arguments(folder, "simple", optimizer_in_backward=True, **options)
+
+
+def masked_llama(**options):
+    torch.manual_seed(7)
+    return get_peft_model(tiny_llama(), MaskProConfig(**{"init_mask": "random", "logit_scale": 2.0} | options))
+
+
+class Gradients(TrainerCallback):
+    """Notes which logits have a gradient when a step's backward pass is over."""
+
+    def __init__(self):
+        self.left = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.left += [name for name, p in model.named_parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_within_the_backward_pass_the_steps_are_those_after_it(tmp_path, monkeypatch, gradient_checkpointing):
+    def train(folder):
+        args = lean(
+            folder, max_steps=5, per_device_train_batch_size=8, warmup_steps=2,
+            gradient_checkpointing=gradient_checkpointing,
+        )  # fmt: skip
+        trainer = MaskProTrainer(masked_llama(logits_dtype="bfloat16"), args, train_dataset=rows())
+        trainer.train()
+        return thetas(trainer.model)
+
+    within = train(tmp_path / "within")
+
+    def move_all(self):
+        # Called before the optimizer's own step, when the backward pass is over.
+        for index, theta in enumerate(self.thetas):
+            self._move(index, theta)
+
+    monkeypatch.setattr(OptimizerInBackward, "watch", lambda self: [])
+    monkeypatch.setattr(OptimizerInBackward, "take_norm", move_all)
+    after = train(tmp_path / "after")
+    assert any(theta.abs().max() > 0 for theta in within)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(within, after, strict=True))
+
+
+def update(theta, gradient, codes, updates, rate=1.0, epsilon=0.0, kept=1.0, seed=1):
+    """One step of the kernel with beta2 = 0.98."""
+    norm = torch.linalg.vector_norm(gradient)
+    settings = [torch.tensor(value) for value in (rate, 0.98, epsilon, kept)]
+    keys = random_keys(seed, 0, theta.device)
+    _update_kernel()(theta.numel(), theta, gradient, codes, updates, norm, settings, keys)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_the_rounded_moment_follows_the_exact_one(monkeypatch, compiles):
+    """For gradients of 1e-6 to 10, and while they fade to a thousandth."""
+    monkeypatch.setattr(Kernel, "compiles", compiles)
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(-6, 1, 64, dtype=torch.float64).repeat(256, 1)
+    codes, updates = torch.zeros(256, 64, dtype=torch.uint8), torch.zeros(())
+    exact, errors = torch.zeros(256, 64, dtype=torch.float64), []
+    for t in range(1, 401):
+        size = sizes if t <= 200 else sizes / 1000
+        gradient = size * torch.randn(256, 64, generator=generator, dtype=torch.float64)
+        exact = 0.98 * exact + 0.02 * gradient.square()
+        theta = torch.zeros(256, 64)
+        update(theta, gradient.float(), codes, updates, seed=t)
+        step = gradient / (exact / (1 - 0.98**t)).sqrt()
+        errors.append((-theta.double() / step).log())
+    assert updates == 400
+    assert codes.min() > 0
+    assert codes.max() < 255
+    for steps, spread in ((errors[:10], 0.2), (errors[100:200], 0.2), (errors[390:], 0.5)):
+        error = torch.stack(steps)
+        assert error.std() < spread
+        assert abs(error.mean()) < 0.1
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    theta, codes, updates = torch.ones(4, 8), torch.full((4, 8), 77, dtype=torch.uint8), torch.ones(())
+    gradient = torch.ones(4, 8)
+    gradient[2, 3] = torch.nan
+    update(theta, gradient, codes, updates)
+    assert theta.eq(1).all()
+    assert codes.eq(77).all()
+    assert updates == 1
+
+
+def test_bfloat16_logits_move_by_what_is_right_on_average():
+    """By a step that rounding to nearest would lose at every logit."""
+    theta, codes = torch.full((256, 256), 4.0, dtype=torch.bfloat16), torch.zeros(256, 256, dtype=torch.uint8)
+    update(theta, torch.ones(256, 256), codes, torch.zeros(()), rate=0.004)
+    assert theta.unique().numel() == 2
+    assert (4 - theta.double().mean()).item() == pytest.approx(0.004, rel=0.1)
+
+
+def test_logits_decay_to_the_start():
+    theta, codes = torch.ones(4, 8), torch.zeros(4, 8, dtype=torch.uint8)
+    update(theta, torch.zeros(4, 8), codes, torch.zeros(()), epsilon=1e-8, kept=0.9)
+    torch.testing.assert_close(theta, torch.full((4, 8), 0.9))
+    assert codes.eq(0).all()
+
+
+@pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, logits_dtype):
+    def run(folder, resume):
+        model = masked_llama(logits_dtype=logits_dtype)
+        args = lean(folder, max_steps=6, save_strategy="steps", save_steps=3)
+        trainer = MaskProTrainer(model, args, train_dataset=rows())
+        trainer.train(resume_from_checkpoint=resume)
+        return model, trainer.estimator.in_backward
+
+    expected, state = run(tmp_path / "run", None)
+    model, resumed = run(tmp_path / "again", str(tmp_path / "run" / "checkpoint-3"))
+    assert any(theta.abs().max() > 0 for theta in thetas(expected))
+    for mine, theirs in zip(
+        [*thetas(expected), *state.second_moments, *state.updates],
+        [*thetas(model), *resumed.second_moments, *resumed.updates],
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_checkpoint_of_the_other_optimizer_is_refused(tmp_path):
+    def trainer(folder, **options):
+        args = arguments(folder, "simple", max_steps=2, save_strategy="steps", save_steps=1, **options)
+        return MaskProTrainer(masked_llama(), args, train_dataset=rows())
+
+    trainer(tmp_path / "plain").train()
+    trainer(tmp_path / "lean", optimizer_in_backward=True).train()
+    with pytest.raises(ValueError, match=r"optimizer_in_backward\.safetensors does not hold"):
+        trainer(tmp_path / "a", optimizer_in_backward=True).train(str(tmp_path / "plain" / "checkpoint-1"))
+    with pytest.raises(ValueError, match="was written with optimizer_in_backward=True"):
+        trainer(tmp_path / "b").train(str(tmp_path / "lean" / "checkpoint-1"))
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    model = masked_llama(modules_to_save=["lm_head"])
+    args = lean(tmp_path, max_steps=8, per_device_train_batch_size=1, logging_steps=8)
+    trainer = NotANumber(model, args, train_dataset=Spoiled({2, 5}))
+    trainer.train()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert any(theta.abs().max() > 0 for theta in thetas(model))
+    assert trainer.state.log_history[0]["skipped"] == 2
+    assert [count.item() for count in trainer.estimator.in_backward.updates] == [6] * len(thetas(model))
+
+
+def test_several_such_updates_in_a_row_stop_the_run(tmp_path):
+    args = lean(tmp_path, max_steps=8, per_device_train_batch_size=1, train_sampling_strategy="sequential")
+    trainer = NotANumber(masked_llama(), args, train_dataset=Spoiled({2, 3, 4, 5, 6, 7}))
+    with pytest.raises(FloatingPointError, match=r"^5 updates in a row were not finite, the last at step 6"):
+        trainer.train()
+    assert all(theta.isfinite().all() for theta in thetas(trainer.model))
+
+
+def test_one_layer_that_is_not_finite_does_not_keep_others_from_moving(tmp_path):
+    model = masked_llama()
+    args = lean(tmp_path, max_steps=3, warmup_steps=0, logging_steps=3, gradient_checkpointing=False)
+    trainer = MaskProTrainer(model, args, train_dataset=rows())
+    first = trainer.adapter.layers[0].maskpro_theta["default"]
+    first.register_hook(lambda gradient: gradient * torch.inf)
+    trainer.train()
+    still, *others = thetas(model)
+    assert still.eq(0).all()
+    assert all(theta.abs().max() > 0 for theta in others)
+    assert trainer.state.log_history[0]["skipped"] == 3
+
+
+def test_modules_to_save_have_their_own_optimizer(tmp_path):
+    model = masked_llama(modules_to_save=["lm_head"])
+    trainer = MaskProTrainer(model, lean(tmp_path, max_steps=2, warmup_steps=0), train_dataset=rows())
+    head = model.base_model.model.lm_head.modules_to_save["default"].weight
+    before = head.detach().clone()
+    trainer.train()
+    assert list(trainer.optimizer.state) == [head]
+    assert 0 < (head - before).abs().max() < 1e-3
+    assert all(theta.abs().max() > 0 for theta in thetas(model))
+
+
+def test_it_holds_a_byte_per_logit_and_no_gradient(tmp_path):
+    gradients, model = Gradients(), masked_llama(logits_dtype="bfloat16")
+    trainer = MaskProTrainer(model, lean(tmp_path, max_steps=2), train_dataset=rows(), callbacks=[gradients])
+    trainer.train()
+    assert trainer.args.gradient_checkpointing
+    assert gradients.left == []
+    assert trainer.optimizer.state == {}
+    state = trainer.estimator.in_backward
+    weights = sum(theta.numel() for theta in thetas(model))
+    held = [*thetas(model), *(layer.maskpro_mask["default"] for layer in trainer.adapter.layers)]
+    held += [*state.second_moments, *state.updates]
+    assert all(not isinstance(value, torch.Tensor) for value in vars(state).values())
+    assert sum(tensor.nbytes for tensor in held) <= 3.3 * weights
+
+
+def test_it_recovers_what_a_random_mask_lost_as_the_usual_optimizer_does(tmp_path):
+    left = {}
+    for where in (False, True):
+        shares = []
+        for seed in range(3):
+            before, after = recover(tmp_path, seed, "bfloat16", optimizer_in_backward=where)
+            shares.append(after / before)
+        left[where] = torch.tensor(shares)
+    assert left[True].max() < 0.5
+    assert left[True].mean() < left[False].mean() + 2 * left[False].std() + 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps is 2, not 1"),
+        ({"max_grad_norm": 1.0}, "max_grad_norm is 1.0, not 0"),
+    ],
+)
+def test_what_needs_all_gradients_at_once_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        MaskProTrainer(masked_llama(), lean(tmp_path, **options), train_dataset=rows())
+
+
+def test_several_processes_and_an_optimizer_are_refused(tmp_path, monkeypatch):
+    optimizers = (torch.optim.SGD(masked_llama().parameters(), lr=1.0), None)
+    with pytest.raises(ValueError, match="drop optimizers"):
+        MaskProTrainer(masked_llama(), lean(tmp_path), train_dataset=rows(), optimizers=optimizers)
+    args = lean(tmp_path)
+    monkeypatch.setattr(type(args), "world_size", 2)
+    with pytest.raises(ValueError, match="one process on one device, not 2"):
+        MaskProTrainer(masked_llama(), args, train_dataset=rows())
