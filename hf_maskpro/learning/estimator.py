@@ -162,7 +162,7 @@ class Estimator:
 
     def gradient_norm(self, parameters: list[nn.Parameter]) -> torch.Tensor | None:
         """A number that is finite if the gradients of a step are, of parameters that have one; `None` if none has."""
-        return get_total_norm([p.grad for p in parameters]) if parameters else None
+        return get_total_norm([p.grad for p in parameters if p.grad is not None]) if parameters else None
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

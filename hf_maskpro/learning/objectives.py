@@ -18,20 +18,20 @@ OBJECTIVES = ("language-modeling", "distillation")
 SPAN = 128
 
 
-def objective_weights(objective: str | dict[str, float]) -> dict[str, float]:
+def objective_weights(objective: str | dict[str, float] | None) -> dict[str, float]:
     """
     What an objective adds up.
 
     Args:
-        objective (`str` or `dict[str, float]`): `"language-modeling"`, `"distillation"`, or the weight of each, also
-            as JSON.
+        objective (`str` or `dict[str, float]`, *optional*): `"language-modeling"`, which is the default,
+            `"distillation"`, or the weight of each, also as JSON.
 
     Raises:
         `ValueError`: if it names another, or has no positive weight.
     """
-    found: Any = objective
-    if isinstance(objective, str):
-        found = json.loads(objective) if objective.startswith("{") else {objective: 1.0}
+    found: Any = objective or "language-modeling"
+    if isinstance(found, str):
+        found = json.loads(found) if found.startswith("{") else {found: 1.0}
     if not set(found) <= set(OBJECTIVES) or not all(weight > 0 for weight in found.values()) or not found:
         names = ", ".join(map(repr, OBJECTIVES))
         raise ValueError(f"objective is {objective!r}; use {names}, or a positive weight for each.")
@@ -183,6 +183,6 @@ class _SpanBySpan(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.unsqueeze(1).to(gradient.dtype), None

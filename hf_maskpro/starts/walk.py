@@ -142,10 +142,10 @@ def _running(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, forward in before.items():
+        for module, own in before.items():
             del module.forward
-            if forward is not None:
-                module.forward = forward
+            if own is not None:
+                module.forward = own
 
 
 class _StopForward(Exception):
