@@ -55,8 +55,7 @@ class Simple(Estimator):
             # In a short run the rest of the schedule needs steps, too.
             "warmup_steps": args.max_steps // 5 if 0 < args.max_steps < 50 else 10,
             "adam_beta2": 0.98,
-            "gradient_checkpointing": args.optimizer_in_backward,
-        }
+        } | ({"gradient_checkpointing": True} if args.optimizer_in_backward else {})
 
     def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
         super().__init__(trainer, adapter)
