@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import exp, isfinite
+from math import exp, isfinite, sqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,8 @@ logger = logging.get_logger(__name__)
 STATE_NAME = "residual_state.json"
 # Batches whose loss is computed both ways before cached losses are trusted, and by how much the two may differ.
 PROBES, PROBE_TOLERANCE = 4, 5e-3
+# Deviations that a single residual may count for.
+CLIP = 2.0
 
 _INDEX = "example_index"
 
@@ -36,14 +38,21 @@ class ResidualArguments:
     The settings of `estimator="residual"`.
 
     Args:
+        advantage (`str`, defaults to `"scaled"`):
+            What a step is proportional to. `"scaled"`: the residual minus its moving average, divided by its running
+            deviation and clipped at 2, so that `learning_rate` is in logits a step, whatever the loss, the batch or
+            the model. `"raw"`: the paper's, not divided.
         tracker_decay (`float`, defaults to 0.99):
-            `alpha` of the moving average that is subtracted from the loss residual.
+            `alpha` of the moving averages of the residual and of its squared deviation.
         baseline (`str`, defaults to `"auto"`):
             Where the loss of the initial mask comes from: `"step"` computes it with every batch, `"cache"` once per
             example before training. The latter is refused where an example's loss depends on its company or on when
             it is drawn, which a few batches tell. `"auto"` is the cheaper of those that are sound.
     """
 
+    advantage: Literal["scaled", "raw"] = field(
+        default="scaled", metadata={"help": "Whether `residual` divides by the residual's deviation."}
+    )
     tracker_decay: float = field(default=0.99, metadata={"help": "Decay of the residual's moving average."})
     baseline: Literal["auto", "step", "cache"] = field(
         default="auto", metadata={"help": "When `residual` computes the loss of the initial mask."}
@@ -52,25 +61,31 @@ class ResidualArguments:
 
 class Residual(Estimator):
     """
-    Samples one mask an optimizer step, and moves the logits by `l <- l - lr * (g - delta) * score(m_t)`, where
-    `g = f(m_t) - f(m_0)` is the loss of the sampled mask minus that of the initial one on the same batch, and `delta`
-    its moving average. It never builds an autograd graph.
+    Samples one mask an optimizer step, and moves the logits by `l <- l - lr * a * score(m_t)`. The advantage `a` is
+    `g - delta`, where `g = f(m_t) - f(m_0)` is the loss of the sampled mask minus that of the initial one on the same
+    batch, and `delta` its moving average; unless the raw one is asked for, it is divided by its running deviation and
+    clipped. It never builds an autograd graph.
     """
 
     Arguments = ResidualArguments
-    logit_scale = 10.0
 
     @classmethod
     def defaults(cls, args: TrainingArguments) -> dict[str, Any]:
+        if args.advantage not in ("scaled", "raw"):
+            raise ValueError(f"advantage is {args.advantage!r}; use 'scaled' or 'raw'.")
         if args.baseline not in ("auto", "step", "cache"):
             raise ValueError(f"baseline is {args.baseline!r}; use one of 'auto', 'step', 'cache'.")
         if not 0 <= args.tracker_decay < 1:
             raise ValueError(f"tracker_decay is {args.tracker_decay}, outside 0 to 1; 0.99 is usual.")
-        return {"learning_rate": 50.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
+        rate = 50.0 if args.advantage == "raw" else 0.2
+        return {"learning_rate": rate, "lr_scheduler_type": "constant", "warmup_steps": 0}
 
     def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
         super().__init__(trainer, adapter)
+        # The paper's scale goes with its advantage.
+        self.logit_scale = 10.0 if trainer.args.advantage == "raw" else 6.0
         self.tracker = 0.0
+        self._variance, self._moves = 0.0, 0
         self._seed = -1
         self._residual = torch.zeros(())
         self._history: dict[str, list[float]] = {"residual": [], "tracker": []}
@@ -148,14 +163,24 @@ class Residual(Estimator):
 
     @torch.no_grad()
     def _move_logits(self, residual: float) -> None:
-        """`l <- l - lr * (g - delta) * score(m_t)`."""
-        alpha = self.trainer.args.tracker_decay
-        self.tracker = alpha * self.tracker + (1 - alpha) * residual
-        step = -self.trainer._get_learning_rate() * (residual - self.tracker)
+        """`l <- l - lr * a * score(m_t)`."""
+        step = -self.trainer._get_learning_rate() * self._advantage(residual)
         for index, layer in enumerate(self.adapter.layers):
             layer.move_logits(self.adapter.name, step, self._seed, index, self.distribution)
         self._history["residual"].append(residual)
         self._history["tracker"].append(self.tracker)
+
+    def _advantage(self, residual: float) -> float:
+        alpha = self.trainer.args.tracker_decay
+        self.tracker = alpha * self.tracker + (1 - alpha) * residual
+        advantage = residual - self.tracker
+        if self.trainer.args.advantage == "raw":
+            return advantage
+        self._moves += 1
+        self._variance = alpha * self._variance + (1 - alpha) * advantage**2
+        deviation = sqrt(self._variance / (1 - alpha**self._moves))
+        # Of masks that all have the same loss nothing is learned.
+        return max(-CLIP, min(CLIP, advantage / deviation)) if deviation > 0 else 0.0
 
     def metrics(self) -> dict[str, float]:
         logs = {name: sum(values) / len(values) for name, values in self._history.items() if values}
@@ -169,25 +194,38 @@ class Residual(Estimator):
     def settings(self) -> dict[str, Any]:
         args = self.trainer.args
         return {
+            "advantage": args.advantage,
             "tracker_decay": args.tracker_decay,
             "baseline": args.baseline,
             "distribution": self.distribution,
         }
 
     def save(self, folder: Path) -> None:
-        (folder / STATE_NAME).write_text(json.dumps({"tracker": self.tracker}))
+        state = {"tracker": self.tracker}
+        if self.trainer.args.advantage == "scaled":
+            state |= {"variance": self._variance, "moves": self._moves}
+        (folder / STATE_NAME).write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
         path = folder / STATE_NAME
         if not path.is_file():
             raise ValueError(f"{folder} is not a checkpoint of estimator='residual'; start a new run from it.")
+        scaled = self.trainer.args.advantage == "scaled"
+        names = ("tracker", "variance", "moves") if scaled else ("tracker",)
         try:
-            tracker = float(json.loads(path.read_text())["tracker"])
+            state = json.loads(path.read_text())
+            values = [float(state[name]) for name in names]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f"{path} has no tracker: {error}; resume from an earlier checkpoint.") from error
-        if not isfinite(tracker):
-            raise ValueError(f"{path} has the tracker {tracker}; resume from an earlier checkpoint.")
-        self.tracker = tracker
+            raise ValueError(
+                f"{path} has no {', '.join(names)}: {error}; resume from an earlier checkpoint, with the advantage "
+                "that it was written with."
+            ) from error
+        for name, value in zip(names, values, strict=True):
+            if not isfinite(value) or (name != "tracker" and value < 0):
+                raise ValueError(f"{path} has the {name} {value}; resume from an earlier checkpoint.")
+        self.tracker = values[0]
+        if scaled:
+            self._variance, self._moves = values[1], int(values[2])
 
     def train_dataloader(self, default: Callable[[], DataLoader]) -> DataLoader:
         trainer = self.trainer

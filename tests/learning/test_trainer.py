@@ -85,7 +85,7 @@ def puzzle_rows(count=64):
     return [{"x": x, "offset": offset, "labels": torch.zeros(1)} for x, offset in zip(inputs, offsets, strict=True)]
 
 
-def play(tmp_path, seed=0, **options):
+def play(tmp_path, seed=0, advantage="raw", **options):
     """Loss above that of the best mask, before and after 800 steps of `residual`."""
     torch.manual_seed(seed)
     puzzle = Puzzle()
@@ -93,7 +93,7 @@ def play(tmp_path, seed=0, **options):
     model = get_peft_model(puzzle, config)
     args = arguments(
         tmp_path, "residual", max_steps=800, learning_rate=0.1, per_device_train_batch_size=16, logging_steps=800,
-        seed=seed,
+        seed=seed, advantage=advantage,
     )  # fmt: skip
     offset = torch.stack([row["offset"] for row in puzzle_rows()]).mean().item()
     before = batch_loss(model, puzzle_rows()) - offset
@@ -102,10 +102,41 @@ def play(tmp_path, seed=0, **options):
     return before, batch_loss(model, puzzle_rows()) - offset
 
 
+@pytest.mark.parametrize("advantage", ["raw", "scaled"])
 @pytest.mark.parametrize("distribution", ["plackett_luce", "conditional_poisson"])
-def test_residual_lowers_the_loss_where_it_can_be_seen(tmp_path, distribution):
-    before, after = play(tmp_path, distribution=distribution)
+def test_residual_lowers_the_loss_where_it_can_be_seen(tmp_path, distribution, advantage):
+    before, after = play(tmp_path, distribution=distribution, advantage=advantage)
     assert after < 0.2 * before
+
+
+def advantages(tmp_path, llama, residuals, **options):
+    model = get_peft_model(copy.deepcopy(llama), MaskProConfig())
+    trainer = MaskProTrainer(model, arguments(tmp_path, "residual", **options), train_dataset=rows())
+    return [trainer.estimator._advantage(value) for value in residuals]
+
+
+def test_the_scaled_advantage_does_not_depend_on_the_size_of_the_loss(tmp_path, llama):
+    residuals = torch.randn(200, generator=torch.Generator().manual_seed(0)).tolist()
+    found = advantages(tmp_path, llama, residuals)
+    assert advantages(tmp_path, llama, [1000 * value for value in residuals]) == pytest.approx(found)
+    # Against the definition: the moving average and deviation of all residuals so far, in float64.
+    tracker = variance = 0.0
+    for step, value in enumerate(residuals, 1):
+        tracker = 0.99 * tracker + 0.01 * value
+        variance = 0.99 * variance + 0.01 * (value - tracker) ** 2
+        expected = (value - tracker) / (variance / (1 - 0.99**step)) ** 0.5
+        assert found[step - 1] == pytest.approx(min(2, max(-2, expected)))
+    assert max(found) == 2.0
+
+
+def test_masks_that_are_all_alike_teach_nothing(tmp_path, llama):
+    assert advantages(tmp_path, llama, [0.0, 0.0]) == [0.0, 0.0]
+
+
+def test_the_raw_advantage_is_the_papers(tmp_path, llama):
+    first, second = advantages(tmp_path, llama, [1.0, 3.0], advantage="raw")
+    assert first == pytest.approx(1 - 0.01)
+    assert second == pytest.approx(3 - (0.99 * 0.01 + 0.01 * 3))
 
 
 @pytest.mark.parametrize("fault", ["sign", "baseline", "score"])
@@ -199,7 +230,7 @@ def test_cached_and_repeated_baselines_agree(tmp_path, llama):
     results = []
     for baseline in ("step", "cache"):
         model = get_peft_model(copy.deepcopy(llama), MaskProConfig(logit_scale=2.0))
-        args = arguments(tmp_path, "residual", max_steps=6, learning_rate=5.0, baseline=baseline)
+        args = arguments(tmp_path, "residual", max_steps=6, learning_rate=5.0, advantage="raw", baseline=baseline)
         trainer = MaskProTrainer(model, args, train_dataset=rows(16, ragged=True))
         trainer.train()
         assert (trainer.estimator._baselines is None) == (baseline == "step")
@@ -479,7 +510,7 @@ def test_the_best_mask_is_what_a_run_ends_with(tmp_path, estimator):
     """The worst here, which is an early one: where the last is the best there is nothing to see."""
     torch.manual_seed(0)
     model = get_peft_model(fitted_llama(), MaskProConfig(init_mask="random"))
-    options = {"residual": {"learning_rate": 5.0}, "simple": {"warmup_steps": 0}}.get(
+    options = {"residual": {"learning_rate": 5.0, "advantage": "raw"}, "simple": {"warmup_steps": 0}}.get(
         estimator, QUICK.get(estimator, {})
     )
     args = arguments(
@@ -698,7 +729,8 @@ def test_logging_does_not_change_a_run(tmp_path, llama):
 
 def test_defaults_by_estimator(tmp_path):
     residual, simple = arguments(tmp_path, "residual"), arguments(tmp_path, "simple")
-    assert (residual.learning_rate, residual.lr_scheduler_type, residual.max_grad_norm) == (50.0, "constant", 0.0)
+    assert (residual.learning_rate, residual.lr_scheduler_type, residual.max_grad_norm) == (0.2, "constant", 0.0)
+    assert arguments(tmp_path, "residual", advantage="raw").learning_rate == 50.0
     assert (simple.learning_rate, simple.adam_beta2, simple.warmup_steps) == (0.2, 0.98, 10)
     assert arguments(tmp_path, "simple", max_steps=30).learning_rate == pytest.approx(0.4)
     assert arguments(tmp_path, "simple", learning_rate=0.1).lr_scheduler_kwargs["lr_end"] == pytest.approx(0.01)
@@ -707,6 +739,8 @@ def test_defaults_by_estimator(tmp_path):
 def test_refusals(tmp_path, llama):
     with pytest.raises(ValueError, match="estimator is 'reinforce'"):
         arguments(tmp_path, "reinforce")
+    with pytest.raises(ValueError, match="advantage is 'none'"):
+        arguments(tmp_path, "residual", advantage="none")
     with pytest.raises(ValueError, match="tracker_decay is 1"):
         arguments(tmp_path, "residual", tracker_decay=1.0)
     model = get_peft_model(copy.deepcopy(llama), MaskProConfig())
