@@ -46,10 +46,10 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
         modules_to_save_learning_rate (`float`, defaults to 5e-5):
             Learning rate of `MaskProConfig.modules_to_save`, a parameter group of their own.
         learning_rate (`float`, *optional*):
-            Default 0.2 logits for `residual`, 50 with `advantage="raw"` (the paper's). For `simple` 0.2 in a run of 120
-            steps; in shorter ones more, in longer ones less, by the square root of the ratio: in few steps each must
-            be larger for a logit to cross `logit_scale`, in many the noise of each adds up. 1e-4 for `proxsparse`,
-            5e-4 for `maskllm`.
+            Default 0.2 logits for `residual`, 50 with `advantage="raw"` (the paper's). For `simple` 0.2 in a run of
+            120 steps; in shorter ones more, in longer ones less, by the square root of the ratio: in few steps each
+            must be larger for a logit to cross `logit_scale`, in many the noise of each adds up. 1e-4 for
+            `proxsparse`, 5e-4 for `maskllm`.
         lr_scheduler_type (`str`, *optional*):
             Default `"constant"` for `residual`; for `simple` 10 warm-up steps and a linear decay to a tenth; linear to
             0 for `proxsparse`, a cosine to a tenth for `maskllm`.

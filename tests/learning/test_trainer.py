@@ -186,6 +186,7 @@ def test_accumulated_residual_steps_equal_undivided_ones(tmp_path, llama, ragged
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             learning_rate=5.0,
+            advantage="raw",
             baseline="step",
         )
         MaskProTrainer(model, args, train_dataset=examples).train()
@@ -484,7 +485,7 @@ def test_a_stray_forward_does_not_decide_the_logit_scale(tmp_path, llama, ids):
     model(input_ids=ids)
     trainer = MaskProTrainer(model, arguments(tmp_path, "residual", max_steps=1), train_dataset=rows())
     trainer.train()
-    assert model.peft_config["default"].logit_scale == 10.0
+    assert model.peft_config["default"].logit_scale == 6.0
 
 
 def test_a_resumed_run_keeps_the_earlier_stages(tmp_path, llama):
