@@ -52,6 +52,10 @@ def private_folder(folder: str | Path, *brought: str) -> Iterator[Path]:
             if (folder / file).exists():
                 (old / file).parent.mkdir(parents=True, exist_ok=True)
                 _keep(folder / file, old / file)
+        for file in files:
+            # A file system may keep a renaming and lose what was written before it, when the machine stops.
+            with (new / file).open("rb+") as written:
+                os.fsync(written.fileno())
         placed = []
         try:
             for file in files:

@@ -8,16 +8,19 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
-from transformers import DataCollatorWithFlattening, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, LlamaForCausalLM, Trainer, TrainerState, TrainingArguments
 
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
 from hf_maskpro.learning import residual
 from hf_maskpro.learning.arguments import ESTIMATORS
+from hf_maskpro.learning.record import plot_run
 from hf_maskpro.learning.relaxation import Relaxation
 from hf_maskpro.tuner import MaskProLayer, masked_layers
 
 from ..conftest import tiny_llama
+from ..tuner.test_files import contents, largest_file
 
 
 def arguments(folder, estimator, **options):
@@ -754,3 +757,69 @@ def test_the_card_of_an_adapter_with_a_name(tmp_path, llama):
     trainer = MaskProTrainer(model, arguments(tmp_path, "simple", max_steps=1), train_dataset=rows())
     trainer.create_model_card(license="mit")
     assert ModelCard.load(tmp_path / "mine" / "README.md").data.license == "mit"
+
+
+def test_a_full_disk_leaves_the_earlier_plot(tmp_path):
+    (tmp_path / "learning.png").write_text("old")
+    state = TrainerState(log_history=[{"step": step, "loss": 1.0, "changed": 0.1} for step in (1, 2)])
+    with pytest.raises(OSError, match="File too large"), largest_file(1000):
+        plot_run(state, tmp_path / "learning.png")
+    assert contents(tmp_path) == {"learning.png": b"old"}
+
+
+# In the words of whoever writes.
+DISK_FULL = (OSError, RuntimeError, SafetensorError)
+
+
+def fill_the_disk_while_saving(folder, llama, step):
+    """Save the checkpoint of step 2 on disks of every size, beside that of step 1."""
+    model = get_peft_model(llama, MaskProConfig(target_modules=["k_proj"]))
+    options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "warmup_steps": 0}
+    trainer = MaskProTrainer(model, arguments(folder, "simple", **options), train_dataset=rows())
+    trainer.train()
+    before = contents(folder)
+    assert any(name.startswith("checkpoint-1/") for name in before)
+    trainer.state.global_step = 2
+    failures = 0
+    for size in range(0, 10**6, step):
+        try:
+            with largest_file(size):
+                trainer._save_checkpoint(model, None)
+        except DISK_FULL:
+            failures += 1
+            assert contents(folder) == before
+        else:
+            break
+    after = contents(folder)
+    assert failures > 5
+    assert before.items() <= after.items()
+    new = {name.removeprefix("checkpoint-2/") for name in after.keys() - before.keys()}
+    assert new == {name.removeprefix("checkpoint-1/") for name in before if name.startswith("checkpoint-1/")}
+    # Of an earlier run: what is overwritten by half is none of them.
+    with pytest.raises(DISK_FULL), largest_file(len(after["checkpoint-2/trainer_state.json"]) + 1000):
+        trainer._save_checkpoint(model, None)
+    assert contents(folder) == before
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, llama):
+    fill_the_disk_while_saving(tmp_path, llama, 499)
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_no_half_checkpoint_whatever_its_size(tmp_path, llama):
+    fill_the_disk_while_saving(tmp_path, llama, 1)
+
+
+def test_a_full_disk_leaves_the_earlier_card_when_a_checkpoint_is_pushed(tmp_path, llama, monkeypatch):
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda *_: None)
+    model = get_peft_model(llama, MaskProConfig())
+    trainer = MaskProTrainer(model, arguments(tmp_path / "run", "simple"), train_dataset=rows())
+    trainer.save_model()
+    trainer.save_model(str(tmp_path / "checkpoint"))
+    card = (tmp_path / "run" / "README.md").read_text()
+    (tmp_path / "checkpoint" / "README.md").write_text(card + "A later one.\n")
+    with pytest.raises(OSError, match="File too large"), largest_file(1000):
+        trainer._push_from_checkpoint(str(tmp_path / "checkpoint"))
+    assert (tmp_path / "run" / "README.md").read_text() == card
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint"))
+    assert "A later one." in (tmp_path / "run" / "README.md").read_text()
