@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..subset import Distribution
+from ..tuner import PLAIN_LOGIT_SCALE
 from .adapter import TrainedAdapter
 
 
@@ -49,6 +50,9 @@ class Estimator:
 
     def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
         self.trainer, self.adapter = trainer, adapter
+        # What a plain `Trainer` has moved, it has moved under its own `C`.
+        if adapter.has_moved():
+            self.logit_scale = PLAIN_LOGIT_SCALE
         self.skipped = self._skipped_in_a_row = 0
         self._steps = False
 

@@ -65,8 +65,6 @@ class _ApplyMask(torch.autograd.Function):
             grad_weight = layer.masked(grad, name, ctx.seed)
         if ctx.needs_input_grad[1]:
             config, packed = layer.maskpro_config[name], layer.packed_initial_mask(name)
-            # Only now is it trained, by a trainer that has no default of its own.
-            config.logit_scale = logit_scale(config)
             rows = layer.out_in(grad), layer.out_in(weight)
             grad_theta = theta_gradient(theta, packed, logit_scale(config), config.n, *rows)
         return grad_weight, grad_theta, None, None, None

@@ -144,12 +144,14 @@ class MaskProModel(BaseTuner):
         assert isinstance(config, MaskProConfig)
         result: dict[str, torch.Tensor] = {}
         changed = {}
+        thetas = []
         weights = moved = 0
         for name, layer in _layers(model, adapter_name):
             mask_key = f"{name}.maskpro_mask.{adapter_name}"
             theta_key = f"{name}.maskpro_theta.{adapter_name}"
             layer.packed_initial_mask(adapter_name)
             packed, theta = state_dict[mask_key], state_dict[theta_key]
+            thetas.append(theta)
             _check_finite(_bare(name), theta)
             initial = unpack_codes(packed, config.n, config.m, theta.shape[1] * theta.shape[2])
             learned = initial if theta.is_meta else mode_codes(theta, packed, logit_scale(config), config.n)
@@ -160,6 +162,9 @@ class MaskProModel(BaseTuner):
                 result |= {mask_key: packed, theta_key: theta.contiguous()}
             else:
                 result[mask_key] = pack_codes(learned, config.n, config.m)
+        if any(has_memory(theta) and not theta.is_meta and theta.any() for theta in thetas):
+            # Moved by a trainer that has no default of its own.
+            config.logit_scale = logit_scale(config)
         size = sum(tensor.nbytes for tensor in result.values())
         config.record_stage(changed, moved * config.m / weights, weights, size)
         return result
