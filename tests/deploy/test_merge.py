@@ -254,6 +254,41 @@ def test_nothing_outside_of_the_base_comes_into_a_merged_checkpoint(tmp_path, li
     assert not (tmp_path / "merged").exists()
 
 
+WRONG_JSON = {
+    "model.safetensors.index.json": {
+        "": "is no JSON file",
+        "[" * 10**5: "is no JSON file",
+        "[1]": "is no object",
+        "{}": "weight_map is 'None'",
+        '{"weight_map": []}': "weight_map is",
+        '{"weight_map": {"a": 1}}': "weight_map is",
+        '{"weight_map": {"a": "gone.safetensors"}}': "gone.safetensors",
+    },
+    "config.json": {
+        "": "is no JSON file",
+        "null": "is no object",
+        '{"model_type": "no-such-type"}': "no-such-type",
+        '{"model_type": "llama", "hidden_size": "many"}': "hidden_size",
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in WRONG_JSON.items() for text in texts])
+def test_malformed_json_of_a_base_is_refused_by_name(tmp_path, name, text):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_llama().save_pretrained(base, max_shard_size="5KB")
+    get_peft_model(tiny_llama(), MaskProConfig()).save_pretrained(adapter)
+    (base / name).write_text(text)
+    for action in (lambda: merge(base, adapter, tmp_path / "merged"), lambda: check_sparsity(base, 2, 4)):
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            action()
+        message = str(error.value)
+        assert "\n" not in message
+        assert str(base) in message
+        assert WRONG_JSON[name][text] in message
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_snapshot_of_the_hubs_cache_is_merged(tmp_path):
     """Its files are links to blobs."""
     adapter, snapshot = tmp_path / "adapter", tmp_path / "models--me--base" / "snapshots" / "0123"
