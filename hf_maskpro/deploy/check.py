@@ -17,7 +17,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..starts.sources import open_tensors
 from ..subset import group_members
 from ..tuner import MaskProLayer
-from ..tuner.files import inside
 
 
 _NOT_MASKED = {
@@ -145,16 +144,19 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers loads, which need not be all that lie there, and lie nowhere else."""
+    """The files that transformers loads, which need not be all that lie there; they may be links."""
     if (folder / SAFE_WEIGHTS_NAME).is_file():
-        return [inside(folder, folder / SAFE_WEIGHTS_NAME)]
+        return [folder / SAFE_WEIGHTS_NAME]
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         raise ValueError(f"{folder} has no safetensors checkpoint.")
     files = json_object(index).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f"{index}: weight_map is {str(files)[:50]!r}, which names no files.")
-    return [inside(folder, folder / name) for name in sorted(set(files.values()))]
+    for name in sorted(set(files.values())):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{index}: weight_map leads out of its folder, to {name}; put the file itself there.")
+    return [folder / name for name in sorted(set(files.values()))]
 
 
 def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:

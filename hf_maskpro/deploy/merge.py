@@ -85,13 +85,17 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
 
 
 def copy_companions(base: Path, folder: Path, files: list[Path]) -> None:
-    """Copy what belongs to a checkpoint besides these weights, without what other tools would make of it."""
+    """
+    Copy what belongs to a checkpoint besides these weights, without what other tools would make of it. A link leads to
+    the folder itself or to where its weights lie: anything else is no part of a checkpoint, and may be a secret.
+    """
+    beside_weights = {file.resolve().parent for file in files}
     for pattern in _COMPANIONS:
         for path in base.glob(pattern):
             # An index beside a single file is that of other weights.
             if path.name != SAFE_WEIGHTS_INDEX_NAME or files[0].name != SAFE_WEIGHTS_NAME:
                 (folder / path.relative_to(base)).parent.mkdir(exist_ok=True)
-                shutil.copyfile(inside(base, path), folder / path.relative_to(base))
+                shutil.copyfile(inside(base, path, *beside_weights), folder / path.relative_to(base))
     drop_sparsity_config(folder)
 
 

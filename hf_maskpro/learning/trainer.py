@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from ..tuner import MaskProConfig
+from ..tuner import MaskProConfig, saved_config
 from ..tuner.card import PLOT, load_card, save_card
 from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
@@ -170,7 +170,7 @@ class MaskProTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Where PEFT saves the adapter, and so its card.
-        saved = MaskProConfig.from_pretrained(str(card_path(resume_from_checkpoint, self.adapter.name).parent))
+        saved = saved_config(card_path(resume_from_checkpoint, self.adapter.name).parent)
         learner = saved.start.get("training", {}).get("estimator", self.args.estimator)
         if learner != self.args.estimator:
             raise ValueError(
