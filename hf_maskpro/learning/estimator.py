@@ -66,9 +66,13 @@ class Estimator:
         """
         Raises:
             `ValueError`: if the run has several, which would learn masks of their own and part.
+            `SystemExit`: in all of them but the first, which says so for all.
         """
         args = self.trainer.args
         if (processes := max(args.world_size, args.n_gpu)) > 1:
+            if args.process_index > 0:
+                # As if it had succeeded: for one that fails, torchrun ends the first before it has said why.
+                raise SystemExit
             raise ValueError(
                 f"estimator={args.estimator!r} runs in one process on one device, not {processes}: "
                 "ranks with different masks would drift apart; use estimator='simple'."

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DataCollatorWithFlattening, LlamaForCausalLM, Trainer, TrainerState, TrainingArguments
 
@@ -20,7 +20,7 @@ from hf_maskpro.learning.relaxation import Relaxation
 from hf_maskpro.tuner import MaskProLayer, masked_layers
 
 from ..conftest import tiny_llama
-from ..tuner.test_files import contents, largest_file
+from ..tuner.test_files import DISK_FULL, contents, largest_file, on_disks_of_every_size
 
 
 def arguments(folder, estimator, **options):
@@ -558,6 +558,27 @@ def test_a_spoiled_tracker_is_refused(tmp_path, llama, content):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("spoil", ["foreign", "missing", "bytes", "not finite"])
+def test_spoiled_values_are_refused(tmp_path, llama, spoil):
+    def trainer():
+        args = arguments(tmp_path, "proxsparse", max_steps=2, save_strategy="steps", save_steps=1)
+        return MaskProTrainer(get_peft_model(copy.deepcopy(llama), MaskProConfig()), args, train_dataset=rows())
+
+    trainer().train()
+    path = tmp_path / "checkpoint-1" / "estimator_state.safetensors"
+    values = load_file(path)
+    if spoil == "bytes":
+        path.write_bytes(b"none")
+    else:
+        first = values.pop("0")
+        other = {"foreign": {"0": first, "x": first}, "missing": {}, "not finite": {"0": first * torch.nan}}[spoil]
+        save_file(values | other, path)
+    message = "holds values that are not finite, of layer 0" if spoil == "not finite" else "does not hold the values"
+    with pytest.raises(ValueError, match=rf"estimator_state\.safetensors {message}") as caught:
+        trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert "\n" not in str(caught.value)
+
+
 def test_an_adapter_with_a_name_is_resumed(tmp_path, llama):
     def trainer():
         model = get_peft_model(copy.deepcopy(llama), MaskProConfig(logit_scale=2.0), adapter_name="mine")
@@ -734,6 +755,19 @@ def test_refusals(tmp_path, llama):
         MaskProTrainer(frozen, arguments(tmp_path, "simple"), train_dataset=rows())
 
 
+@pytest.mark.parametrize("estimator", ["residual", "proxsparse", "maskllm"])
+def test_of_several_processes_the_first_alone_says_why_there_must_be_one(tmp_path, llama, monkeypatch, estimator):
+    args = arguments(tmp_path, estimator)
+    model = get_peft_model(llama, MaskProConfig())
+    monkeypatch.setattr(MaskProTrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="runs in one process on one device, not 2"):
+        MaskProTrainer(model, args, train_dataset=rows())
+    monkeypatch.setattr(MaskProTrainingArguments, "process_index", 1)
+    with pytest.raises(SystemExit) as ended:
+        MaskProTrainer(model, args, train_dataset=rows())
+    assert not ended.value.code
+
+
 @pytest.mark.parametrize("steps", [1, 10])
 def test_a_run_as_short_as_the_warmup(tmp_path, llama, steps):
     """transformers' schedule divides by the steps that the warm-up leaves."""
@@ -778,10 +812,6 @@ def test_a_full_disk_leaves_the_earlier_plot(tmp_path):
     assert contents(tmp_path) == {"learning.png": b"old"}
 
 
-# In the words of whoever writes.
-DISK_FULL = (OSError, RuntimeError, SafetensorError)
-
-
 def fill_the_disk_while_saving(folder, llama, step):
     """Save the checkpoint of step 2 on disks of every size, beside that of step 1."""
     model = get_peft_model(llama, MaskProConfig(target_modules=["k_proj"]))
@@ -791,18 +821,7 @@ def fill_the_disk_while_saving(folder, llama, step):
     before = contents(folder)
     assert any(name.startswith("checkpoint-1/") for name in before)
     trainer.state.global_step = 2
-    failures = 0
-    for size in range(0, 10**6, step):
-        try:
-            with largest_file(size):
-                trainer._save_checkpoint(model, None)
-        except DISK_FULL:
-            failures += 1
-            assert contents(folder) == before
-        else:
-            break
-    after = contents(folder)
-    assert failures > 5
+    after = on_disks_of_every_size(folder, lambda: trainer._save_checkpoint(model, None), step)
     assert before.items() <= after.items()
     new = {name.removeprefix("checkpoint-2/") for name in after.keys() - before.keys()}
     assert new == {name.removeprefix("checkpoint-1/") for name in before if name.startswith("checkpoint-1/")}
