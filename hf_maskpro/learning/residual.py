@@ -183,7 +183,7 @@ class Residual(Estimator):
             raise ValueError(f"{folder} is not a checkpoint of estimator='residual'; start a new run from it.")
         try:
             tracker = float(json.loads(path.read_text())["tracker"])
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
             raise ValueError(f"{path} has no tracker: {error}; resume from an earlier checkpoint.") from error
         if not isfinite(tracker):
             raise ValueError(f"{path} has the tracker {tracker}; resume from an earlier checkpoint.")

@@ -48,6 +48,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "base_model_name_or_path": (str,),
     "revision": (str,),
     "auto_mapping": (dict,),
+    "task_type": (str,),
+    "peft_version": (str,),
     "target_modules": (list, set, str),
     "exclude_modules": (list, set, str),
     "init_mask": (str,),

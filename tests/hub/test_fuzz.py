@@ -100,43 +100,54 @@ def kept_by_file(data, config, learned=True):
     return result
 
 
+def settings_of(content):
+    """What a configuration leaves out has its default."""
+    return MaskProConfig().to_dict() | json.loads(content[CONFIG_FILE])
+
+
 def assert_kept(model, content, learned=True):
     """That the layers of a model keep what the file says."""
-    config = json.loads(content[CONFIG_FILE])
-    expected = kept_by_file(content[MASK_FILE], {"logit_scale": None, **config}, learned)
+    expected = kept_by_file(content[MASK_FILE], settings_of(content), learned)
     for name, layer in masked_layers(model).items():
         mask = (layer.learned_mask if learned else layer.initial_mask)("default").transpose(1, 2).numpy()
         assert np.array_equal(mask, expected[name][:, : mask.shape[1]])
 
 
 @contextmanager
-def bounded():
-    """Processor time and new memory, whatever else the machine does."""
-    limits, begun = resource.getrlimit(resource.RLIMIT_AS), time.process_time()
+def limited_memory():
+    before = resource.getrlimit(resource.RLIMIT_AS)
     if sys.platform == "linux":
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + BYTES, limits[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (taken + BYTES, before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert time.process_time() - begun < SECONDS
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def attempt(action, *others):
     """What an action returns, or `None` if one line says what is wrong, by our kinds of errors or these others."""
-    with bounded(), warnings.catch_warnings():
+    begun = time.process_time()
+    result = once(action, others)
+    if time.process_time() - begun > SECONDS:
+        # The first of all calls imports what it needs.
+        begun = time.process_time()
+        result = once(action, others)
+        assert time.process_time() - begun < SECONDS
+    event("refused" if result is None else "read")
+    return result
+
+
+def once(action, others):
+    with limited_memory(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            result = action()
+            return action()
         except (ValueError, OSError, SafetensorError, *others) as error:
             message = str(error).strip()
-            assert message
-            assert "\n" not in message
-            event("refused")
-            return None
-    event("read")
-    return result
+    assert message
+    assert "\n" not in message
+    return None
 
 
 values = st.recursive(
@@ -243,7 +254,8 @@ def reading(base, content, folder):
 
 def inspecting(base, content, folder):
     found = attempt(lambda: inspect_adapter(str(folder)))
-    assert found is None or found["layers"] == len(kept_by_file(content[MASK_FILE], {"n": N, "m": M}, learned=False))
+    if found is not None:
+        assert found["layers"] == sum(name.endswith(".maskpro_mask") for name in entries(content[MASK_FILE]))
 
 
 def not_ours(content):
@@ -287,8 +299,7 @@ def merging(base, content, folder):
     if attempt(lambda: merge(base, folder, output, overwrite=True)) is None:
         return
     weights = load_file(output / "model.safetensors")
-    config = json.loads(content[CONFIG_FILE])
-    for name, mask in kept_by_file(content[MASK_FILE], {"logit_scale": None, **config}).items():
+    for name, mask in kept_by_file(content[MASK_FILE], settings_of(content)).items():
         weight = weights[f"{name}.weight"].numpy()
         assert np.array_equal(weight != 0, mask.reshape(len(mask), -1)[:, : weight.shape[1]])
 
@@ -313,8 +324,8 @@ def run(base, tmp_path_factory):
 
     def trainer():
         arguments = MaskProTrainingArguments(
-            str(folder), max_steps=1, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
-            dataloader_pin_memory=False, learning_rate=1e3,
+            str(folder), max_steps=1, save_steps=1, logging_strategy="no", report_to=[], use_cpu=True,
+            disable_tqdm=True, dataloader_pin_memory=False, learning_rate=1e3,
         )  # fmt: skip
         return MaskProTrainer(
             masked(base), arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids]

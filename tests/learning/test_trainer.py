@@ -544,7 +544,17 @@ def test_a_checkpoint_of_another_estimator_is_refused(tmp_path, llama):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "null", "{}", '{"tracker": null}', '{"tracker": NaN}', "[" * 5000, '{"tracker": []}']
+    "content",
+    [
+        "",
+        "null",
+        "{}",
+        '{"tracker": null}',
+        '{"tracker": NaN}',
+        f'{{"tracker": 1{"0" * 400}}}',
+        "[" * 5000,
+        '{"tracker": []}',
+    ],
 )
 def test_a_spoiled_tracker_is_refused(tmp_path, llama, content):
     def trainer():
