@@ -4,12 +4,13 @@ BIN := $(VENV)/bin
 TORCH ?= torch
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help quickstart test lint slow oldest newest docs clean
+.PHONY: help quickstart test lint slow fuzz oldest newest docs clean
 
 help:
 	@echo "make quickstart  learn a real model's 2:4 mask, in about ten minutes"
 	@echo "make test        lint, type check and test"
 	@echo "make slow        tests on real pretrained models"
+	@echo "make fuzz        100,000 altered files, or INPUTS for each test"
 	@echo "make oldest      test with the oldest versions that pyproject.toml allows"
 	@echo "make newest      test with the newest"
 	@echo "make docs        build the documentation into site/"
@@ -52,6 +53,12 @@ test: lint
 
 slow: $(VENV)/slow
 	$(BIN)/pytest -q -m slow
+
+# To each of fifteen tests: together 100,000, in some hours.
+INPUTS ?= 6667
+
+fuzz: $(VENV)/test
+	FUZZ_INPUTS=$(INPUTS) $(BIN)/pytest -q --hypothesis-show-statistics tests/hub/test_fuzz.py
 
 # Each has an environment of its own, and nothing of constraints.txt. TORCH may name a build or version of torch.
 oldest: VERSIONS := --constraint constraints-oldest.txt

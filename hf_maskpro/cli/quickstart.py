@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ..evaluation import protocol, windows
 from ..starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
+from ..tuner.files import private_folder
 from .common import Overwrite, console, load_model, load_tokenizer, read_text
 from .train import check_replaceable, set_aside
 
@@ -78,8 +79,9 @@ def quickstart(
         | {"python": platform.python_version()},
         "rows": rows,
     }
-    (output / "results.json").write_text(json.dumps(results, indent=2))
-    _plot(rows, output / "learning.png")
+    with private_folder(output) as folder:
+        (folder / "results.json").write_text(json.dumps(results, indent=2))
+        _plot(rows, folder / "learning.png")
     if previous is not None:
         rmtree(previous)
     _show(results, output, learners)

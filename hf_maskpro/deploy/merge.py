@@ -20,7 +20,7 @@ from ..tuner.base import fingerprint
 from ..tuner.files import inside
 from ..tuner.layer import MaskProLayer
 from .card import write_merged_card
-from .check import check_sparsity, parameter_names, skeleton_of, weight_files
+from .check import check_sparsity, json_object, parameter_names, skeleton_of, weight_files
 from .folders import check_free, new_folder
 
 
@@ -55,7 +55,7 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
     """
     check_free(output, overwrite, model, adapter)
     base, masks = checkpoint_folder(model), locate(str(adapter))
-    if "quantization_config" in json.loads((base / "config.json").read_text()):
+    if "quantization_config" in json_object(base / "config.json"):
         raise ValueError(f"{model} is quantized; merge into the checkpoint that it was quantized from.")
     config, skeleton = saved_config(masks), skeleton_of(base)
     files = weight_files(base)
@@ -85,19 +85,23 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
 
 
 def copy_companions(base: Path, folder: Path, files: list[Path]) -> None:
-    """Copy what belongs to a checkpoint besides these weights, without what other tools would make of it."""
+    """
+    Copy what belongs to a checkpoint besides these weights, without what other tools would make of it. A link leads to
+    the folder itself or to where its weights lie: anything else is no part of a checkpoint, and may be a secret.
+    """
+    beside_weights = {file.resolve().parent for file in files}
     for pattern in _COMPANIONS:
         for path in base.glob(pattern):
             # An index beside a single file is that of other weights.
             if path.name != SAFE_WEIGHTS_INDEX_NAME or files[0].name != SAFE_WEIGHTS_NAME:
                 (folder / path.relative_to(base)).parent.mkdir(exist_ok=True)
-                shutil.copyfile(inside(base, path), folder / path.relative_to(base))
+                shutil.copyfile(inside(base, path, *beside_weights), folder / path.relative_to(base))
     drop_sparsity_config(folder)
 
 
 def drop_sparsity_config(folder: Path) -> None:
     """Take what an earlier compression left out of `config.json`: vLLM fails on it."""
-    raw = json.loads((folder / "config.json").read_text())
+    raw = json_object(folder / "config.json")
     if raw.pop("sparsity_config", None) is not None:
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 

@@ -96,6 +96,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("values", torch.empty(out_features, in_features // 2, dtype=torch.bfloat16))
         self.register_buffer("positions", torch.empty(out_features, in_features // _BLOCK, dtype=torch.int32))
         self.register_buffer("bias", torch.empty(out_features, dtype=torch.bfloat16) if bias else None)
+        self.register_load_state_dict_post_hook(lambda layer, _: _check_packed("a packed layer", layer))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -167,10 +168,14 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         for name, layer in model.named_modules():
             if isinstance(layer, PackedLinear):
-                _check_loaded(name, layer)
+                for kind, tensor in layer.named_buffers():
+                    # The mark that transformers gives to what it has loaded; anything else is memory as it was found.
+                    if not hasattr(tensor, "_is_hf_initialized"):
+                        raise ValueError(f"the packed model's file has no {name}.{kind}.")
+                _check_packed(name, layer)
 
 
-def _check_loaded(name: str, layer: PackedLinear) -> None:
+def _check_packed(name: str, layer: PackedLinear) -> None:
     """Refuse what a file must not hold: the compiled products trust their operands, and read beyond smaller ones."""
     out_features, in_features = layer.out_features, layer.in_features
     expected = {
@@ -179,9 +184,6 @@ def _check_loaded(name: str, layer: PackedLinear) -> None:
         "bias": (torch.bfloat16, (out_features,)),
     }
     for kind, tensor in layer.named_buffers():
-        # The mark that transformers gives to what it has loaded; anything else is memory as it was found.
-        if not hasattr(tensor, "_is_hf_initialized"):
-            raise ValueError(f"the packed model's file has no {name}.{kind}.")
         dtype, shape = expected[kind]
         if tensor.dtype != dtype or tensor.shape != shape:
             raise ValueError(

@@ -54,6 +54,10 @@ class TrainedAdapter:
         """The trained offsets of the logits, layer by layer."""
         return [layer.maskpro_theta[self.name] for layer in self.layers]
 
+    def has_moved(self) -> bool:
+        """Whether any logit is elsewhere than at the start."""
+        return any(bool(theta.any()) for theta in self.thetas())
+
     def groups(self) -> int:
         """How many groups the layers have together."""
         return sum(theta.shape[0] * theta.shape[2] for theta in self.thetas())

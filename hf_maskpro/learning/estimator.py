@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..subset import Distribution
+from ..tuner import PLAIN_LOGIT_SCALE
 from .adapter import TrainedAdapter
 
 
@@ -49,6 +50,9 @@ class Estimator:
 
     def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
         self.trainer, self.adapter = trainer, adapter
+        # What a plain `Trainer` has moved, it has moved under its own `C`.
+        if adapter.has_moved():
+            self.logit_scale = PLAIN_LOGIT_SCALE
         self.skipped = self._skipped_in_a_row = 0
         self._steps = False
 
@@ -62,9 +66,13 @@ class Estimator:
         """
         Raises:
             `ValueError`: if the run has several, which would learn masks of their own and part.
+            `SystemExit`: in all of them but the first, which says so for all.
         """
         args = self.trainer.args
         if (processes := max(args.world_size, args.n_gpu)) > 1:
+            if args.process_index > 0:
+                # As if it had succeeded: for one that fails, torchrun ends the first before it has said why.
+                raise SystemExit
             raise ValueError(
                 f"estimator={args.estimator!r} runs in one process on one device, not {processes}: "
                 "ranks with different masks would drift apart; use estimator='simple'."

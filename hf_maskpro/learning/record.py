@@ -10,6 +10,7 @@ from transformers.trainer_utils import SchedulerType
 
 from ..tuner import MaskProConfig
 from ..tuner.card import CARD_FILE, card_for_repository, load_card, save_card
+from ..tuner.files import private_folder
 
 
 def record_training(config: MaskProConfig, args: TrainingArguments, steps: int, settings: dict[str, Any]) -> None:
@@ -70,4 +71,5 @@ def plot_run(state: TrainerState, path: Path) -> None:
     changed = axes.twinx()
     changed.plot(steps, [100 * entry["changed"] for entry in logs], color="tab:orange")
     changed.set(ylabel="groups changed, %")
-    figure.savefig(path, dpi=120)
+    with private_folder(path.parent) as folder:
+        figure.savefig(folder / path.name, dpi=120)

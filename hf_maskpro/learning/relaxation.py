@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
@@ -90,9 +91,15 @@ class Relaxation(Estimator):
 
     def load(self, folder: Path) -> None:
         path = folder / STATE_NAME
-        saved = load_file(path) if path.is_file() else {}
-        if [saved[key].shape for key in sorted(saved, key=int)] != [value.shape for value in self.values]:
+        try:
+            saved = load_file(path)
+        except (OSError, SafetensorError):
+            saved = {}
+        shapes = {str(index): value.shape for index, value in enumerate(self.values)}
+        if {key: value.shape for key, value in saved.items()} != shapes:
             raise ValueError(f"{path} does not hold the values of this run; start a new run from the checkpoint.")
+        if other := [key for key, value in saved.items() if not value.isfinite().all()]:
+            raise ValueError(f"{path} holds values that are not finite, of layer {other[0]}; resume from another.")
         with torch.no_grad():
             for index, value in enumerate(self.values):
                 value.copy_(saved[str(index)])

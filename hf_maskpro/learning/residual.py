@@ -215,7 +215,7 @@ class Residual(Estimator):
         try:
             state = json.loads(path.read_text())
             values = [float(state[name]) for name in names]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
             raise ValueError(
                 f"{path} has no {', '.join(names)}: {error}; resume from an earlier checkpoint, with the advantage "
                 "that it was written with."

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
-from transformers import Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from ..tuner import MaskProConfig
-from ..tuner.card import PLOT
+from ..tuner import MaskProConfig, saved_config
+from ..tuner.card import PLOT, load_card, save_card
 from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
 from .objectives import Distillation, objective_weights
@@ -171,21 +172,30 @@ class MaskProTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero():
             path = card_path(self.args.output_dir, self.adapter.name)
-            path.parent.mkdir(exist_ok=True)
-            shutil.copy(card_path(checkpoint_folder, self.adapter.name), path)
+            save_card(load_card(card_path(checkpoint_folder, self.adapter.name)), path)
             self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        # It is written last, and so tells whether the checkpoint is whole; an earlier run's would tell of that run.
+        state = folder / TRAINER_STATE_NAME
+        if self.args.should_save:
+            state.unlink(missing_ok=True)
         save_logits, self.config.save_logits = self.config.save_logits, True
         try:
-            super()._save_checkpoint(*args, **kwargs)
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save and not _is_whole(state):
+                # The last checkpoint is what a run is resumed from.
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         finally:
             self.config.save_logits = save_logits
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Where PEFT saves the adapter, and so its card.
-        saved = MaskProConfig.from_pretrained(str(card_path(resume_from_checkpoint, self.adapter.name).parent))
+        saved = saved_config(card_path(resume_from_checkpoint, self.adapter.name).parent)
         learner = saved.start.get("training", {}).get("estimator", self.args.estimator)
         if learner != self.args.estimator:
             raise ValueError(
@@ -226,3 +236,11 @@ class MaskProTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.estimator.load(Path(checkpoint))
+
+
+def _is_whole(state: Path) -> bool:
+    try:
+        TrainerState.load_from_json(str(state))
+    except (OSError, ValueError):
+        return False
+    return True

@@ -117,16 +117,18 @@ def _mask_by_rule(
     """A layer's mask, bool `[out_features, m, groups]`; `None` if it comes from a source."""
     if rule not in RULES:
         return None
+    size = group_members(weight.abs(), config.m)
     if rule == "sparsegpt":
         assert calibration.inputs is not None
-        if not calibration.inputs.squares.any():
-            return mode(group_members(weight.abs(), config.m), config.n)
         try:
-            return sparsegpt.mask(weight, calibration, config.n, config.m)
+            mask = sparsegpt.mask(weight, calibration, config.n, config.m)
         except torch.linalg.LinAlgError as error:
             raise ValueError(
                 f"{name}: the Hessian of its inputs is not positive definite; calibrate on more or other text."
             ) from error
-    scores = _SCORES[rule](weight, calibration)
-    # Of a layer that has seen nothing, as an expert that no token was sent to, a rule knows nothing but the weights.
-    return mode(group_members(scores if scores.any() else weight.abs(), config.m), config.n)
+        seen = group_members(calibration.inputs.squares.unsqueeze(0), config.m).any(1, keepdim=True)
+        return torch.where(seen, mask, mode(size, config.n))
+    scores = group_members(_SCORES[rule](weight, calibration), config.m)
+    # Of what has seen nothing, as an expert that no token was sent to or features that are always zero, a rule knows
+    # nothing but the weights: they come after all others, the largest first.
+    return mode(torch.where(scores == 0, -1 / size, scores), config.n)

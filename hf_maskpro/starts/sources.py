@@ -1,5 +1,6 @@
 """Starting masks that somebody else made: adapters, pruned checkpoints, mask files."""
 
+import os
 import re
 import zlib
 from collections.abc import Callable
@@ -57,7 +58,7 @@ def fill_masks(model: nn.Module, adapter_name: str, source: str) -> None:
 def locate(source: str) -> Path:
     """A source on this machine, fetched from the Hub if it is an id."""
     path = Path(source)
-    if path.exists():
+    if os.path.exists(path):
         return path
     if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix in (".npz", ".safetensors"):
         raise ValueError(f"{source} does not exist; pass a folder, a .npz or .safetensors file, or a Hub id.")
@@ -81,12 +82,20 @@ def _reader(path: Path, stack: ExitStack, layers: dict[str, MaskProLayer], adapt
             arrays = stack.enter_context(np.lib.npyio.NpzFile(file, allow_pickle=False))
         except BadZipFile as error:
             raise ValueError(f"{path} is not a whole .npz file: {error}.") from error
-        masks: Tensors = {key.removesuffix(".mask"): partial(_array, arrays, key) for key in arrays.files}
+        masks = _by_parameter({key: partial(_array, arrays, key) for key in arrays.files}, path)
         return _parameter_reader(masks, adapter_name, _of_bits, "mask")
     if path.suffix == ".safetensors":
-        masks = {key.removesuffix(".mask"): get for key, get in open_tensors([path], stack).items()}
+        masks = _by_parameter(open_tensors([path], stack), path)
         return _parameter_reader(masks, adapter_name, _of_numbers, "mask")
     raise ValueError(f"{path} is neither .npz nor .safetensors; convert it, since pickled files are not read.")
+
+
+def _by_parameter(tensors: Tensors, path: Path) -> Tensors:
+    """Masks by the parameter that they are for; with or without `.mask` at its end, a name stands for the same one."""
+    masks = {key.removesuffix(".mask"): get for key, get in tensors.items()}
+    if twice := [key for key in masks if key in tensors and f"{key}.mask" in tensors]:
+        raise ValueError(f"{path} has two masks for {twice[0]}; leave one of them.")
+    return masks
 
 
 def open_tensors(files: list[Path], stack: ExitStack) -> Tensors:

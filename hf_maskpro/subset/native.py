@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shlex
 import subprocess
 import tempfile
 import warnings
@@ -27,7 +28,13 @@ def compiled(source: Path, job: str) -> ctypes.CDLL:
         output = Path(folder) / "library.so"
         options = ["-xc++", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-o", str(output), "-"]
         try:
-            subprocess.run([compiler, *options], check=True, capture_output=True, text=True, input=source.read_text())
+            subprocess.run(
+                [*shlex.split(compiler), *options],
+                check=True,
+                capture_output=True,
+                text=True,
+                input=source.read_text(),
+            )
             return ctypes.CDLL(str(output))
         except FileNotFoundError as error:
             raise ValueError(f"{job} are compiled at first use, and {compiler} is not there.") from error

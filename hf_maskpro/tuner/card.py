@@ -1,5 +1,6 @@
 """The model card of a mask adapter, made from the configuration that was saved beside it, and as it is pushed."""
 
+import os
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -112,7 +113,7 @@ def split_card(text: str) -> tuple[str, str, str]:
 
 def hub_id(name: str | None) -> str | None:
     """The name, if it can be that of a repository rather than a folder of this machine."""
-    if not name or Path(name).exists():
+    if not name or os.path.exists(name):
         return None
     try:
         validate_repo_id(name)
@@ -244,4 +245,4 @@ def _stage_facts(stage: dict[str, Any]) -> dict[str, Any]:
 
 def _by_number(name: str) -> list[tuple[int, str]]:
     """Sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

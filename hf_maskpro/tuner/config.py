@@ -1,5 +1,7 @@
+import os
 import re
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +27,8 @@ def split_init_mask(init_mask: str) -> tuple[str, bool]:
     Raises:
         `ValueError`: if it is neither a rule nor looks like a path or Hub id.
     """
-    # A folder may be called so itself.
-    refined = init_mask.endswith("+swaps") and not Path(init_mask).exists()
+    # A folder may be called so itself; of a name that is longer than any folder's, `Path` would raise.
+    refined = init_mask.endswith("+swaps") and not os.path.exists(init_mask)
     rule = init_mask.removesuffix("+swaps") if refined else init_mask
     if rule not in RULES and "/" not in rule and not rule.endswith((".npz", ".safetensors")):
         raise ValueError(
@@ -46,6 +48,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "base_model_name_or_path": (str,),
     "revision": (str,),
     "auto_mapping": (dict,),
+    "task_type": (str,),
+    "peft_version": (str,),
     "target_modules": (list, set, str),
     "exclude_modules": (list, set, str),
     "init_mask": (str,),
@@ -103,7 +107,10 @@ def _is_share(value: Any) -> bool:
 
 
 def _is_result(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("value"), (int, float)):
+    if not isinstance(entry, dict) or not isinstance(value := entry.get("value"), (int, float)):
+        return False
+    # A whole number may be beyond every float, for which isfinite raises.
+    if not abs(value) < inf:
         return False
     return all(isinstance(entry.get(name), str) for name in ("dataset", "metric", "protocol"))
 

@@ -8,20 +8,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 
-def inside(folder: Path, path: Path) -> Path:
+def inside(folder: Path, path: Path, *others: Path) -> Path:
     """
     A path as it is, if what it leads to lies in the folder; in a snapshot of the Hub's cache that is a link to a blob.
 
     Args:
         folder (`Path`): A folder that somebody else may have filled.
         path (`Path`): A file of it.
+        others (`Path`): Other folders that it may lead to, without links in them.
 
     Raises:
         `ValueError`: if the path leads elsewhere.
     """
     root, target = folder.resolve(), path.resolve()
     snapshots = [parent.parent for parent in (root, *root.parents) if parent.name == "snapshots"]
-    if not any(target.is_relative_to(known) for known in (root, *(cached / "blobs" for cached in snapshots))):
+    if not any(target.is_relative_to(known) for known in (root, *others, *(cached / "blobs" for cached in snapshots))):
         raise ValueError(f"{path} leads out of its folder, to {target}; put the file itself there.")
     return path
 
@@ -52,6 +53,10 @@ def private_folder(folder: str | Path, *brought: str) -> Iterator[Path]:
             if (folder / file).exists():
                 (old / file).parent.mkdir(parents=True, exist_ok=True)
                 _keep(folder / file, old / file)
+        for file in files:
+            # A file system may keep a renaming and lose what was written before it, when the machine stops.
+            with (new / file).open("rb+") as written:
+                os.fsync(written.fileno())
         placed = []
         try:
             for file in files:

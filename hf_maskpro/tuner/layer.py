@@ -65,8 +65,6 @@ class _ApplyMask(torch.autograd.Function):
             grad_weight = layer.masked(grad, name, ctx.seed)
         if ctx.needs_input_grad[1]:
             config, packed = layer.maskpro_config[name], layer.packed_initial_mask(name)
-            # Only now is it trained, by a trainer that has no default of its own.
-            config.logit_scale = logit_scale(config)
             rows = layer.out_in(grad), layer.out_in(weight)
             grad_theta = theta_gradient(theta, packed, logit_scale(config), config.n, *rows)
         return grad_weight, grad_theta, None, None, None
@@ -99,17 +97,19 @@ def _placeholder(out_features: int, in_features: int, config: MaskProConfig, dev
     return uniform_bits(shape, seed=0, device=device).to(torch.uint8)
 
 
+def _before_load(layer: "MaskProLayer", state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    layer._brought = [name for name in layer.maskpro_mask if f"{prefix}maskpro_mask.{name}" in state_dict]
+
+
 def _after_load(layer: "MaskProLayer", incompatible_keys: Any) -> None:
     """A file without theta holds a finished mask, which theta = 0 means; a mask that is not missing was filled."""
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if ".maskpro_theta." not in key]
     layer._finite.clear()
-    for name, mask in layer.maskpro_mask.items():
-        if any(key.endswith(f".maskpro_mask.{name}") for key in missing):
-            continue
+    for name in layer._brought:
         layer._unfilled.pop(name, None)
         # The state dict of a model whose masks were not there yet.
-        config = layer.maskpro_config[name]
+        config, mask = layer.maskpro_config[name], layer.maskpro_mask[name]
         if mask.equal(_placeholder(layer.out_features, layer.in_features, config, mask.device)):
             layer._unfilled[name] = mask
 
@@ -149,6 +149,9 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self._checked: dict[str, tuple[int, int]] = {}
         self._finite: dict[str, tuple[int, int]] = {}
         self._masked_weight: tuple[list[tuple[int, int]], torch.Tensor, list[torch.Tensor]] | None = None
+        # The masks that a state dict has for this layer, while it is loaded.
+        self._brought: list[str] = []
+        self.register_load_state_dict_pre_hook(_before_load)
         self.register_load_state_dict_post_hook(_after_load)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)

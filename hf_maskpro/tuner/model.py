@@ -27,14 +27,18 @@ from .layer import LOGITS, NO_MASK, MaskProLayer, has_memory, logit_scale, membe
 from .linear import layer_class
 
 
-# For all names of a model, which take milliseconds.
-SECONDS_TO_MATCH = 10
+# Of processor time, for all names of a model, which take milliseconds; by the clock ten times as much.
+SECONDS_TO_MATCH = 2
 _MATCH_ALL = """
 import json, re, sys
-patterns, names = json.load(sys.stdin)
-for pattern in patterns:
-    for name in names:
-        re.fullmatch(pattern, name)
+pattern, names, seconds = json.load(sys.stdin)
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+except ImportError:
+    pass  # Windows, where the clock alone decides.
+for name in names:
+    re.fullmatch(pattern, name)
 """
 
 
@@ -145,12 +149,14 @@ class MaskProModel(BaseTuner):
         assert isinstance(config, MaskProConfig)
         result: dict[str, torch.Tensor] = {}
         changed = {}
+        thetas = []
         weights = moved = 0
         for name, layer in _layers(model, adapter_name):
             mask_key = f"{name}.maskpro_mask.{adapter_name}"
             theta_key = f"{name}.maskpro_theta.{adapter_name}"
             layer.packed_initial_mask(adapter_name)
             packed, theta = state_dict[mask_key], state_dict[theta_key]
+            thetas.append(theta)
             _check_finite(_bare(name), theta)
             initial = unpack_codes(packed, config.n, config.m, theta.shape[1] * theta.shape[2])
             learned = initial if theta.is_meta else mode_codes(theta, packed, logit_scale(config), config.n)
@@ -161,6 +167,9 @@ class MaskProModel(BaseTuner):
                 result |= {mask_key: packed, theta_key: theta.contiguous()}
             else:
                 result[mask_key] = pack_codes(learned, config.n, config.m)
+        if any(has_memory(theta) and not theta.is_meta and theta.any() for theta in thetas):
+            # Moved by a trainer that has no default of its own.
+            config.logit_scale = logit_scale(config)
         size = sum(tensor.nbytes for tensor in result.values())
         config.record_stage(changed, moved * config.m / weights, weights, size)
         return result
@@ -308,27 +317,29 @@ def _check_patterns(config: MaskProConfig, names: list[str]) -> None:
     Refuse regular expressions of a file that would take for ever on a model's names. Which ones do, only trying tells;
     and `re` stops for nothing, so it is tried in another process.
     """
-    chosen = (config.target_modules, config.exclude_modules)
-    patterns = [known for known in chosen if isinstance(known, str) and known != INCLUDE_LINEAR_LAYERS_SHORTHAND]
-    if not config.from_file or not patterns:
-        return
-    try:
-        subprocess.run(
-            [sys.executable, "-I", "-c", _MATCH_ALL],
-            input=json.dumps([patterns, names]),
-            capture_output=True,
-            check=True,
-            text=True,
-            timeout=SECONDS_TO_MATCH,
-        )
-    except subprocess.TimeoutExpired:
-        raise ValueError(
-            f"the adapter's configuration has {patterns[0]!r:.99} for a pattern of layers, which takes more than "
-            f"{SECONDS_TO_MATCH} seconds to match; put the names of the layers into its target_modules."
-        ) from None
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr.strip().splitlines() or [f"the check ended with {error.returncode}"])[-1]
-        raise ValueError(f"the adapter's configuration has a pattern of layers that is none: {reason}.") from error
+    for field in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, field)
+        if not config.from_file or not isinstance(pattern, str) or pattern == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            continue
+        try:
+            subprocess.run(
+                # Python as it comes, whatever the user's modules and variables make of it.
+                [sys.executable, "-I", "-S", "-c", _MATCH_ALL],
+                input=json.dumps([pattern, names, SECONDS_TO_MATCH]),
+                capture_output=True,
+                check=True,
+                text=True,
+                timeout=10 * SECONDS_TO_MATCH,
+            )
+        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+            of_file = f"{field} of the adapter's configuration is the pattern {pattern!r:.99}, which"
+            # What ran out of time was killed.
+            if isinstance(error, subprocess.TimeoutExpired) or error.returncode < 0:
+                raise ValueError(
+                    f"{of_file} takes more than {SECONDS_TO_MATCH} seconds to match; put the layers' names into it."
+                ) from error
+            reason = (error.stderr.strip().splitlines() or [f"the check ended with {error.returncode}"])[-1]
+            raise ValueError(f"{of_file} is none: {reason:.200}.") from error
 
 
 def _unsupported(module: nn.Module) -> str:

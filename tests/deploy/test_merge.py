@@ -232,7 +232,29 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(tmp_path):
     refused(r"model\.layers\.1\.mlp\.up_proj\.weight: a kept weight is not finite")
 
 
-@pytest.mark.parametrize("link", ["model.safetensors", "LICENSE", "tokenizer.json", "index"])
+@pytest.mark.parametrize("linked", ["folder", "files", "weights"])
+def test_a_checkpoint_of_links_is_merged(tmp_path, linked):
+    """As those make who have no room for a second copy."""
+    real, base, adapter = tmp_path / "real", tmp_path / "base", tmp_path / "adapter"
+    tiny_llama().save_pretrained(real, max_shard_size="5KB")
+    get_peft_model(tiny_llama(), MaskProConfig()).save_pretrained(adapter)
+    expected = merge(real, adapter, tmp_path / "expected")
+    if linked == "folder":
+        base.symlink_to(real)
+    else:
+        base.mkdir()
+        for file in real.iterdir():
+            if linked == "files" or file.suffix == ".safetensors":
+                (base / file.name).symlink_to(file)
+            else:
+                shutil.copyfile(file, base / file.name)
+    assert merge(base, adapter, tmp_path / "merged") == expected
+    for file in (tmp_path / "expected").iterdir():
+        assert file.read_bytes() == (tmp_path / "merged" / file.name).read_bytes()
+    assert check_sparsity(tmp_path / "merged", 2, 4) == expected
+
+
+@pytest.mark.parametrize("link", ["LICENSE", "tokenizer.json", "index"])
 def test_nothing_outside_of_the_base_comes_into_a_merged_checkpoint(tmp_path, link):
     base, adapter, outside = tmp_path / "base", tmp_path / "adapter", tmp_path / "outside"
     tiny_llama().save_pretrained(base)
@@ -251,6 +273,41 @@ def test_nothing_outside_of_the_base_comes_into_a_merged_checkpoint(tmp_path, li
         (base / link).symlink_to(outside / link)
     with pytest.raises(ValueError, match=r"leads out of its folder, to .*outside"):
         merge(base, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+WRONG_JSON = {
+    "model.safetensors.index.json": {
+        "": "is no JSON file",
+        "[" * 10**5: "is no JSON file",
+        "[1]": "is no object",
+        "{}": "weight_map is 'None'",
+        '{"weight_map": []}': "weight_map is",
+        '{"weight_map": {"a": 1}}': "weight_map is",
+        '{"weight_map": {"a": "gone.safetensors"}}': "gone.safetensors",
+    },
+    "config.json": {
+        "": "is no JSON file",
+        "null": "is no object",
+        '{"model_type": "no-such-type"}': "no-such-type",
+        '{"model_type": "llama", "hidden_size": "many"}': "hidden_size",
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in WRONG_JSON.items() for text in texts])
+def test_malformed_json_of_a_base_is_refused_by_name(tmp_path, name, text):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_llama().save_pretrained(base, max_shard_size="5KB")
+    get_peft_model(tiny_llama(), MaskProConfig()).save_pretrained(adapter)
+    (base / name).write_text(text)
+    for action in (lambda: merge(base, adapter, tmp_path / "merged"), lambda: check_sparsity(base, 2, 4)):
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            action()
+        message = str(error.value)
+        assert "\n" not in message
+        assert str(base) in message
+        assert WRONG_JSON[name][text] in message
     assert not (tmp_path / "merged").exists()
 
 

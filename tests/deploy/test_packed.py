@@ -161,6 +161,20 @@ def test_what_a_file_must_not_hold_is_refused(compiled, tmp_path, wrong):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("wrong", ["all set", "not 2:4", "16 of 32 but not 2 of 4"])
+def test_a_state_dict_of_a_packed_layer_is_checked_too(wrong):
+    layer = PackedLinear(64, 8, bias=False)
+    layer.values, layer.positions = pack(sparse_weight(8, 64))
+    state = layer.state_dict()
+    PackedLinear(64, 8, bias=False).load_state_dict(state)
+    _, change, message = WRONG[wrong]
+    changed = state | {"positions": change(state["positions"])}
+    with pytest.raises(ValueError, match=message):
+        PackedLinear(64, 8, bias=False).load_state_dict(changed)
+    with pytest.raises(ValueError, match=r"positions is torch\.int64"):
+        PackedLinear(64, 8, bias=False).load_state_dict(state | {"positions": state["positions"].long()}, assign=True)
+
+
 def test_what_cannot_be_packed_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no layer can be packed: .* the model is torch\.float32, and 13 of its"):
         to_packed(merged(torch.float32), None, tmp_path / "packed")

@@ -1,6 +1,7 @@
 """An adapter is anybody's data: whatever its bytes, it is read as a valid mask or refused with our error."""
 
 import json
+import math
 import warnings
 
 import pytest
@@ -149,6 +150,9 @@ def test_unknown_keys_of_a_configuration_are_ignored(valid):
         read_masks(folder)
 
 
+RESULT = {"dataset": "d", "metric": "perplexity", "protocol": "p"}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -168,6 +172,8 @@ def test_unknown_keys_of_a_configuration_are_ignored(valid):
         {"logit_scale": "high"},
         {"lineage": [{"init_mask": "wanda", "groups_changed": {}, "calibration": {}}]},
         {"lineage": [{"init_mask": "wanda", "groups_changed": {}, "evaluations": [5]}]},
+        {"lineage": [{"init_mask": "wanda", "groups_changed": {}, "evaluations": [RESULT | {"value": float("nan")}]}]},
+        {"lineage": [{"init_mask": "wanda", "groups_changed": {}, "evaluations": [RESULT | {"value": -math.inf}]}]},
     ],
 )
 def test_a_configuration_of_other_types_is_refused(valid, change):

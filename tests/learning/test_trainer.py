@@ -8,16 +8,19 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import DataCollatorWithFlattening, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, LlamaForCausalLM, Trainer, TrainerState, TrainingArguments
 
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
 from hf_maskpro.learning import residual
 from hf_maskpro.learning.arguments import ESTIMATORS
+from hf_maskpro.learning.record import plot_run
 from hf_maskpro.learning.relaxation import Relaxation
 from hf_maskpro.tuner import MaskProLayer, masked_layers
 
 from ..conftest import tiny_llama
+from ..tuner.test_files import DISK_FULL, contents, largest_file, on_disks_of_every_size
 
 
 def arguments(folder, estimator, **options):
@@ -371,7 +374,9 @@ def test_simple_recovers_what_a_random_mask_lost(tmp_path, trainer_class):
         )  # fmt: skip
     trainer_class(model, args, train_dataset=rows(64)).train()
     assert batch_loss(model, rows(64)) - dense < 0.5 * (before - dense)
-    assert model.peft_config["default"].logit_scale == (5.0 if trainer_class is Trainer else 6.0)
+    model.save_pretrained(tmp_path / "adapter")
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["logit_scale"] == (5.0 if trainer_class is Trainer else 6.0)
 
 
 @pytest.mark.parametrize("estimator", ["proxsparse", "maskllm"])
@@ -480,12 +485,21 @@ def test_a_trainer_that_was_interrupted_within_a_step_resumes_exactly(tmp_path, 
         assert torch.equal(mine, theirs)
 
 
-def test_a_stray_forward_does_not_decide_the_logit_scale(tmp_path, llama, ids):
+def test_a_stray_pass_does_not_decide_the_logit_scale(tmp_path, llama, ids):
     model = get_peft_model(llama, MaskProConfig()).train()
-    model(input_ids=ids)
+    model(input_ids=ids, labels=ids).loss.backward()
     trainer = MaskProTrainer(model, arguments(tmp_path, "residual", max_steps=1), train_dataset=rows())
     trainer.train()
     assert model.peft_config["default"].logit_scale == 6.0
+
+
+def test_what_a_plain_trainer_has_moved_keeps_its_logit_scale(tmp_path, llama, ids):
+    model = get_peft_model(llama, MaskProConfig()).train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    trainer = MaskProTrainer(model, arguments(tmp_path, "residual", max_steps=1), train_dataset=rows())
+    trainer.train()
+    assert model.peft_config["default"].logit_scale == 5.0
 
 
 def test_a_resumed_run_keeps_the_earlier_stages(tmp_path, llama):
@@ -562,7 +576,17 @@ def test_a_checkpoint_of_another_estimator_is_refused(tmp_path, llama):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "null", "{}", '{"tracker": null}', '{"tracker": NaN}', "[" * 5000, '{"tracker": []}']
+    "content",
+    [
+        "",
+        "null",
+        "{}",
+        '{"tracker": null}',
+        '{"tracker": NaN}',
+        f'{{"tracker": 1{"0" * 400}}}',
+        "[" * 5000,
+        '{"tracker": []}',
+    ],
 )
 def test_a_spoiled_tracker_is_refused(tmp_path, llama, content):
     def trainer():
@@ -572,6 +596,27 @@ def test_a_spoiled_tracker_is_refused(tmp_path, llama, content):
     trainer().train()
     (tmp_path / "checkpoint-1" / "residual_state.json").write_text(content)
     with pytest.raises(ValueError, match=r"residual_state\.json has") as caught:
+        trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spoil", ["foreign", "missing", "bytes", "not finite"])
+def test_spoiled_values_are_refused(tmp_path, llama, spoil):
+    def trainer():
+        args = arguments(tmp_path, "proxsparse", max_steps=2, save_strategy="steps", save_steps=1)
+        return MaskProTrainer(get_peft_model(copy.deepcopy(llama), MaskProConfig()), args, train_dataset=rows())
+
+    trainer().train()
+    path = tmp_path / "checkpoint-1" / "estimator_state.safetensors"
+    values = load_file(path)
+    if spoil == "bytes":
+        path.write_bytes(b"none")
+    else:
+        first = values.pop("0")
+        other = {"foreign": {"0": first, "x": first}, "missing": {}, "not finite": {"0": first * torch.nan}}[spoil]
+        save_file(values | other, path)
+    message = "holds values that are not finite, of layer 0" if spoil == "not finite" else "does not hold the values"
+    with pytest.raises(ValueError, match=rf"estimator_state\.safetensors {message}") as caught:
         trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert "\n" not in str(caught.value)
 
@@ -755,6 +800,19 @@ def test_refusals(tmp_path, llama):
         MaskProTrainer(frozen, arguments(tmp_path, "simple"), train_dataset=rows())
 
 
+@pytest.mark.parametrize("estimator", ["residual", "proxsparse", "maskllm"])
+def test_of_several_processes_the_first_alone_says_why_there_must_be_one(tmp_path, llama, monkeypatch, estimator):
+    args = arguments(tmp_path, estimator)
+    model = get_peft_model(llama, MaskProConfig())
+    monkeypatch.setattr(MaskProTrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="runs in one process on one device, not 2"):
+        MaskProTrainer(model, args, train_dataset=rows())
+    monkeypatch.setattr(MaskProTrainingArguments, "process_index", 1)
+    with pytest.raises(SystemExit) as ended:
+        MaskProTrainer(model, args, train_dataset=rows())
+    assert not ended.value.code
+
+
 @pytest.mark.parametrize("steps", [1, 10])
 def test_a_run_as_short_as_the_warmup(tmp_path, llama, steps):
     """transformers' schedule divides by the steps that the warm-up leaves."""
@@ -789,3 +847,54 @@ def test_the_card_of_an_adapter_with_a_name(tmp_path, llama):
     trainer = MaskProTrainer(model, arguments(tmp_path, "simple", max_steps=1), train_dataset=rows())
     trainer.create_model_card(license="mit")
     assert ModelCard.load(tmp_path / "mine" / "README.md").data.license == "mit"
+
+
+def test_a_full_disk_leaves_the_earlier_plot(tmp_path):
+    (tmp_path / "learning.png").write_text("old")
+    state = TrainerState(log_history=[{"step": step, "loss": 1.0, "changed": 0.1} for step in (1, 2)])
+    with pytest.raises(OSError, match="File too large"), largest_file(1000):
+        plot_run(state, tmp_path / "learning.png")
+    assert contents(tmp_path) == {"learning.png": b"old"}
+
+
+def fill_the_disk_while_saving(folder, llama, step):
+    """Save the checkpoint of step 2 on disks of every size, beside that of step 1."""
+    model = get_peft_model(llama, MaskProConfig(target_modules=["k_proj"]))
+    options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "warmup_steps": 0}
+    trainer = MaskProTrainer(model, arguments(folder, "simple", **options), train_dataset=rows())
+    trainer.train()
+    before = contents(folder)
+    assert any(name.startswith("checkpoint-1/") for name in before)
+    trainer.state.global_step = 2
+    after = on_disks_of_every_size(folder, lambda: trainer._save_checkpoint(model, None), step)
+    assert before.items() <= after.items()
+    new = {name.removeprefix("checkpoint-2/") for name in after.keys() - before.keys()}
+    assert new == {name.removeprefix("checkpoint-1/") for name in before if name.startswith("checkpoint-1/")}
+    # Of an earlier run: what is overwritten by half is none of them.
+    with pytest.raises(DISK_FULL), largest_file(len(after["checkpoint-2/trainer_state.json"]) + 1000):
+        trainer._save_checkpoint(model, None)
+    assert contents(folder) == before
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, llama):
+    fill_the_disk_while_saving(tmp_path, llama, 499)
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_no_half_checkpoint_whatever_its_size(tmp_path, llama):
+    fill_the_disk_while_saving(tmp_path, llama, 1)
+
+
+def test_a_full_disk_leaves_the_earlier_card_when_a_checkpoint_is_pushed(tmp_path, llama, monkeypatch):
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda *_: None)
+    model = get_peft_model(llama, MaskProConfig())
+    trainer = MaskProTrainer(model, arguments(tmp_path / "run", "simple"), train_dataset=rows())
+    trainer.save_model()
+    trainer.save_model(str(tmp_path / "checkpoint"))
+    card = (tmp_path / "run" / "README.md").read_text()
+    (tmp_path / "checkpoint" / "README.md").write_text(card + "A later one.\n")
+    with pytest.raises(OSError, match="File too large"), largest_file(1000):
+        trainer._push_from_checkpoint(str(tmp_path / "checkpoint"))
+    assert (tmp_path / "run" / "README.md").read_text() == card
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint"))
+    assert "A later one." in (tmp_path / "run" / "README.md").read_text()

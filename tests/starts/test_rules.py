@@ -35,6 +35,24 @@ def test_gradients_that_tell_nothing_leave_the_weights_to_decide(constant):
     assert torch.equal(mask, _mask_by_rule("magnitude", weight, Calibration(), MaskProConfig(), "layer"))
 
 
+@pytest.mark.parametrize("rule", ["wanda", "ria", "gblm", "pruner-zero", "sparsegpt"])
+def test_in_groups_that_have_seen_nothing_the_weights_decide(rule):
+    """Features that are always zero, within a layer that has seen others: no rule tells their members apart."""
+    weight, inputs, _ = random_layer()
+    inputs[:, 4:8] = inputs[:, 13:16] = 0
+    gathered = Inputs(16, torch.device("cpu"), with_gram=True)
+    gathered.update(inputs, 1)
+    # A gradient of the weight is a sum of what enters it times what comes back.
+    calibration = Calibration(gathered, torch.rand(6, 1) * gathered.squares.sqrt())
+    mask = _mask_by_rule(rule, weight, calibration, MaskProConfig(), "layer")
+    size = group_members(weight.abs(), 4)
+    assert torch.equal(mask[:, :, 1], mode(size, 2)[:, :, 1])
+    if rule != "sparsegpt":
+        # Of the last group one member was seen, and is kept before all others.
+        size[:, 0, 3] = torch.inf
+        assert torch.equal(mask[:, :, 3], mode(size, 2)[:, :, 3])
+
+
 def test_inputs_add_up_over_batches():
     _, inputs, calibration = random_layer()
     plain = Inputs(16, torch.device("cpu"), with_gram=False)

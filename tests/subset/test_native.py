@@ -18,6 +18,15 @@ def test_a_source_becomes_a_library(source):
     assert library.answer() == 42
 
 
+def test_a_compiler_with_arguments(source, monkeypatch):
+    monkeypatch.setenv("CXX", "env VARIABLE='a b' g++")
+    try:
+        assert compiled(source, "answers").answer() == 42
+    except ValueError as error:
+        assert "is not there" not in str(error)  # noqa: PT017, a machine without g++
+        pytest.skip(str(error))
+
+
 def test_a_compiler_that_says_nothing(source, monkeypatch):
     monkeypatch.setenv("CXX", "/bin/false")
     with pytest.raises(ValueError, match=r"^answers cannot be compiled here: /bin/false exits with 1$"):

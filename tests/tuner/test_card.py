@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_maskpro import MaskProConfig, hub
-from hf_maskpro.tuner.card import BEGIN, END, hub_id, split_card
+from hf_maskpro.tuner.card import BEGIN, END, _by_number, hub_id, split_card
 
 from ..conftest import tiny_gpt2
 
@@ -167,3 +167,13 @@ def test_a_readme_that_is_no_card(adapter, checkpoint):
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), adapter)
     with pytest.raises(ValueError, match="is no model card"):
         model.save_pretrained(adapter)
+
+
+def test_names_that_no_folder_can_have():
+    assert hub_id("me/" + "x" * 300) is None
+    assert hub_id("me/\0") is None
+
+
+def test_layers_are_sorted_by_numbers_alone():
+    """A superscript is a digit, and no number."""
+    assert sorted(["a.10.b", "a.9.b", "a.²"], key=_by_number) == ["a.²", "a.9.b", "a.10.b"]

@@ -32,6 +32,7 @@ def test_defaults():
         ({"modules_to_save": ["(\\w+)+!"]}, r"modules_to_save holds .* which is not the name of a module"),
         ({"base_fingerprint": {"a": []}}, r"base_fingerprint holds .* which is no name"),
         ({"target_weights": 0}, "target_weights is 0"),
+        ({"init_mask": f"{'x' * 300}+swaps"}, "init_mask is 'xxx"),
     ],
 )
 def test_bad_values_are_named_in_one_line(options, message):

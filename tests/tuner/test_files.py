@@ -1,23 +1,32 @@
 """Files lie whole in their folder, whatever happens on the way, and are read from nowhere else."""
 
+import copy
 import os
 import resource
 from contextlib import contextmanager
+from functools import partial
 from threading import Thread
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_maskpro import MaskProConfig, hub
+from hf_maskpro.deploy import merge
+from hf_maskpro.deploy.packed import to_packed
 from hf_maskpro.tuner import masked_layers
 from hf_maskpro.tuner.files import inside, private_folder
 
 
 def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# In the words of whoever writes.
+DISK_FULL = (OSError, RuntimeError, SafetensorError)
 
 
 @contextmanager
@@ -29,6 +38,25 @@ def largest_file(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def on_disks_of_every_size(folder, action, step):
+    """
+    What a folder holds after something has been written into it, on a disk with just enough room; on smaller ones, by
+    so many bytes, nothing there may change.
+    """
+    before, failures = contents(folder), 0
+    for size in range(0, 10**6, step):
+        try:
+            with largest_file(size):
+                action()
+        except DISK_FULL:
+            failures += 1
+            assert contents(folder) == before
+        else:
+            break
+    assert failures > 10
+    return contents(folder)
 
 
 @pytest.fixture
@@ -49,21 +77,53 @@ def states(checkpoint, tmp_path):
     return folder, old, model, contents(tmp_path / "new")
 
 
-def test_a_full_disk_leaves_the_earlier_adapter(states):
-    folder, old, model, new = states
-    failures = 0
-    for size in range(0, max(map(len, new.values())) + 200, 97):
-        try:
-            with largest_file(size):
-                model.save_pretrained(folder)
-        except Exception:
-            failures += 1
-            assert contents(folder) == old
-        else:
-            assert contents(folder) == new
-            break
-    assert failures > 10
-    assert contents(folder) == new
+@pytest.fixture
+def tiny(tmp_path):
+    """A base and an adapter of it in a folder, smaller than the other tests', and the model with the adapter."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    base = LlamaForCausalLM(config).bfloat16()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, MaskProConfig())
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path, model
+
+
+# All of them take half an hour.
+steps = pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 97])
+
+
+@steps
+def test_a_full_disk_leaves_the_earlier_adapter(states, step):
+    folder, _, model, new = states
+    assert on_disks_of_every_size(folder, lambda: model.save_pretrained(folder), step) == new
+
+
+@steps
+def test_a_full_disk_leaves_the_earlier_merged_checkpoint(tiny, step):
+    folder, _ = tiny
+    merge(folder / "base", folder / "adapter", folder / "merged")
+    expected = contents(folder)
+    (folder / "merged" / "README.md").write_text("An earlier one.")
+    write = partial(merge, folder / "base", folder / "adapter", folder / "merged", overwrite=True)
+    assert on_disks_of_every_size(folder, write, step) == expected
+
+
+@steps
+def test_a_full_disk_leaves_the_earlier_packed_model(tiny, step):
+    folder, model = tiny
+    model = model.merge_and_unload()
+
+    def write():
+        to_packed(copy.deepcopy(model), None, folder / "packed", overwrite=True)
+
+    write()
+    expected = contents(folder)
+    (folder / "packed" / "generation_config.json").write_text("An earlier one.")
+    assert on_disks_of_every_size(folder, write, step) == expected
 
 
 @pytest.mark.parametrize("step", range(3))

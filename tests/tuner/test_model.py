@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -407,6 +408,20 @@ def test_the_state_of_a_model_without_masks_brings_none(llama, ids, n, m, assign
     logits(model, ids)
 
 
+def test_a_state_dict_that_lacks_one_mask_brings_the_others(llama):
+    state = get_peft_model(tiny_llama(), MaskProConfig()).state_dict()
+    del state["base_model.model.model.layers.0.self_attn.q_proj.maskpro_mask.default"]
+    model = get_peft_model(llama, MaskProConfig(init_mask="wanda"))
+    model.load_state_dict(state, strict=False)
+    there = {}
+    for name, layer in masked_layers(model).items():
+        try:
+            there[name] = layer.masked_weight() is not None
+        except ValueError:
+            there[name] = False
+    assert [name for name, known in there.items() if not known] == ["model.layers.0.self_attn.q_proj"]
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_copy_of_an_empty_mask_is_empty_and_a_filled_one_is_not(llama, ids, n, tmp_path):
     model = get_peft_model(llama, MaskProConfig(n=n, m=4, init_mask="wanda"))
@@ -513,15 +528,30 @@ class TestPatternsOfFiles:
             "transformers": lambda: base.load_adapter(str(folder)),
             "merge": lambda: merge(base_folder, folder, tmp_path / "merged"),
         }[loader]
-        with pytest.raises(ValueError, match=r"takes more than 1 seconds to match") as error:
+        message = rf"^{name} of .* is the pattern '\(.*!', which takes more than 1 seconds to match"
+        with pytest.raises(ValueError, match=message) as error:
             load()
         assert "\n" not in str(error.value)
 
-    def test_one_that_is_none_is_refused(self, base_folder, tmp_path):
-        folder = self.adapter(tmp_path / "a", {"target_modules": "(q_proj"})
-        with pytest.raises(ValueError, match="has a pattern of layers that is none") as error:
+    @pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
+    def test_one_that_is_none_is_refused(self, base_folder, tmp_path, name):
+        folder = self.adapter(tmp_path / "a", {name: "(q_proj"})
+        with pytest.raises(ValueError, match=rf"^{name} of .* the pattern '\(q_proj', which is none: .*") as error:
             PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder)
         assert "\n" not in str(error.value)
+
+    def test_time_is_the_processors_and_nothing_of_the_users_python_is_run(self, base_folder, tmp_path, monkeypatch):
+        """On a busy machine, or one whose Python brings much of its own, a sound pattern takes no longer."""
+        folder = self.adapter(tmp_path / "a", {})
+        base = AutoModelForCausalLM.from_pretrained(base_folder)
+        python = tmp_path / "python"
+        python.write_text(
+            f'#!/bin/sh\necho "$@" | grep -q -e "^-I -S" || exit 3\nsleep 2\nexec {sys.executable} "$@"\n'
+        )
+        python.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(python))
+        monkeypatch.setattr("hf_maskpro.tuner.model.SECONDS_TO_MATCH", 1)
+        assert len(masked_layers(PeftModel.from_pretrained(base, folder))) == 4
 
     @pytest.mark.parametrize(
         "pattern", [r".*\.(q|down)_proj", r"(\w+\.)*(q|down)_proj", r"^(?!.*up).*\.(q|down)_\w+$"]
