@@ -1,79 +1,43 @@
-"""What several verbs need: models, texts, output."""
+"""What several verbs need once they run: models, texts, adapters."""
 
 import json
-import sys
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-from peft import PeftModel
-from rich.console import Console
-from rich.table import Table
-from safetensors import SafetensorError
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
+# Importing it lets PEFT save adapters whole.
+from .. import hub  # noqa: F401
 from ..deploy import new_folder
 from ..evaluation import windows
 from ..starts import initialize_masks, needs_data
 from ..tuner import RULES, split_init_mask
+from .output import say_next
 
 
-console = Console()
-
-Model = Annotated[str, typer.Option(help="Base model: a local folder or a Hub id.")]
-GgufFile = Annotated[str | None, typer.Option(help="GGUF file in that folder, dequantized to bfloat16.")]
-Text = Annotated[Path | None, typer.Option(help="Text file to learn from.")]
-Dataset = Annotated[
-    str | None, typer.Option(help="Dataset to learn from, streamed: a folder or Hub id, NAME or NAME:CONFIG.")
-]
-PatternN = Annotated[int, typer.Option("--n", help="Weights kept in every group.")]
-PatternM = Annotated[int, typer.Option("--m", help="Size of a group.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the adapter's repository.")]
-Subfolder = Annotated[str | None, typer.Option(help="The adapter's folder in its repository.")]
-StartToken = Annotated[
-    bool, typer.Option(help="Begin every window with the start token, where the tokenizer adds one to a text.")
-]
-Chat = Annotated[
-    bool, typer.Option("--chat", help="Make conversations of the text's paragraphs, by the tokenizer's chat template.")
-]
-Output = Annotated[Path, typer.Option(help="Folder to write.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is in use.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+# Of reading weights; a download still has its own.
+logging.disable_progress_bar()
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn a failure into one line on stderr and exit code 1."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, SafetensorError) as error:
-        # PEFT says of everything that goes wrong that it cannot find a file; why is in the cause.
-        causes = [_line(error)] + ([_line(error.__cause__)] if isinstance(error.__cause__, OSError) else [])
-        typer.echo(f"error: {': '.join(dict.fromkeys(causes))}", err=True)
-        sys.exit(1)
-
-
-def _line(error: BaseException) -> str:
-    """The line of an error that tells most: of the Hub's it is what the server says, and not the number."""
-    if isinstance(error, HfHubHTTPError) and error.server_message:
-        return f"{error.server_message} ({error.response.url})"
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0]
-
-
-def load_model(model: str, gguf_file: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A base model in its own dtype, on the GPU if there is one, and its tokenizer."""
+def load_model(
+    model: str, gguf_file: str | None = None, dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base model in its own dtype unless told otherwise, on the GPU if there is one, and its tokenizer."""
     tokenizer = load_tokenizer(model, gguf_file)
-    options: dict[str, Any] = {"dtype": "auto"}
+    options: dict[str, Any] = {"dtype": dtype}
     if gguf_file:
         options = {
-            "dtype": torch.bfloat16,
+            "dtype": "bfloat16" if dtype == "auto" else dtype,
             "gguf_file": gguf_file,
             "quantization_config": GgufConfig(dequantize=True),
         }
@@ -89,15 +53,46 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
 
 
 def check_model(model: str, gguf_file: str | None) -> None:
-    """Refuse what can be neither a model's folder nor a Hub id."""
+    """Refuse what is neither a model's folder nor a repository on the Hub."""
     path = Path(model)
-    if path.is_dir():
-        if gguf_file and not (path / gguf_file).is_file():
-            raise ValueError(f"{path / gguf_file} does not exist; name a GGUF file in the model's folder.")
-        if not gguf_file and not (path / "config.json").is_file():
-            raise ValueError(f"{model} has no config.json; pass a model's folder or a Hub id.")
-    elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ValueError(f"{model} is not a model folder; pass a model's folder or a Hub id.")
+    if not path.is_dir():
+        check_on_hub(model, "config.json", "a model's folder")
+    elif gguf_file and not (path / gguf_file).is_file():
+        raise ValueError(f"{path / gguf_file} does not exist; name a GGUF file in the model's folder.")
+    elif not gguf_file and not (path / "config.json").is_file():
+        raise ValueError(f"{model} has no config.json; pass a model's folder or a Hub id.")
+
+
+def check_on_hub(name: str, file: str, wanted: str, revision: str | None = None) -> None:
+    """
+    Refuse a name that is no repository on the Hub. Asked for a file that is not there, transformers and PEFT would ask
+    again and again, and in the end say neither that it is no folder.
+
+    Args:
+        name (`str`): What the user wrote, which is no folder.
+        file (`str`): A file that such repositories have.
+        wanted (`str`): What it should have been.
+        revision (`str`, *optional*): Branch, tag or commit.
+    """
+    if Path(name).exists():
+        raise ValueError(f"{name} is a file; pass {wanted} or a Hub id.")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"{name} does not exist; pass {wanted} or a Hub id.")
+    try:
+        if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+            return
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision))
+    except EntryNotFoundError:
+        # It may hold something else, which those who read it know better.
+        return
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(f"{name} is neither a folder here nor a repository on the Hub that you may read.") from error
+    except HfHubHTTPError:
+        raise
+    # By whatever the network fails, of which every library below has its own names.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name} is not a folder here, and the Hub cannot be reached: {reason}") from error
 
 
 @contextmanager
@@ -120,8 +115,9 @@ def adapter_folder(adapter: str, revision: str | None = None, subfolder: str | N
     """The folder of a mask adapter, fetched from the Hub if it is an id."""
     path = Path(adapter) / (subfolder or "")
     if not path.is_dir():
-        if path.exists() or adapter.startswith((".", "/", "~")) or adapter.count("/") > 1:
-            raise ValueError(f"{path} is not an adapter's folder; pass one, or a Hub id.")
+        if Path(adapter).is_dir():
+            raise ValueError(f"{path} does not exist; pass --subfolder with a folder of {adapter}.")
+        check_on_hub(adapter, "adapter_config.json", "an adapter's folder", revision)
         patterns = f"{subfolder}/*" if subfolder else "adapter_*"
         path = Path(snapshot_download(adapter, revision=revision, allow_patterns=patterns)) / (subfolder or "")
     if not (path / "adapter_config.json").is_file():
@@ -131,9 +127,14 @@ def adapter_folder(adapter: str, revision: str | None = None, subfolder: str | N
     return path
 
 
-def load_adapter(base: PreTrainedModel, folder: Path, is_trainable: bool = False) -> PeftModel:
-    """An adapter over a base model."""
-    return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+def load_adapter(
+    base: PreTrainedModel, folder: Path, is_trainable: bool = False, config: PeftConfig | None = None
+) -> PeftModel:
+    """An adapter over a base model; `config` if it is not to be that of the folder."""
+    try:
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable, config=config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def read_text(path: Path) -> str:
@@ -218,25 +219,33 @@ def calibrate(masked: PeftModel, batches: list[dict[str, torch.Tensor]], text: s
         config.start["calibration"] |= {"text": text, "seed": seed}
 
 
-def write_adapter(masked: PeftModel, output: Path, overwrite: bool) -> None:
-    """Write a one-shot mask, and say what it is."""
+def write_adapter(
+    masked: PeftModel, output: Path, overwrite: bool, model: str, gguf_file: str | None, as_json: bool
+) -> None:
+    """Write a one-shot mask, and say what it is and what comes next."""
     with new_folder(output, overwrite) as folder:
         masked.save_pretrained(folder)
     config = masked.peft_config["default"]
+    if as_json:
+        figures = {"output": str(output), "pattern": config.pattern, "init_mask": config.init_mask}
+        typer.echo(json.dumps(figures | {"target_weights": config.target_weights}))
+        return
     typer.echo(f"{output}: a {config.pattern} mask by {config.init_mask} over {config.target_weights:,} weights")
+    given = ["--model", model, *(["--gguf-file", gguf_file] if gguf_file else [])]
+    say_next("train", *given, "--adapter", str(output), "--text", "FILE", "--output", f"{output}-learned")
 
 
 def init_mask(name: str) -> str:
-    """A starting mask as the configuration takes it, where a folder has a slash in its name."""
-    return f"./{name}" if name not in RULES and "/" not in name and Path(name).is_dir() else name
+    """A starting mask as the configuration takes it, where a folder has a slash in its name; its source is there."""
+    name = f"./{name}" if name not in RULES and "/" not in name and Path(name).is_dir() else name
+    source = split_init_mask(name)[0]
+    if source not in RULES and not Path(source).exists():
+        if source.endswith((".npz", ".safetensors")):
+            raise ValueError(f"{source} does not exist; pass a folder, a .npz or .safetensors file, or a Hub id.")
+        check_on_hub(source, "config.json", "a folder, a .npz or .safetensors file")
+    return name
 
 
-def show(figures: dict[str, Any], as_json: bool) -> None:
-    """Print figures as a table of two columns, or as one JSON object."""
-    if as_json:
-        typer.echo(json.dumps(figures))
-        return
-    table = Table(show_header=False)
-    for name, value in figures.items():
-        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value))
-    console.print(table)
+def modules_of(names: str | None) -> list[str] | str | None:
+    """Layers as the configuration takes them: ends of names, or a regular expression, which has other signs."""
+    return names.split(",") if names is not None and re.fullmatch(r"[\w.,]+", names) else names

@@ -5,24 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
-from transformers.utils import find_adapter_config_file
+from rich.table import Column, Table
 
-from .. import evaluation, hub
-from ..tuner import saved_config
-from .common import (
-    GgufFile,
-    Json,
-    Revision,
-    StartToken,
-    Subfolder,
-    adapter_folder,
-    console,
-    load_adapter,
-    load_model,
-    read_text,
-    show,
-)
+from .options import EVALUATION, FILES, TEXT, GgufFile, Json, Revision, StartToken, Subfolder
+from .output import console, show
 
 
 def evaluate(
@@ -30,28 +16,50 @@ def evaluate(
         list[str] | None,
         typer.Argument(metavar="[DIR]...", help="With --compare: checkpoints, and mask adapters over --model."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Base model: a local folder or a Hub id.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text file to measure perplexity on.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Mask adapter: a local folder or a Hub id.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Base model: a local folder or a Hub id.", rich_help_panel=FILES),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text file to measure perplexity on.", rich_help_panel=TEXT)
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="ADAPTER", help="Mask adapter: a local folder or a Hub id.", rich_help_panel=FILES),
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Measure several models, side by side.")] = False,
-    seq_len: Annotated[int, typer.Option(min=2, help="Length of a window, in tokens.")] = 2048,
+    seq_len: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Length of a window, in tokens.", rich_help_panel=TEXT)
+    ] = 2048,
     stride: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens from one window to the next: windows do not overlap unless given."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens from one window to the next: windows do not overlap unless given.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Use no more of the text than this, in tokens.")
+        int | None,
+        typer.Option(min=2, metavar="N", help="Use no more of the text than this, in tokens.", rich_help_panel=TEXT),
     ] = None,
     start_token: StartToken = True,
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Tasks of lm-evaluation-harness or task files, separated by commas; zero-shot: seven of them."
+            metavar="NAMES",
+            help="Tasks of lm-evaluation-harness or task files, separated by commas; zero-shot: seven of them.",
+            rich_help_panel=EVALUATION,
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use no more examples of a task than this.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Use no more examples of a task than this.", rich_help_panel=EVALUATION),
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Sequences per forward pass: 1 window, 8 of a task unless given.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Sequences per forward pass: 1 window, 8 of a task unless given."),
     ] = None,
     revision: Revision = None,
     subfolder: Subfolder = None,
@@ -64,6 +72,10 @@ def evaluate(
         raise ValueError("nothing to measure: pass --text FILE or --tasks NAMES.")
     if record and (compare or adapter is None or not Path(adapter).is_dir()):
         raise ValueError("--record writes into an adapter's folder: pass one with --adapter, and no --compare.")
+    from .. import evaluation
+    from ..tuner import saved_config
+    from .common import adapter_folder, load_adapter, load_model, read_text
+
     content = read_text(text) if text is not None else None
     names = tasks.split(",") if tasks is not None else []
     if names:
@@ -109,6 +121,8 @@ def evaluate(
 
 def _record(folder: Path, text: Path | None, figures: dict[str, Any]) -> None:
     """Put perplexity and accuracies into an adapter's card."""
+    from .. import hub
+
     if text is not None:
         protocol = figures["protocol"].removeprefix(f"{text}, ")
         hub.record_evaluation(folder, text.name, "perplexity", figures["perplexity"], protocol)
@@ -121,10 +135,16 @@ def _record(folder: Path, text: Path | None, figures: dict[str, Any]) -> None:
 
 def _compared(sources: list[str], model: str | None, adapter: str | None) -> list[tuple[str, str | None]]:
     """Base model and adapter of everything that --compare names."""
+    from transformers.utils import find_adapter_config_file
+
+    from .common import check_on_hub
+
     if len(sources) < 2 or adapter is not None:
         raise ValueError("--compare takes two or more checkpoints or adapters, and no --adapter.")
     pairs: list[tuple[str, str | None]] = []
     for source in sources:
+        if not Path(source).is_dir():
+            check_on_hub(source, "config.json", "a folder")
         if not find_adapter_config_file(source):
             pairs.append((source, None))
         elif model is None:
@@ -150,7 +170,7 @@ def _show_side_by_side(sources: list[str], figures: list[dict[str, Any]], as_jso
         typer.echo(json.dumps(figures))
         return
     rows = [_flat(each) for each in figures]
-    table = Table("", *sources)
+    table = Table("", *(Column(source, overflow="fold") for source in sources))
     for name in rows[0]:
         if name not in ("model", "adapter", "protocol"):
             table.add_row(name, *(f"{row[name]:,.4g}" for row in rows))

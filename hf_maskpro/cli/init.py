@@ -1,90 +1,139 @@
 """The verb that makes a one-shot mask."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-import torch
 import typer
-from peft import get_peft_model
 
-from ..deploy import check_free
-from ..evaluation import check_length
-from ..starts import generated_text, needs_data, random_windows, start_token_of
-from ..starts.calibration import SAMPLES, SEQ_LEN, SOURCE_SAMPLES, SOURCE_SEQ_LEN
-from ..tuner import MaskProConfig
-from .common import (
+from .options import (
+    FILES,
+    MASK,
+    TEXT,
     Chat,
     Dataset,
+    ExcludeModules,
     GgufFile,
+    Json,
     Model,
     Output,
     Overwrite,
     PatternM,
     PatternN,
+    Seed,
     StartToken,
+    TargetModules,
     Text,
-    calibrate,
-    init_mask,
-    learning_windows,
-    load_model,
-    read_text,
-    sources_of,
-    text_name,
-    write_adapter,
+    check_method,
 )
 
 
 def init(
     model: Model,
     output: Output,
-    method: Annotated[
+    init_mask: Annotated[
         str,
         typer.Option(
+            "--method",
+            metavar="NAME",
+            callback=check_method,
             help="magnitude, random, wanda, ria, sparsegpt, gblm or pruner-zero, or a source as for import; "
-            "with +swaps at the end the mask is refined."
+            "with +swaps at the end the mask is refined.",
+            rich_help_panel=MASK,
         ),
     ] = "wanda",
     text: Text = None,
     dataset: Dataset = None,
     self_generated: Annotated[
-        bool, typer.Option("--self-generated", help="Calibrate on text that the model itself generates.")
+        bool,
+        typer.Option(
+            "--self-generated", help="Calibrate on text that the model itself generates.", rich_help_panel=TEXT
+        ),
     ] = False,
     n: PatternN = 2,
     m: PatternM = 4,
+    target_modules: TargetModules = None,
+    exclude_modules: ExcludeModules = None,
     seq_len: Annotated[
-        int | None, typer.Option(min=2, help=f"Length of a calibration window, in tokens: {SEQ_LEN} unless given.")
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Length of a calibration window, in tokens: 256 unless given.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help=f"Number of calibration windows: {SAMPLES} unless given.")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Number of calibration windows: 128 unless given.", rich_help_panel=TEXT
+        ),
     ] = None,
     source_settings: Annotated[
-        bool, typer.Option("--source-settings", help="Calibrate as the rules' papers do: 128 windows of 2,048 tokens.")
+        bool,
+        typer.Option(
+            "--source-settings",
+            help="Calibrate as the rules' papers do: 128 windows of 2,048 tokens.",
+            rich_help_panel=TEXT,
+        ),
     ] = False,
     start_token: StartToken = True,
     chat: Chat = False,
-    seed: Annotated[int, typer.Option(help="Seed of the random mask and of the choice of windows.")] = 42,
+    seed: Seed = 42,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option(
+            metavar="DTYPE", help="Of the model: auto is its own; float32 or bfloat16.", rich_help_panel=FILES
+        ),
+    ] = "auto",
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Write a one-shot mask as an adapter."""
-    method = init_mask(method)
-    config = MaskProConfig(n=n, m=m, init_mask=method)
-    check_free(output, overwrite, model, *sources_of(method, text, dataset))
-    if text is not None:
-        read_text(text)
-    if source_settings:
-        if (samples, seq_len) != (None, None):
-            raise ValueError("--source-settings says what --samples and --seq-len are; drop the one or the other.")
-        samples, seq_len = SOURCE_SAMPLES, SOURCE_SEQ_LEN
-    samples, seq_len = samples or SAMPLES, seq_len or SEQ_LEN
-    with_data = needs_data(method)
-    if with_data and [text is not None, dataset is not None, self_generated].count(True) != 1:
-        raise ValueError(f"{method} needs a text: pass one of --text FILE, --dataset NAME and --self-generated.")
+    if source_settings and (samples, seq_len) != (None, None):
+        raise ValueError("--source-settings says what --samples and --seq-len are; drop the one or the other.")
     if self_generated and (chat or not start_token):
         raise ValueError(
             "text that the model generates is taken as it is, from the start token on; drop --self-generated or "
             "--chat and --no-start-token."
         )
-    base, tokenizer = load_model(model, gguf_file)
+    import torch
+    from peft import get_peft_model
+
+    from ..deploy import check_free
+    from ..evaluation import check_length
+    from ..starts import generated_text, needs_data, random_windows, start_token_of
+    from ..starts.calibration import SAMPLES, SEQ_LEN, SOURCE_SAMPLES, SOURCE_SEQ_LEN
+    from ..tuner import MaskProConfig
+    from .common import (
+        calibrate,
+        learning_windows,
+        load_model,
+        modules_of,
+        read_text,
+        sources_of,
+        text_name,
+        write_adapter,
+    )
+    from .common import init_mask as source_or_rule
+
+    method = source_or_rule(init_mask)
+    config = MaskProConfig(
+        n=n,
+        m=m,
+        init_mask=method,
+        target_modules=modules_of(target_modules),
+        exclude_modules=modules_of(exclude_modules),
+    )
+    check_free(output, overwrite, model, *sources_of(method, text, dataset))
+    if text is not None:
+        read_text(text)
+    if source_settings:
+        samples, seq_len = SOURCE_SAMPLES, SOURCE_SEQ_LEN
+    samples, seq_len = samples or SAMPLES, seq_len or SEQ_LEN
+    with_data = needs_data(method)
+    if with_data and [text is not None, dataset is not None, self_generated].count(True) != 1:
+        raise ValueError(f"{method} needs a text: pass one of --text FILE, --dataset NAME and --self-generated.")
+    base, tokenizer = load_model(model, gguf_file, dtype)
     if with_data:
         check_length(base, seq_len)
     torch.manual_seed(seed)
@@ -99,4 +148,4 @@ def init(
         batches = random_windows(inputs, samples, seq_len, seed, start_id)
     masked = get_peft_model(base, config)
     calibrate(masked, batches, "generated by the model" if self_generated else text_name(text, dataset), seed)
-    write_adapter(masked, output, overwrite)
+    write_adapter(masked, output, overwrite, model, gguf_file, as_json)
