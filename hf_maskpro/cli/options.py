@@ -3,6 +3,7 @@ The options that several verbs have. Like everything that a verb imports before 
 help, typos and bad values are answered at once.
 """
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
@@ -26,11 +27,15 @@ def check_method(name: str | None) -> str | None:
     """Refuse what is neither a rule nor a source of masks."""
     if name is None or name.removesuffix("+swaps") in RULES or is_source(name):
         return name
-    close = get_close_matches(name, RULES, 1)
     raise typer.BadParameter(
         f"{name} is neither a rule ({', '.join(RULES)}) nor a folder, file or Hub id with masks."
-        + f" Did you mean {close[0]}?" * len(close)
+        + did_you_mean(name.removesuffix("+swaps"), RULES)
     )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a refusal, if a known name is close."""
+    return "".join(f" Did you mean {close}?" for close in get_close_matches(name, list(known), 1))
 
 
 Model = Annotated[

@@ -34,7 +34,7 @@ from .output import say_next, show
 from .training_options import training_arguments
 
 
-LEARNING = "Learning"
+LEARNING, STEPS = "Learning", "Steps"
 # As in `hf_maskpro.learning`, which is not imported for the names alone.
 Estimator = Literal["simple", "residual", "proxsparse", "maskllm"]
 
@@ -97,14 +97,12 @@ def train(
     ] = None,
     start_token: StartToken = True,
     chat: Chat = False,
-    max_steps: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Optimizer steps.", rich_help_panel=LEARNING)
-    ] = 120,
+    max_steps: Annotated[int, typer.Option(min=1, metavar="N", help="Optimizer steps.", rich_help_panel=STEPS)] = 120,
     per_device_train_batch_size: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Windows per micro-batch.", rich_help_panel=LEARNING)
+        int, typer.Option(min=1, metavar="N", help="Windows per micro-batch.", rich_help_panel=STEPS)
     ] = 2,
     gradient_accumulation_steps: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Micro-batches per step.", rich_help_panel=LEARNING)
+        int, typer.Option(min=1, metavar="N", help="Micro-batches per step.", rich_help_panel=STEPS)
     ] = 1,
     learning_rate: Annotated[
         float | None,
@@ -153,7 +151,7 @@ def train(
     ] = "auto",
     gradient_checkpointing: Annotated[
         bool,
-        typer.Option("--gradient-checkpointing", help="Trade time for memory, with simple.", rich_help_panel=LEARNING),
+        typer.Option("--gradient-checkpointing", help="Trade time for memory, with simple.", rich_help_panel=STEPS),
     ] = False,
     seed: Seed = 42,
     eval_text: Annotated[

@@ -2,13 +2,13 @@
 
 import ast
 import json
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .options import did_you_mean
 from .verb import Verb
 
 
@@ -61,8 +61,7 @@ class TrainVerb(Verb):
             raise typer.BadParameter(f"{option} is {INSTEAD[name]} here.", ctx)
         if name not in fields:
             known = [*self._own(), *(f"--{field.replace('_', '-')}" for field in fields - set(INSTEAD))]
-            close = get_close_matches(option, known, 1)
-            raise typer.BadParameter(f"No such option: {option}." + f" Did you mean {close[0]}?" * len(close), ctx)
+            raise typer.BadParameter(f"No such option: {option}.{did_you_mean(option, known)}", ctx)
 
     def _own(self) -> dict[str, Any]:
         return {option: known for known in self.params for option in (*known.opts, *known.secondary_opts)}

@@ -123,19 +123,19 @@ def test_values_are_checked_before_the_model_is_loaded(train, monkeypatch, tmp_p
 
 def test_layers_by_name(checkpoint, text, train, tmp_path):
     def layers(*options):
-        run(*options, "--overwrite")
+        run(*options)
         return set(json.loads((tmp_path / "a" / "adapter_config.json").read_text())["lineage"][-1]["groups_changed"])
 
-    init = ["init", "--method", "magnitude", "--model", checkpoint, "--output", tmp_path / "a"]
+    init = ["init", "--method", "magnitude", "--model", checkpoint, "--output", tmp_path / "a", "--overwrite"]
     chosen = layers(*init, "--target-modules", "q_proj,mlp.down_proj")
     assert {name.rpartition(".")[2] for name in chosen} == {"q_proj", "down_proj"}
     assert all(
         name.startswith("model.layers.1.") for name in layers(*init, "--target-modules", r".*layers\.1\..*proj")
     )
-    learned = layers(*train, "--exclude-modules", "q_proj,k_proj")
+    learned = layers(*train, "--exclude-modules", "q_proj,k_proj", "--overwrite")
     assert {name.rpartition(".")[2] for name in learned} == {"v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert "--target-modules" in fails(*train, "--overwrite", "--adapter", tmp_path, "--target-modules", "q_proj")
-    run(*train, "--resume", "--max-steps", 3, "--save-steps", 1, code=1)
+    assert layers(*train, "--resume", "--max-steps", 3) == learned
 
 
 def test_the_best_mask_is_kept(text, train, tmp_path):
@@ -143,8 +143,6 @@ def test_the_best_mask_is_kept(text, train, tmp_path):
     given = ["--eval-text", tmp_path / "other.txt", "--eval-steps", 1, "--save-steps", 1, "--early-stopping", 1]
     command = [*train[:-1], tmp_path / "b", "--max-steps", 8, "--learning-rate", 5, *given, "--json"]
     figures = json.loads(run(*command).stdout)
-    kept = load_file(tmp_path / "b" / "adapter_model.safetensors")
-    # Two in a row that are no better end the run, unless it ends by itself.
     assert figures["steps"] in (figures["best_step"] + 1, 8)
     base = command[command.index("--model") + 1]
     measured = run(
@@ -160,7 +158,6 @@ def test_the_best_mask_is_kept(text, train, tmp_path):
         "--json",
     )
     assert json.loads(measured.stdout)["perplexity"] == pytest.approx(figures["eval_perplexity"], rel=1e-4)
-    assert kept
 
 
 def test_data_types(checkpoint, adapter, text, train, tmp_path):
@@ -268,7 +265,7 @@ def test_without_a_network_there_is_one_line_at_once(checkpoint, adapter, text, 
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it tries again"))
     known = {"ADAPTER": adapter, "MODEL": checkpoint, "TEXT": text, "OUT": tmp_path / "out"}
     done = run(*(known.get(word, word) for word in command), code=1)
-    (line,) = done.stderr.strip().splitlines()
+    (line,) = (line for line in done.stderr.splitlines() if not line.startswith("warning: "))
     assert line.startswith("error: ")
     assert "the Hub cannot be reached" in line
     named = [word for word in command if "maks" in word]

@@ -57,18 +57,19 @@ def started(*arguments):
         (["train", "--wieght-decay", "1"], 2, "No such option: --wieght-decay. Did you mean --weight-decay?"),
         (["train", "--num-train-epochs", "1"], 2, "--num-train-epochs is --max-steps here"),
         (["train", "text.txt"], 2, "text.txt belongs to no option"),
-        (["train", "--learning-rate", "-1"], 2, "'--learning-rate': -1"),
-        (["train", "--estimator", "simpel"], 2, "'--estimator': 'simpel'"),
+        (["train", "--learning-rate", "-1"], 2, "Invalid value for '--learning-rate'"),
+        (["train", "--estimator", "simpel"], 2, "Invalid value for '--estimator'"),
         (["train", "--init-mask", "wnada"], 2, "Did you mean wanda?"),
         (["init", "--method", "wnada+swaps"], 2, "wnada+swaps is neither a rule"),
-        (["init", "--m", "17"], 2, "'--m': 17"),
-        (["eval", "--seq-len", "many"], 2, "'--seq-len': 'many'"),
+        (["init", "--m", "17"], 2, "Invalid value for '--m'"),
+        (["eval", "--seq-len", "many"], 2, "Invalid value for '--seq-len'"),
     ],
 )
 def test_it_answers_before_anything_is_loaded(arguments, code, printed):
     given = ["--model", "m", "--output", "o", "--text", "t"] if code == 2 and arguments[0] in ("train", "init") else []
-    assert started(*arguments, *given)[0] == code
-    assert printed in " ".join(started(*arguments, *given)[1].replace("│", " ").split())
+    ended, lines = started(*arguments, *given)
+    assert ended == code
+    assert printed in " ".join(lines.replace("│", " ").split())
 
 
 def test_importing_the_package_registers_the_method():
