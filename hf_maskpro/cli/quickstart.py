@@ -17,7 +17,7 @@ from rich.table import Table
 from ..version import __version__
 from .options import Overwrite
 from .output import console
-from .train import check_replaceable, forget_previous, set_aside
+from .train import forget_previous, set_aside
 
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,11 +40,12 @@ def quickstart(
     begun = time.perf_counter()
     if minutes <= 0:
         raise ValueError(f"--minutes is {minutes}; 10 is usual.")
+    from ..deploy import check_free
     from ..evaluation import protocol, windows
     from ..starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
     from .common import load_tokenizer, read_text
 
-    check_replaceable(output, overwrite)
+    check_free(output, overwrite)
     pieces = _topics() if text is None else read_text(text).split("\n\n")
     texts = {
         "calibration": "\n\n".join(piece for i, piece in enumerate(pieces) if i % HELD_OUT_EVERY),

@@ -227,8 +227,10 @@ def train(
     import torch
     from peft import get_peft_model
     from transformers import EarlyStoppingCallback
+    from transformers.integrations import get_reporting_integration_callbacks
     from transformers.trainer_utils import get_last_checkpoint
 
+    from ..deploy import check_free
     from ..evaluation import check_length, windows
     from ..learning import MaskProTrainer
     from ..starts import random_windows, start_token_of
@@ -253,7 +255,7 @@ def train(
     if checkpoint is not None and max_steps < int(checkpoint.rpartition("-")[2]):
         raise ValueError(f"--max-steps is {max_steps}, and {checkpoint} is beyond it; raise it or drop --resume.")
     if not resume:
-        check_replaceable(output, overwrite, model, adapter, eval_text, *sources_of(init_mask, text, dataset))
+        check_free(output, overwrite, model, adapter, eval_text, *sources_of(init_mask, text, dataset))
     known = MaskProConfig.from_pretrained(checkpoint) if checkpoint else MaskProConfig(init_mask="wanda")
     mask = MaskProConfig(
         n=known.n if n is None else n,
@@ -293,8 +295,10 @@ def train(
             "greater_is_better": False,
         }
     args = training_arguments(settings, ctx.args)
-    # It says what package an optimizer lacks.
+    # They say what package is not there, which a trainer would find out after the calibration.
     MaskProTrainer.get_optimizer_cls_and_kwargs(args)
+    for reporter in get_reporting_integration_callbacks(args.report_to):
+        reporter()
     held_out = read_text(eval_text) if eval_text is not None else None
     if text is not None:
         read_text(text)
@@ -357,16 +361,9 @@ def _rows(windows: Any) -> list[dict[str, Any]]:
     return [{"input_ids": row, "labels": row} for row in windows]
 
 
-def check_replaceable(output: Path, overwrite: bool, *inputs: str | Path | None) -> None:
-    """As [`check_free`], for a folder that is set aside until its successor is complete."""
-    from ..deploy import check_free
-
-    check_free(output, overwrite, *inputs)
-
-
 def _previous(output: Path) -> Path:
     """Where a folder is kept until its successor is complete, under a name that nobody else gives."""
-    return output.with_name(f".{output.name}.replaced")
+    return output.absolute().with_name(f".{output.absolute().name}.replaced")
 
 
 def set_aside(output: Path) -> None:

@@ -85,7 +85,7 @@ def push_folder(
     files = [inside(folder, path) for path in files if _is_pushed(path.relative_to(folder))]
     if not any(path.name in (CONFIG_FILE, "config.json") for path in files):
         raise ValueError(f"{folder} holds neither {CONFIG_FILE} nor config.json; pass an adapter's or model's folder.")
-    changed = {}
+    changed: dict[Path, Any] = {}
     for path in files:
         if path.name == CONFIG_FILE:
             changed |= _with_base(path, base_model)

@@ -107,6 +107,7 @@ def test_bad_files_of_options(train, tmp_path):
         (["--weight-decay", "-1"], "weight_decay is -1.0"),
         (["--optim", "adamm"], "adamm"),
         (["--lr-scheduler-type", "cosin"], "cosin"),
+        (["--report-to", "nowhere"], "nowhere is not supported"),
         (["--logit-scale", 0], "--logit-scale is 0.0, outside 0 to 40"),
         (["--early-stopping", 2], "pass --eval-text FILE"),
         (["--save-steps", 5, "--eval-steps", 2, "--eval-text", "t"], "--save-steps is 5, not a multiple of --eval"),
