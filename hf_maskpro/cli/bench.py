@@ -58,7 +58,7 @@ def bench(
         typer.echo(json.dumps(figures))
         return
     names = ("batch", "tokens", "dense ms", "sparse ms", "ratio", "difference")
-    columns = ("phase", *(Column(name, justify="right", overflow="fold") for name in names))
+    columns = [Column("phase"), *(Column(name, justify="right", overflow="fold") for name in names)]
     table = Table(*columns, title=f"{figures['model']}, {figures['dtype']}, {figures['device']}")
     for row in rows:
         table.add_row(
