@@ -2,32 +2,50 @@
 
 import os
 import warnings
-from logging import ERROR, getLogger
+from collections.abc import Callable
+from logging import ERROR, WARNING, getLogger
+from typing import Annotated, Any
 
 import typer
-from transformers.utils import logging
 
+from ..version import __version__
 from . import bench, evaluate, export, import_masks, init, inspect, merge, push, quickstart, train
-from .common import one_line_errors
+from .training_options import TrainVerb
+from .verb import Verb
 
 
-app = typer.Typer(
-    name="hf-maskpro",
-    help="Learned N:M sparsity masks for language models, as PEFT adapters.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command()(quickstart.quickstart)
-app.command()(init.init)
-app.command("import")(import_masks.import_masks)
-app.command()(train.train)
-app.command("eval")(evaluate.evaluate)
-app.command()(merge.merge)
-app.command()(export.export)
-app.command()(inspect.inspect)
-app.command()(push.push)
-app.command()(bench.bench)
+app = typer.Typer(name="hf-maskpro", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _add(verb: Callable[..., Any], example: str, name: str | None = None, kind: type[Verb] = Verb) -> None:
+    app.command(name, cls=kind, epilog=f"Example: hf-maskpro {example}")(verb)
+
+
+_add(quickstart.quickstart, "quickstart --minutes 10")
+_add(init.init, "init --model MODEL --method wanda --text text.txt --output wanda")
+_add(import_masks.import_masks, "import mask.npz --model MODEL --output mask", "import")
+_add(train.train, "train --model MODEL --text text.txt --max-steps 400 --output mask", kind=TrainVerb)
+_add(evaluate.evaluate, "eval --model MODEL --adapter mask --text held_out.txt", "eval")
+_add(merge.merge, "merge --model MODEL --adapter mask --output sparse")
+_add(export.export, "export --model MODEL --adapter mask --target cpu --output packed")
+_add(inspect.inspect, "inspect mask")
+_add(push.push, "push mask USER/NAME")
+_add(bench.bench, "bench --model sparse")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf-maskpro {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def hf_maskpro(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Learned N:M sparsity masks for language models, as PEFT adapters."""
 
 
 def main() -> None:
@@ -37,8 +55,8 @@ def main() -> None:
         warnings.filterwarnings("default", module=r"hf_maskpro\.")
         # PEFT's, of keys of a configuration that this version does not know.
         warnings.filterwarnings("default", message="Unexpected keyword arguments")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    getLogger("lm_eval").setLevel(ERROR)
-    with one_line_errors():
-        app()
+    # What other packages have to say of themselves, some of them while they are imported.
+    getLogger().setLevel(ERROR)
+    getLogger("hf_maskpro").setLevel(WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    app()

@@ -5,30 +5,39 @@ from collections import Counter
 from importlib.metadata import version
 from typing import Annotated, Literal
 
-import torch
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
-from ..deploy import bench as benchmark
-from .common import Json, console, load_model
+from .options import Json
+from .output import console
 
 
 def bench(
-    model: Annotated[str | None, typer.Option(help="Merged 2:4 checkpoint: a local folder or a Hub id.")] = None,
-    shapes: Annotated[
-        Literal["7b"] | None, typer.Option(help="Random decoder layers of this shape instead of a checkpoint.")
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Merged 2:4 checkpoint: a local folder or a Hub id.")
     ] = None,
-    prefill_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the sequence for prefill.")] = 2048,
+    shapes: Annotated[
+        Literal["7b"] | None,
+        typer.Option(metavar="7b", help="Random decoder layers of this shape instead of a checkpoint."),
+    ] = None,
+    prefill_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens of the sequence for prefill.")
+    ] = 2048,
     batch_size: Annotated[
-        list[int], typer.Option(min=1, help="Sequences decoded together; repeat it for several.")
+        list[int], typer.Option(min=1, metavar="N", help="Sequences decoded together; repeat it for several.")
     ] = [1, 16, 64],  # noqa: B006, typer reads it once
-    repeats: Annotated[int, typer.Option(min=1, help="Timed passes of each of the two.")] = 30,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Timed passes of each of the two.")] = 30,
     fp8: Annotated[bool, typer.Option("--fp8", help="FP8 against FP8 + 2:4, through torchao.")] = False,
     as_json: Json = False,
 ) -> None:
     """Time a 2:4 model on sparse tensor cores against the same model dense."""
     if (model is None) == (shapes is None):
         raise ValueError("pass either --model DIR or --shapes 7b.")
+    import torch
+
+    from ..deploy import bench as benchmark
+    from .common import load_model
+
     benchmark.check_device(fp8)
     base = load_model(model)[0] if model is not None else benchmark.random_model(str(shapes))
     dtype = base.dtype
@@ -48,9 +57,9 @@ def bench(
     if as_json:
         typer.echo(json.dumps(figures))
         return
-    table = Table(title=f"{figures['model']}, {figures['dtype']}, {figures['device']}")
-    for column in ("phase", "batch", "tokens", "dense ms", "sparse ms", "ratio", "difference"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
+    names = ("batch", "tokens", "dense ms", "sparse ms", "ratio", "difference")
+    columns = [Column("phase"), *(Column(name, justify="right", overflow="fold") for name in names)]
+    table = Table(*columns, title=f"{figures['model']}, {figures['dtype']}, {figures['device']}")
     for row in rows:
         table.add_row(
             row["phase"],

@@ -5,24 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
-from transformers.utils import find_adapter_config_file
+from rich.table import Column, Table
 
-from .. import evaluation, hub
-from ..tuner import saved_config
-from .common import (
-    GgufFile,
-    Json,
-    Revision,
-    StartToken,
-    Subfolder,
-    adapter_folder,
-    console,
-    load_adapter,
-    load_model,
-    read_text,
-    show,
-)
+from .options import EVALUATION, FILES, TEXT, GgufFile, Json, Revision, StartToken, Subfolder
+from .output import console, show
 
 
 def evaluate(
@@ -30,32 +16,61 @@ def evaluate(
         list[str] | None,
         typer.Argument(metavar="[DIR]...", help="With --compare: checkpoints, and mask adapters over --model."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Base model: a local folder or a Hub id.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Base model: a local folder or a Hub id.", rich_help_panel=FILES),
+    ] = None,
     text: Annotated[
-        list[Path] | None, typer.Option(help="Text file to measure perplexity on; repeat it for several.")
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Text file to measure perplexity on; repeat it for several.", rich_help_panel=TEXT
+        ),
     ] = None,
     home: Annotated[
         Path | None,
-        typer.Option(help="Text file of the kind that the mask was learned from: the others are elsewhere."),
+        typer.Option(
+            metavar="FILE",
+            help="Text file of the kind that the mask was learned from: the others are elsewhere.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
-    adapter: Annotated[str | None, typer.Option(help="Mask adapter: a local folder or a Hub id.")] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="ADAPTER", help="Mask adapter: a local folder or a Hub id.", rich_help_panel=FILES),
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Measure several models, side by side.")] = False,
-    seq_len: Annotated[int, typer.Option(min=2, help="Length of a window, in tokens.")] = 2048,
+    seq_len: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Length of a window, in tokens.", rich_help_panel=TEXT)
+    ] = 2048,
     stride: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens from one window to the next: windows do not overlap unless given."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens from one window to the next: windows do not overlap unless given.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=2, help="Use no more of a text than this, in tokens.")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Use no more of a text than this, in tokens.", rich_help_panel=TEXT),
+    ] = None,
     start_token: StartToken = True,
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Tasks of lm-evaluation-harness or task files, separated by commas; zero-shot: seven of them."
+            metavar="NAMES",
+            help="Tasks of lm-evaluation-harness or task files, separated by commas; zero-shot: seven of them.",
+            rich_help_panel=EVALUATION,
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use no more examples of a task than this.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Use no more examples of a task than this.", rich_help_panel=EVALUATION),
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Sequences per forward pass: 1 window, 8 of a task unless given.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Sequences per forward pass: 1 window, 8 of a task unless given."),
     ] = None,
     revision: Revision = None,
     subfolder: Subfolder = None,
@@ -71,6 +86,10 @@ def evaluate(
         raise ValueError(f"{home} is both --home and --text; a text at home is not elsewhere, so name it once.")
     if record and (compare or adapter is None or not Path(adapter).is_dir()):
         raise ValueError("--record writes into an adapter's folder: pass one with --adapter, and no --compare.")
+    from .. import evaluation
+    from ..tuner import saved_config
+    from .common import adapter_folder, load_adapter, load_model, read_text
+
     texts = {str(path): read_text(path) for path in paths}
     names = tasks.split(",") if tasks is not None else []
     if names:
@@ -135,6 +154,8 @@ def evaluate(
 
 def _record(folder: Path, home: Path | None, figures: dict[str, Any]) -> None:
     """Put perplexities, what they are at home and elsewhere, and accuracies into an adapter's card."""
+    from .. import hub
+
     protocols = {path: each["protocol"].removeprefix(f"{path}, ") for path, each in figures["texts"].items()}
     for path, measured in figures["texts"].items():
         hub.record_evaluation(folder, Path(path).name, "perplexity", measured["perplexity"], protocols[path])
@@ -153,10 +174,16 @@ def _record(folder: Path, home: Path | None, figures: dict[str, Any]) -> None:
 
 def _compared(sources: list[str], model: str | None, adapter: str | None) -> list[tuple[str, str | None]]:
     """Base model and adapter of everything that --compare names."""
+    from transformers.utils import find_adapter_config_file
+
+    from .common import check_on_hub
+
     if len(sources) < 2 or adapter is not None:
         raise ValueError("--compare takes two or more checkpoints or adapters, and no --adapter.")
     pairs: list[tuple[str, str | None]] = []
     for source in sources:
+        if not Path(source).is_dir():
+            check_on_hub(source, "config.json", "a folder")
         if not find_adapter_config_file(source):
             pairs.append((source, None))
         elif model is None:
@@ -191,7 +218,7 @@ def _flat(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show_side_by_side(columns: list[str], figures: list[dict[str, Any]]) -> None:
-    table = Table("", *columns)
+    table = Table("", *(Column(name, overflow="fold") for name in columns))
     for name, value in figures[0].items():
         if isinstance(value, (int, float)):
             table.add_row(name, *(f"{each[name]:,.4g}" for each in figures))

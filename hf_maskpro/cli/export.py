@@ -4,22 +4,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from .. import deploy
-from ..tuner import saved_config
-from .common import (
-    GgufFile,
-    Json,
-    Model,
-    Output,
-    Overwrite,
-    Revision,
-    Subfolder,
-    adapter_folder,
-    checkpoint,
-    load_adapter,
-    load_model,
-    show,
-)
+from .options import FILES, GgufFile, Json, Model, Output, Overwrite, Revision, Subfolder
+from .output import show
 
 
 def export(
@@ -28,13 +14,18 @@ def export(
     target: Annotated[
         Literal["dense", "cpu", "onnx", "torchao-fp8"],
         typer.Option(
+            metavar="NAME",
             help="dense is what merge writes; cpu packed weights for decoding on a CPU; onnx a float32 graph for "
-            "TensorRT; torchao-fp8 a checkpoint that vLLM serves in FP8 + 2:4."
+            "TensorRT; torchao-fp8 a checkpoint that vLLM serves in FP8 + 2:4.",
         ),
     ],
     adapter: Annotated[
         str | None,
-        typer.Option(help="Mask adapter: a local folder or a Hub id. Without it the model is a merged one."),
+        typer.Option(
+            metavar="ADAPTER",
+            help="Mask adapter: a local folder or a Hub id. Without it the model is a merged one.",
+            rich_help_panel=FILES,
+        ),
     ] = None,
     revision: Revision = None,
     subfolder: Subfolder = None,
@@ -43,6 +34,12 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a sparse model for another runtime, checked."""
+    if target == "dense" and adapter is None:
+        raise ValueError("--target dense merges a mask adapter: pass --adapter.")
+    from .. import deploy
+    from ..tuner import saved_config
+    from .common import adapter_folder, checkpoint, load_adapter, load_model
+
     deploy.check_free(output, overwrite, model, adapter)
     masks = None if adapter is None else adapter_folder(adapter, revision, subfolder)
     if masks is not None:
@@ -58,8 +55,7 @@ def export(
     with checkpoint(model, gguf_file, output) as folder:
         if target == "torchao-fp8":
             report = deploy.to_torchao_fp8(folder, masks, output, overwrite)
-        elif masks is None:
-            raise ValueError("--target dense merges a mask adapter: pass --adapter.")
         else:
+            assert masks is not None
             report = deploy.merge(folder, masks, output, overwrite)
     show(figures | {"layers": len(report), "zeros": sum(report.values()) / len(report)}, as_json)

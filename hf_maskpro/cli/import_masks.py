@@ -1,14 +1,23 @@
 """The verb that takes a mask made elsewhere."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
-from peft import get_peft_model
 
-from ..deploy import check_free
-from ..starts import initialize_masks, needs_data
-from ..tuner import RULES, MaskProConfig
-from .common import GgufFile, Model, Output, Overwrite, PatternM, PatternN, init_mask, load_model, write_adapter
+from .options import (
+    RULES,
+    ExcludeModules,
+    GgufFile,
+    Json,
+    Model,
+    Output,
+    Overwrite,
+    PatternM,
+    PatternN,
+    TargetModules,
+    is_source,
+)
 
 
 def import_masks(
@@ -23,15 +32,34 @@ def import_masks(
     output: Output,
     n: PatternN = 2,
     m: PatternM = 4,
+    target_modules: TargetModules = None,
+    exclude_modules: ExcludeModules = None,
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Write a mask that was made elsewhere as an adapter."""
-    config = MaskProConfig(n=n, m=m, init_mask=init_mask(source))
-    if needs_data(config.init_mask) or config.init_mask in RULES:
+    refined = source.endswith("+swaps") and not Path(source).exists()
+    if source.removesuffix("+swaps") in RULES or (refined and is_source(source)):
         raise ValueError(f"{source} is made from the weights or a text; use hf-maskpro init --method {source}.")
+    if not is_source(source):
+        raise ValueError(f"{source} does not exist; pass a folder, a .npz or .safetensors file, or a Hub id.")
+    from peft import get_peft_model
+
+    from ..deploy import check_free
+    from ..starts import initialize_masks
+    from ..tuner import MaskProConfig
+    from .common import init_mask, load_model, modules_of, write_adapter
+
+    config = MaskProConfig(
+        n=n,
+        m=m,
+        init_mask=init_mask(source),
+        target_modules=modules_of(target_modules),
+        exclude_modules=modules_of(exclude_modules),
+    )
     check_free(output, overwrite, model, source)
     base, _ = load_model(model, gguf_file)
     masked = get_peft_model(base, config)
     initialize_masks(masked)
-    write_adapter(masked, output, overwrite)
+    write_adapter(masked, output, overwrite, model, gguf_file, as_json)

@@ -1,83 +1,137 @@
 """The verb that makes a one-shot mask."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-import torch
 import typer
-from peft import get_peft_model
 
-from ..deploy import check_free
-from ..evaluation import check_length, mixed_windows
-from ..starts import generated_text, needs_data, start_token_of
-from ..starts.calibration import SAMPLES, SEQ_LEN, SOURCE_SAMPLES, SOURCE_SEQ_LEN
-from ..tuner import MaskProConfig
-from .common import (
-    GENERATED,
+from .options import (
+    FILES,
+    MASK,
+    TEXT,
     Chat,
     Dataset,
+    ExcludeModules,
     GgufFile,
+    Json,
     Model,
     Output,
     Overwrite,
     PatternM,
     PatternN,
+    Seed,
     StartToken,
+    TargetModules,
     Text,
     Weights,
-    calibrate,
-    calibration_batches,
-    init_mask,
-    load_model,
-    load_tokenizer,
-    mixture_name,
-    read_sources,
-    shares_of,
-    sources_of,
-    windows_of_each,
-    write_adapter,
+    check_method,
 )
 
 
 def init(
     model: Model,
     output: Output,
-    method: Annotated[
+    init_mask: Annotated[
         str,
         typer.Option(
+            "--method",
+            metavar="NAME",
+            callback=check_method,
             help="magnitude, random, wanda, ria, sparsegpt, gblm or pruner-zero, or a source as for import; "
-            "with +swaps at the end the mask is refined."
+            "with +swaps at the end the mask is refined.",
+            rich_help_panel=MASK,
         ),
     ] = "wanda",
     text: Text = None,
     dataset: Dataset = None,
     weights: Weights = None,
     self_generated: Annotated[
-        bool, typer.Option("--self-generated", help="Calibrate on text that the model itself generates.")
+        bool,
+        typer.Option(
+            "--self-generated", help="Calibrate on text that the model itself generates.", rich_help_panel=TEXT
+        ),
     ] = False,
     n: PatternN = 2,
     m: PatternM = 4,
+    target_modules: TargetModules = None,
+    exclude_modules: ExcludeModules = None,
     seq_len: Annotated[
-        int | None, typer.Option(min=2, help=f"Length of a calibration window, in tokens: {SEQ_LEN} unless given.")
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Length of a calibration window, in tokens: 256 unless given.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help=f"Number of calibration windows: {SAMPLES} unless given.")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Number of calibration windows: 128 unless given.", rich_help_panel=TEXT
+        ),
     ] = None,
     source_settings: Annotated[
-        bool, typer.Option("--source-settings", help="Calibrate as the rules' papers do: 128 windows of 2,048 tokens.")
+        bool,
+        typer.Option(
+            "--source-settings",
+            help="Calibrate as the rules' papers do: 128 windows of 2,048 tokens.",
+            rich_help_panel=TEXT,
+        ),
     ] = False,
     start_token: StartToken = True,
     chat: Chat = False,
-    seed: Annotated[int, typer.Option(help="Seed of the random mask and of the choice of windows.")] = 42,
+    seed: Seed = 42,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option(
+            metavar="DTYPE", help="Of the model: auto is its own; float32 or bfloat16.", rich_help_panel=FILES
+        ),
+    ] = "auto",
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Write a one-shot mask as an adapter."""
-    method = init_mask(method)
-    config = MaskProConfig(n=n, m=m, init_mask=method)
+    if source_settings and (samples, seq_len) != (None, None):
+        raise ValueError("--source-settings says what --samples and --seq-len are; drop the one or the other.")
+    if self_generated and (chat or not start_token):
+        raise ValueError(
+            "text that the model generates is taken as it is, from the start token on; drop --self-generated or "
+            "--chat and --no-start-token."
+        )
+    import torch
+    from peft import get_peft_model
+
+    from ..deploy import check_free
+    from ..evaluation import check_length, mixed_windows
+    from ..starts import generated_text, needs_data, start_token_of
+    from ..starts.calibration import SAMPLES, SEQ_LEN, SOURCE_SAMPLES, SOURCE_SEQ_LEN
+    from ..tuner import MaskProConfig
+    from .common import (
+        GENERATED,
+        calibrate,
+        calibration_batches,
+        load_model,
+        load_tokenizer,
+        mixture_name,
+        modules_of,
+        read_sources,
+        shares_of,
+        sources_of,
+        windows_of_each,
+        write_adapter,
+    )
+    from .common import init_mask as source_or_rule
+
+    method = source_or_rule(init_mask)
+    config = MaskProConfig(
+        n=n,
+        m=m,
+        init_mask=method,
+        target_modules=modules_of(target_modules),
+        exclude_modules=modules_of(exclude_modules),
+    )
     check_free(output, overwrite, model, *sources_of(method, text, dataset))
     if source_settings:
-        if (samples, seq_len) != (None, None):
-            raise ValueError("--source-settings says what --samples and --seq-len are; drop the one or the other.")
         samples, seq_len = SOURCE_SAMPLES, SOURCE_SEQ_LEN
     samples, seq_len = samples or SAMPLES, seq_len or SEQ_LEN
     with_data = needs_data(method)
@@ -86,18 +140,13 @@ def init(
         raise ValueError(
             f"{method} needs a text: pass one of --text FILE, --dataset NAME and --self-generated, or several."
         )
-    if self_generated and (chat or not start_token):
-        raise ValueError(
-            "text that the model generates is taken as it is, from the start token on; drop --self-generated or "
-            "--chat and --no-start-token."
-        )
     shares = shares_of(weights, len(names) + self_generated)
     # Windows are drawn from much more text than they hold.
     contents = read_sources(text, dataset, 16 * samples * seq_len) if with_data else {}
     tokenizer = load_tokenizer(model, gguf_file)
     tokens = 16 * samples * seq_len if dataset and len(names) == 1 else None
     pieces = windows_of_each(tokenizer, contents, seq_len, tokens, start_token, chat)
-    base, _ = load_model(model, gguf_file)
+    base, _ = load_model(model, gguf_file, dtype)
     if with_data:
         check_length(base, seq_len)
     torch.manual_seed(seed)
@@ -111,4 +160,4 @@ def init(
         batches = calibration_batches(inputs, len(pieces) == 1, samples, seq_len, seed, start_id)
     masked = get_peft_model(base, config)
     calibrate(masked, batches, mixture_name([*names, *[GENERATED] * self_generated], shares), seed)
-    write_adapter(masked, output, overwrite)
+    write_adapter(masked, output, overwrite, model, gguf_file, as_json)

@@ -4,26 +4,35 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
 
-from .. import deploy, hub
-from .common import Json, Revision, Subfolder, show
+from .options import Json, Revision, Subfolder
+from .output import show
 
 
 def inspect(
     source: Annotated[str, typer.Argument(help="An adapter or a checkpoint: a local folder or a Hub id.")],
-    n: Annotated[int, typer.Option(help="Pattern to check a checkpoint for: weights kept.")] = 2,
-    m: Annotated[int, typer.Option(help="Pattern to check a checkpoint for: size of a group.")] = 4,
+    n: Annotated[
+        int, typer.Option(min=1, max=15, metavar="N", help="Pattern to check a checkpoint for: weights kept.")
+    ] = 2,
+    m: Annotated[
+        int, typer.Option(min=2, max=16, metavar="N", help="Pattern to check a checkpoint for: size of a group.")
+    ] = 4,
     revision: Revision = None,
     subfolder: Subfolder = None,
     as_json: Json = False,
 ) -> None:
     """Show what an adapter or checkpoint holds."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    from .. import hub
+    from .common import check_on_hub
+
     folder = Path(source) / (subfolder or "")
     if not folder.is_dir():
-        if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise ValueError(f"{folder} is not a folder; pass an adapter's or checkpoint's folder or a Hub id.")
+        if Path(source).is_dir():
+            raise ValueError(f"{folder} does not exist; pass --subfolder with a folder of {source}.")
+        check_on_hub(source, "adapter_config.json", "an adapter's or checkpoint's folder", revision)
         try:
             return show(hub.inspect_adapter(source, revision, subfolder), as_json)
         except EntryNotFoundError:
@@ -39,6 +48,8 @@ def inspect(
 
 
 def _inspect_checkpoint(folder: Path, n: int, m: int) -> dict[str, Any]:
+    from .. import deploy
+
     try:
         report = deploy.check_sparsity(folder, n, m)
     except ValueError as error:

@@ -3,30 +3,16 @@
 from typing import Annotated
 
 import typer
-from peft import PeftConfig
 
-from .. import deploy
-from ..deploy.merge import drop_sparsity_config
-from ..tuner import MaskProConfig, saved_config
-from .common import (
-    GgufFile,
-    Json,
-    Model,
-    Output,
-    Overwrite,
-    Revision,
-    Subfolder,
-    adapter_folder,
-    checkpoint,
-    load_adapter,
-    load_model,
-    show,
-)
+from .options import FILES, GgufFile, Json, Model, Output, Overwrite, Revision, Subfolder
+from .output import say_next, show
 
 
 def merge(
     model: Model,
-    adapter: Annotated[str, typer.Option(help="Mask adapter: a local folder or a Hub id.")],
+    adapter: Annotated[
+        str, typer.Option(metavar="ADAPTER", help="Mask adapter: a local folder or a Hub id.", rich_help_panel=FILES)
+    ],
     output: Output,
     revision: Revision = None,
     subfolder: Subfolder = None,
@@ -39,6 +25,13 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Write an ordinary sparse checkpoint, checked."""
+    from peft import PeftConfig
+
+    from .. import deploy
+    from ..deploy.merge import drop_sparsity_config
+    from ..tuner import MaskProConfig, saved_config
+    from .common import adapter_folder, checkpoint, load_adapter, load_model
+
     deploy.check_free(output, overwrite, model, adapter)
     folder = adapter_folder(adapter, revision, subfolder)
     if allow_dense and not isinstance(PeftConfig.from_pretrained(str(folder)), MaskProConfig):
@@ -53,4 +46,6 @@ def merge(
         report = deploy.merge(base, folder, output, overwrite)
     zeros = sum(report.values()) / len(report)
     show({"output": str(output), "pattern": pattern, "layers": len(report), "zeros": zeros}, as_json)
+    if not as_json:
+        say_next("eval", "--model", str(output), "--text", "FILE")
     return None

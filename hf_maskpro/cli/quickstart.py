@@ -9,17 +9,16 @@ import time
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from shutil import rmtree
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
-from ..evaluation import protocol, windows
-from ..starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
 from ..tuner.files import private_folder
-from .common import Overwrite, console, load_model, load_tokenizer, read_text
-from .train import check_replaceable, set_aside
+from ..version import __version__
+from .options import Overwrite
+from .output import console
+from .train import forget_previous, set_aside
 
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -41,8 +40,13 @@ def quickstart(
     """The whole story on a real model in minutes, without Hub access."""
     begun = time.perf_counter()
     if minutes <= 0:
-        raise ValueError(f"minutes is {minutes}; 10 is usual.")
-    check_replaceable(output, overwrite)
+        raise ValueError(f"--minutes is {minutes}; 10 is usual.")
+    from ..deploy import check_free
+    from ..evaluation import protocol, windows
+    from ..starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
+    from .common import load_tokenizer, read_text
+
+    check_free(output, overwrite)
     pieces = _topics() if text is None else read_text(text).split("\n\n")
     texts = {
         "calibration": "\n\n".join(piece for i, piece in enumerate(pieces) if i % HELD_OUT_EVERY),
@@ -51,7 +55,7 @@ def quickstart(
     tokenizer = load_tokenizer(*_smollm2()) if model is None else load_tokenizer(model)
     windows(tokenizer, texts["calibration"], CALIBRATION_SEQ_LEN)
     measured = protocol(tokenizer, texts["held_out"], SEQ_LEN, MAX_TOKENS)
-    previous = set_aside(output)
+    set_aside(output)
     base = write_smollm2(output / "base") if model is None else model
     for name, content in texts.items():
         (output / f"{name}.txt").write_text(content, encoding="utf-8")
@@ -75,15 +79,14 @@ def quickstart(
         "protocol": f"held-out text of {output / 'held_out.txt'}, {measured}; "
         f"calibrated and trained on {output / 'calibration.txt'}",
         "seconds": time.perf_counter() - begun,
-        "versions": {name: version(name) for name in ("hf-maskpro", "torch", "transformers", "peft")}
-        | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")}
+        | {"hf-maskpro": __version__, "python": platform.python_version()},
         "rows": rows,
     }
     with private_folder(output) as folder:
         (folder / "results.json").write_text(json.dumps(results, indent=2))
         _plot(rows, folder / "learning.png")
-    if previous is not None:
-        rmtree(previous)
+    forget_previous(output)
     _show(results, output, learners)
 
 
@@ -105,6 +108,8 @@ def _smollm2() -> tuple[str, str]:
 
 def write_smollm2(folder: Path) -> str:
     """That model as a plain bfloat16 checkpoint."""
+    from .common import load_model
+
     console.print("Writing SmolLM2-135M-Instruct as a plain bfloat16 checkpoint ...")
     model, tokenizer = load_model(*_smollm2())
     model.save_pretrained(folder)

@@ -19,7 +19,8 @@ from ..evaluation import perplexity, windows
 from ..learning import MaskProTrainer, MaskProTrainingArguments
 from ..starts import random_windows, start_token_of
 from ..tuner import MaskProConfig, masked_layers
-from .common import calibrate, load_adapter, load_model, one_line_errors, read_text
+from .common import calibrate, load_adapter, load_model, read_text
+from .verb import one_line_errors
 
 
 EVALUATIONS = 4

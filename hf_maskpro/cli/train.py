@@ -1,121 +1,321 @@
 """The verb that learns a mask."""
 
+import math
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from shutil import rmtree
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-import torch
 import typer
-from peft import get_peft_model
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..deploy import check_free
-from ..evaluation import check_length, mixed_windows
-from ..learning import ESTIMATORS, MaskProTrainer, MaskProTrainingArguments
-from ..starts import generated_text, start_token_of
-from ..starts.calibration import SAMPLES, SEQ_LEN
-from ..tuner import MaskProConfig
-from .common import (
-    GENERATED,
+from .options import (
+    EVALUATION,
+    FILES,
+    MASK,
+    TEXT,
     Chat,
     Dataset,
+    ExcludeModules,
     GgufFile,
     Json,
     Model,
     Output,
     Overwrite,
     Revision,
+    Seed,
     StartToken,
     Subfolder,
+    TargetModules,
     Text,
     Weights,
-    adapter_folder,
-    calibrate,
-    calibration_batches,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    mixture_name,
-    read_sources,
-    shares_of,
-    show,
-    sources_of,
-    windows_of_each,
+    check_method,
 )
-from .common import init_mask as source_or_rule
+from .output import say_next, show
+from .training_options import training_arguments
 
 
-Estimator = Annotated[str, typer.Option(help=f"Who learns the mask: {', '.join(ESTIMATORS)}.")]
+LEARNING, STEPS = "Learning", "Steps"
+# As in `hf_maskpro.learning`, which is not imported for the names alone.
+Estimator = Literal["simple", "residual", "proxsparse", "maskllm"]
 
 
 def train(
+    ctx: typer.Context,
     model: Model,
     output: Output,
-    adapter: Annotated[str | None, typer.Option(help="Mask adapter to start from: a folder or a Hub id.")] = None,
-    estimator: Estimator = "simple",
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="YAML file of options, one a line as in max_steps: 400; those of the command line win.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADAPTER", help="Mask adapter to start from: a folder or a Hub id.", rich_help_panel=MASK
+        ),
+    ] = None,
+    estimator: Annotated[
+        Estimator,
+        typer.Option(
+            metavar="NAME",
+            help="Who learns the mask: simple, residual, proxsparse or maskllm.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = "simple",
     text: Text = None,
     dataset: Dataset = None,
     weights: Weights = None,
     self_generated: Annotated[
-        int, typer.Option(min=0, help="Tokens of text that the model itself generates, to learn from as well.")
+        int,
+        typer.Option(
+            min=0,
+            metavar="TOKENS",
+            help="So much text that the model itself generates, to learn from as well.",
+            rich_help_panel=TEXT,
+        ),
     ] = 0,
-    n: Annotated[int | None, typer.Option(help="Weights kept in every group: 2 unless given.")] = None,
-    m: Annotated[int | None, typer.Option(help="Size of a group: 4 unless given.")] = None,
-    init_mask: Annotated[
-        str | None, typer.Option(help="Starting mask, as init's --method: wanda unless given.")
+    n: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=15, metavar="N", help="Weights kept in every group: 2 unless given.", rich_help_panel=MASK
+        ),
     ] = None,
-    seq_len: Annotated[int, typer.Option(min=2, help="Length of a training window, in tokens.")] = 512,
-    max_tokens: Annotated[int | None, typer.Option(help="Use no more of the text than this, in tokens.")] = None,
+    m: Annotated[
+        int | None,
+        typer.Option(min=2, max=16, metavar="N", help="Size of a group: 4 unless given.", rich_help_panel=MASK),
+    ] = None,
+    init_mask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            callback=check_method,
+            help="Starting mask, as init's --method: wanda unless given.",
+            rich_help_panel=MASK,
+        ),
+    ] = None,
+    target_modules: TargetModules = None,
+    exclude_modules: ExcludeModules = None,
+    seq_len: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Length of a training window, in tokens.", rich_help_panel=TEXT)
+    ] = 512,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Use no more of the text than this, in tokens.", rich_help_panel=TEXT),
+    ] = None,
     start_token: StartToken = True,
     chat: Chat = False,
-    max_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 120,
-    per_device_train_batch_size: Annotated[int, typer.Option(min=1, help="Windows per micro-batch.")] = 2,
-    gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = 1,
-    learning_rate: Annotated[float | None, typer.Option(help="50 for residual, 0.2 for simple in 120 steps.")] = None,
-    logit_scale: Annotated[float | None, typer.Option(help="10 for residual, 6 for simple unless given.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of masks and data order.")] = 42,
-    logging_steps: Annotated[int, typer.Option(min=1, help="Steps between log lines.")] = 10,
-    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Trade time for memory, with simple.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the output.")] = False,
+    max_steps: Annotated[int, typer.Option(min=1, metavar="N", help="Optimizer steps.", rich_help_panel=STEPS)] = 120,
+    per_device_train_batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Windows per micro-batch.", rich_help_panel=STEPS)
+    ] = 2,
+    gradient_accumulation_steps: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Micro-batches per step.", rich_help_panel=STEPS)
+    ] = 1,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="RATE",
+            help="0.2 for residual, and for simple in 120 steps, unless given.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = None,
+    lr_scheduler_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Schedule of the learning rate, as linear or cosine: the estimator's own unless given.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = None,
+    optim: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Optimizer, as adamw_torch or adafactor: transformers' default unless given.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = None,
+    logit_scale: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=40,
+            metavar="C",
+            help="6 unless given.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = None,
+    logits_dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(metavar="DTYPE", help="Of what is learned: float32 or bfloat16.", rich_help_panel=LEARNING),
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option(
+            metavar="DTYPE", help="Of the model: auto is its own; float32 or bfloat16.", rich_help_panel=LEARNING
+        ),
+    ] = "auto",
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Trade time for memory, with simple.", rich_help_panel=STEPS),
+    ] = False,
+    seed: Seed = 42,
+    eval_text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text to evaluate on meanwhile; the best mask is kept.",
+            rich_help_panel=EVALUATION,
+        ),
+    ] = None,
+    eval_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Steps between evaluations, a divisor of --save-steps: those unless given.",
+            rich_help_panel=EVALUATION,
+        ),
+    ] = None,
+    early_stopping: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Stop after so many evaluations without a better one.",
+            rich_help_panel=EVALUATION,
+        ),
+    ] = None,
+    logging_steps: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Steps between log lines.", rich_help_panel=EVALUATION)
+    ] = 10,
+    report_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Where to report to besides, as tensorboard or wandb.",
+            rich_help_panel=EVALUATION,
+        ),
+    ] = None,
+    save_steps: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Steps between checkpoints.", rich_help_panel=FILES)
+    ] = 50,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Continue from the last checkpoint in the output folder.", rich_help_panel=FILES
+        ),
+    ] = False,
     revision: Revision = None,
     subfolder: Subfolder = None,
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Learn a mask."""
+    """
+    Learn a mask.
+
+    Every other field of transformers' TrainingArguments is an option too, as in --weight-decay 0.1.
+    """
+    if eval_text is None and (eval_steps, early_stopping) != (None, None):
+        raise ValueError("--eval-steps and --early-stopping need a text to evaluate on: pass --eval-text FILE.")
+    eval_steps = eval_steps or save_steps
+    if eval_text is not None and save_steps % eval_steps:
+        raise ValueError(
+            f"--save-steps is {save_steps}, not a multiple of --eval-steps, {eval_steps}: the best mask is one that "
+            "is saved; change either."
+        )
+    if adapter is not None and {n, m, init_mask, target_modules, exclude_modules} != {None}:
+        raise ValueError(
+            "--n, --m, --init-mask, --target-modules and --exclude-modules are the adapter's own; drop them or drop "
+            "--adapter."
+        )
+    import torch
+    from peft import get_peft_model
+    from transformers import EarlyStoppingCallback
+    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from ..deploy import check_free
+    from ..evaluation import check_length, mixed_windows, windows
+    from ..learning import MaskProTrainer
+    from ..starts import generated_text, start_token_of
+    from ..starts.calibration import SAMPLES, SEQ_LEN
+    from ..tuner import MaskProConfig, saved_config
+    from .common import (
+        GENERATED,
+        adapter_folder,
+        calibrate,
+        calibration_batches,
+        load_adapter,
+        load_model,
+        load_tokenizer,
+        mixture_name,
+        modules_of,
+        read_sources,
+        read_text,
+        shares_of,
+        sources_of,
+        windows_of_each,
+    )
+    from .common import init_mask as source_or_rule
+
     checkpoint = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
     if resume and checkpoint is None:
         raise ValueError(f"{output} has no checkpoint to resume from; drop --resume.")
     if checkpoint is not None and max_steps < int(checkpoint.rpartition("-")[2]):
         raise ValueError(f"--max-steps is {max_steps}, and {checkpoint} is beyond it; raise it or drop --resume.")
     if not resume:
-        check_replaceable(output, overwrite, model, adapter, *sources_of(init_mask, text, dataset))
-    if adapter is not None and (n, m, init_mask) != (None, None, None):
-        raise ValueError("--n, --m and --init-mask are the adapter's own; drop them or drop --adapter.")
+        check_free(output, overwrite, model, adapter, eval_text, *sources_of(init_mask, text, dataset))
     known = MaskProConfig.from_pretrained(checkpoint) if checkpoint else MaskProConfig(init_mask="wanda")
-    config = MaskProConfig(
+    mask = MaskProConfig(
         n=known.n if n is None else n,
         m=known.m if m is None else m,
         init_mask=known.init_mask if init_mask is None else source_or_rule(init_mask),
+        target_modules=known.target_modules if target_modules is None else modules_of(target_modules),
+        exclude_modules=known.exclude_modules if exclude_modules is None else modules_of(exclude_modules),
         logit_scale=logit_scale,
+        logits_dtype=logits_dtype or known.logits_dtype,
     )
-    args = MaskProTrainingArguments(
-        output_dir=str(output),
-        estimator=estimator,
-        max_steps=max_steps,
-        per_device_train_batch_size=per_device_train_batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        gradient_checkpointing=gradient_checkpointing,
-        learning_rate=learning_rate,
-        seed=seed,
-        logging_steps=logging_steps,
-        save_steps=save_steps,
-        save_total_limit=2,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=[],
-    )
+    settings = {
+        "output_dir": str(output),
+        "estimator": estimator,
+        "max_steps": max_steps,
+        "per_device_train_batch_size": per_device_train_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "gradient_checkpointing": gradient_checkpointing,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": lr_scheduler_type,
+        "seed": seed,
+        "logging_steps": logging_steps,
+        "save_steps": save_steps,
+        "save_total_limit": 2,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": report_to or "none",
+    }
+    if optim is not None:
+        settings["optim"] = optim
+    if eval_text is not None:
+        settings |= {
+            "eval_strategy": "steps",
+            "eval_steps": eval_steps,
+            "per_device_eval_batch_size": per_device_train_batch_size,
+            "prediction_loss_only": True,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+        }
+    args = training_arguments(settings, ctx.args)
+    # They say what package is not there, which a trainer would find out after the calibration.
+    MaskProTrainer.get_optimizer_cls_and_kwargs(args)
+    for reporter in get_reporting_integration_callbacks(args.report_to):
+        reporter()
+    held_out = read_text(eval_text) if eval_text is not None else None
     names = [*map(str, text or []), *(dataset or []), *[GENERATED] * (self_generated > 0)]
     if not names:
         raise ValueError("nothing to learn from: pass --text FILE, --dataset NAME or --self-generated TOKENS.")
@@ -126,62 +326,97 @@ def train(
     seen = max_steps * per_device_train_batch_size * gradient_accumulation_steps * seq_len
     tokens = max_tokens or max(seen, 16 * SAMPLES * SEQ_LEN)
     contents = read_sources(text, dataset, tokens)
+    folder = None if adapter is None else adapter_folder(adapter, revision, subfolder)
+    if folder is not None:
+        own = saved_config(folder)
+        own.logits_dtype = logits_dtype or own.logits_dtype
     tokenizer = load_tokenizer(model, gguf_file)
     limit = max_tokens if len(names) == 1 else None
     pieces = windows_of_each(tokenizer, contents, seq_len, limit, start_token, chat)
-    base, _ = load_model(model, gguf_file)
+    evaluated = None if held_out is None else windows(tokenizer, held_out, seq_len, start_token=start_token)
+    base, _ = load_model(model, gguf_file, dtype)
     check_length(base, seq_len)
     if self_generated:
         cache = output.with_name(f"{output.name}.generated")
         batches = generated_text(base, tokenizer, self_generated // seq_len, seq_len, seed, cache)
         pieces.append(torch.cat([batch["input_ids"] for batch in batches]))
     inputs = pieces[0] if len(pieces) == 1 else mixed_windows(pieces, shares, tokens if shares else max_tokens, seed)
-    if adapter is None:
+    if folder is None:
         torch.manual_seed(seed)
-        masked = get_peft_model(base, config)
+        masked = get_peft_model(base, mask)
         # A resumed run takes its starting mask from the checkpoint, together with the logits.
         if checkpoint is None:
             start_id = start_token_of(tokenizer) if start_token else None
-            known = inputs.numel() if start_id is None else inputs[:, 1:].numel() + 1
+            available = inputs.numel() if start_id is None else inputs[:, 1:].numel() + 1
             in_order = len(pieces) == 1 and not self_generated
-            batches = calibration_batches(inputs, in_order, SAMPLES, min(SEQ_LEN, known), seed, start_id)
+            batches = calibration_batches(inputs, in_order, SAMPLES, min(SEQ_LEN, available), seed, start_id)
             calibrate(masked, batches, mixture_name(names, shares), seed)
     else:
-        masked = load_adapter(base, adapter_folder(adapter, revision, subfolder), is_trainable=True)
-        config = masked.peft_config["default"]
+        masked = load_adapter(base, folder, is_trainable=True, config=own)
         # The scale goes with the logits: where there are none, it belongs to a training that is over.
-        if not config.save_logits or logit_scale is not None:
-            config.logit_scale = logit_scale
-    config = masked.peft_config["default"]
-    config.start["training"] = {"text": mixture_name(names, shares), "seq_len": seq_len}
-    trainer = MaskProTrainer(masked, args, train_dataset=[{"input_ids": row, "labels": row} for row in inputs])
-    previous = set_aside(output) if not resume else None
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    masked.save_pretrained(output)
-    if previous is not None:
-        rmtree(previous)
-    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1:]
-    figures = {name: value for entry in last for name, value in entry.items() if name not in ("epoch", "step")}
-    show(
-        {"output": str(output), "steps": result.global_step, "seconds": result.metrics["train_runtime"], **figures},
-        as_json,
-    )
+        if not own.save_logits or logit_scale is not None:
+            masked.peft_config["default"].logit_scale = logit_scale
+    masked.peft_config["default"].start["training"] = {"text": mixture_name(names, shares), "seq_len": seq_len}
+    # A trainer prints what it logs, and stdout is for the figures.
+    with redirect_stdout(sys.stderr):
+        trainer = MaskProTrainer(
+            masked,
+            args,
+            train_dataset=_rows(inputs),
+            eval_dataset=None if evaluated is None else _rows(evaluated),
+            callbacks=[EarlyStoppingCallback(early_stopping)] if early_stopping else None,
+        )
+        if not resume:
+            set_aside(output)
+        try:
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+            masked.save_pretrained(output)
+        except BaseException:
+            if get_last_checkpoint(str(output)) is None:
+                put_back(output)
+            raise
+    forget_previous(output)
+    state = trainer.state
+    last = [entry for entry in state.log_history if "loss" in entry][-1:]
+    figures = {"output": str(output), "steps": result.global_step, "seconds": result.metrics["train_runtime"]}
+    figures |= {name: value for entry in last for name, value in entry.items() if name not in ("epoch", "step")}
+    if state.best_metric is not None:
+        figures |= {"best_step": state.best_global_step, "eval_perplexity": math.exp(state.best_metric)}
+    show(figures, as_json)
+    if not as_json:
+        given = ["--model", model, *(["--gguf-file", gguf_file] if gguf_file else [])]
+        say_next("eval", *given, "--adapter", str(output), "--text", str(eval_text or "FILE"))
+        say_next("merge", *given, "--adapter", str(output), "--output", f"{output}-merged")
 
 
-def check_replaceable(output: Path, overwrite: bool, *inputs: str | Path | None) -> None:
-    """As [`check_free`], for a folder that is set aside until its successor is complete."""
-    check_free(output, overwrite, *inputs)
-    previous = output.with_name(f"{output.name}.old")
-    if overwrite and previous.exists():
-        raise ValueError(f"{previous}, set aside by an earlier run, is still there; remove or rename it.")
+def _rows(windows: Any) -> list[dict[str, Any]]:
+    return [{"input_ids": row, "labels": row} for row in windows]
 
 
-def set_aside(output: Path) -> Path | None:
-    """Move what is to be overwritten out of the way; it is deleted only when its successor is complete."""
-    if not output.is_dir() or not any(output.iterdir()):
-        output.mkdir(parents=True, exist_ok=True)
-        return None
-    previous = output.with_name(f"{output.name}.old")
-    output.rename(previous)
-    output.mkdir()
-    return previous
+def _previous(output: Path) -> Path:
+    """Where a folder is kept until its successor is complete, under a name that nobody else gives."""
+    return output.absolute().with_name(f".{output.absolute().name}.replaced")
+
+
+def set_aside(output: Path) -> None:
+    """
+    Make an empty folder, and move what is to be overwritten out of the way. If an earlier run never came to its end,
+    it is that run's unfinished folder that goes, and what it was to replace stays aside.
+    """
+    if _previous(output).exists():
+        rmtree(output, ignore_errors=True)
+    elif output.is_dir() and any(output.iterdir()):
+        output.rename(_previous(output))
+    output.mkdir(parents=True, exist_ok=True)
+
+
+def put_back(output: Path) -> None:
+    """Give a folder that was set aside its place again."""
+    if _previous(output).exists():
+        rmtree(output, ignore_errors=True)
+        _previous(output).rename(output)
+
+
+def forget_previous(output: Path) -> None:
+    """Delete what was set aside: its successor is complete."""
+    rmtree(_previous(output), ignore_errors=True)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..tuner.files import take_usual_modes
+
 
 @contextmanager
 def new_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
@@ -27,6 +29,7 @@ def new_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
         folder = Path(parent) / "new"
         folder.mkdir()
         yield folder
+        take_usual_modes(folder)
         if not output.exists():
             folder.rename(output)
             return

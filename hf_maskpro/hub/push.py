@@ -1,18 +1,31 @@
 """Push mask adapters and merged checkpoints to the Hub."""
 
 import inspect
+import json
+import shutil
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from peft import PeftModel
 
-from ..tuner.card import CARD_FILE, CARD_FILES, CONFIG_FILE, card_for_repository, load_card, save_card
+from ..tuner.card import (
+    CARD_FILE,
+    CARD_FILES,
+    CONFIG_FILE,
+    card_for_repository,
+    hub_id,
+    load_card,
+    save_card,
+    write_card,
+)
 from ..tuner.files import inside, private_folder
 from ..tuner.registration import NAME
+from .reading import own_bytes
 
 
 # What may run code when it is read.
@@ -24,6 +37,7 @@ def push_folder(
     repo_id: str,
     subfolder: str | None = None,
     *,
+    base_model: str | None = None,
     private: bool | None = None,
     token: bool | str | None = None,
     revision: str | None = None,
@@ -41,6 +55,9 @@ def push_folder(
         folder (`str` or `Path`): The folder. Nothing in it changes.
         repo_id (`str`): The repository, which is made if there is none.
         subfolder (`str`, *optional*): The folder of the repository to push to.
+        base_model (`str`, *optional*): The Hub id of the base model, which an adapter's configuration and card, or a
+            checkpoint's card, are to name. Without it they name what they do in the folder; a path of this machine is
+            warned of.
         private (`bool`, *optional*): Whether a new repository is private; `None` leaves it to the account's default.
         token (`bool` or `str`, *optional*): A token to use instead of the stored one.
         revision (`str`, *optional*): The branch to push to, made if there is none.
@@ -59,6 +76,8 @@ def push_folder(
     folder = Path(folder)
     if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
         raise ValueError(f"subfolder is {subfolder!r}; name a folder inside the repository.")
+    if base_model is not None and hub_id(base_model) is None:
+        raise ValueError(f"base_model is {base_model!r}, which is no Hub id; name a repository, as USER/NAME.")
     roots = [folder] if (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file() else []
     # Where no adapter is called "default", PEFT saves each to a subfolder of its name.
     roots = roots or [path.parent for path in sorted(folder.glob(f"*/{CONFIG_FILE}"))]
@@ -66,6 +85,13 @@ def push_folder(
     files = [inside(folder, path) for path in files if _is_pushed(path.relative_to(folder))]
     if not any(path.name in (CONFIG_FILE, "config.json") for path in files):
         raise ValueError(f"{folder} holds neither {CONFIG_FILE} nor config.json; pass an adapter's or model's folder.")
+    changed: dict[Path, Any] = {}
+    for path in files:
+        if path.name == CONFIG_FILE:
+            changed |= _with_base(path, base_model)
+        elif path.name == CARD_FILE and not (path.parent / CONFIG_FILE).is_file() and base_model is not None:
+            changed[path] = load_card(path)
+            changed[path].data["base_model"] = base_model
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr and not revision.startswith("refs/pr"):
@@ -75,7 +101,10 @@ def push_folder(
         name = (Path(subfolder or "") / path.relative_to(folder)).as_posix()
         content: str | bytes = str(path)
         if path.name == CARD_FILE:
-            content = str(card_for_repository(load_card(path), api, repo_id, name, revision)).encode()
+            card = changed[path] if path in changed else load_card(path)
+            content = str(card_for_repository(card, api, repo_id, name, revision)).encode()
+        elif path in changed:
+            content = changed[path]
         operations.append(CommitOperationAdd(name, content))
     return api.create_commit(
         repo_id,
@@ -85,6 +114,28 @@ def push_folder(
         revision=revision,
         create_pr=create_pr,
     )
+
+
+def _with_base(path: Path, base_model: str | None) -> dict[Path, Any]:
+    """The configuration and card of an adapter, by their paths, with another base model than that of its folder."""
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    base = saved.get("base_model_name_or_path")
+    if base_model is None:
+        if base and hub_id(base) is None:
+            warnings.warn(
+                f"{path} names {base} as the base model, a path by which nobody else finds it; "
+                "name a repository by base_model.",
+                stacklevel=3,
+            )
+        return {}
+    saved["base_model_name_or_path"] = base_model
+    with TemporaryDirectory() as temporary:
+        for name in CARD_FILES:
+            if (path.parent / name).is_file():
+                shutil.copyfile(path.parent / name, Path(temporary, name))
+        write_card(Path(temporary), saved, own_bytes(path.parent))
+        card = ModelCard.load(Path(temporary, CARD_FILE))
+    return {path: json.dumps(saved, indent=2, sort_keys=True).encode(), path.with_name(CARD_FILE): card}
 
 
 def _is_pushed(path: Path) -> bool:

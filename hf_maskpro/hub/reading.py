@@ -112,7 +112,7 @@ def inspect_adapter(source: str, revision: str | None = None, subfolder: str | N
     if checked:
         config, masks = read_masks(folder)
         layers, size = list(masks), (folder / MASK_FILE).stat().st_size
-        own = _own_bytes(folder)
+        own = own_bytes(folder)
     else:
         config = saved_config(folder)
         header = HfApi().parse_safetensors_file_metadata(source, name, revision=revision)
@@ -161,10 +161,10 @@ def record_evaluation(folder: str | Path, dataset: str, metric: str, value: floa
     stage["evaluations"] = [*others, entry]
     with private_folder(folder, *CARD_FILES) as new:
         (new / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True), encoding="utf-8")
-        write_card(new, raw, _own_bytes(folder))
+        write_card(new, raw, own_bytes(folder))
 
 
-def _own_bytes(folder: Path) -> int:
+def own_bytes(folder: Path) -> int:
     """Bytes of the masks and logits of an adapter: what the method stores, without a header or `modules_to_save`."""
     with safe_open(folder / MASK_FILE, framework="pt") as tensors:
         own = [key for key in tensors.keys() if ".maskpro_" in key]  # noqa: SIM118, the handle is no dict

@@ -102,4 +102,10 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
             if getattr(self, name) is None:
                 setattr(self, name, value)
         objective_weights(self.objective)
+        for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, outside 0 to 1; 0.9 to 0.999 is usual.")
         super().__post_init__()

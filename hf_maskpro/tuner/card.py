@@ -14,6 +14,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..version import __version__
 from .files import private_folder
 
 
@@ -208,7 +209,7 @@ def _adapter_facts(folder: Path, saved: Saved, file_bytes: int) -> dict[str, Any
     base, stage = saved["base_model_name_or_path"], last_stage(saved)
     shares = {name: stage["groups_changed"][name] for name in sorted(stage["groups_changed"], key=_by_number)}
     assert saved["target_weights"] is not None
-    packages = ("hf-maskpro", "peft", "transformers", "torch")
+    packages = ("peft", "transformers", "torch")
     shown = hub_id(base) or (Path(base).name if base else None)
     bits = 8 * file_bytes / saved["target_weights"]
     return {
@@ -221,7 +222,9 @@ def _adapter_facts(folder: Path, saved: Saved, file_bytes: int) -> dict[str, Any
             "Masked layers": ", ".join(sorted({name.rpartition(".")[2] for name in shares})),
             "Masked weights": f"{saved['target_weights']:,}",
             "Size of the masks": f"{file_bytes:,} bytes, {bits:.3f} bits per masked weight",
-            "Made with": ", ".join(f"{name} {version(name).partition('+')[0]}" for name in packages),
+            "Made with": ", ".join(
+                [f"hf-maskpro {__version__}", *(f"{name} {version(name).partition('+')[0]}" for name in packages)]
+            ),
         },
         "stages": [_stage_facts(known) for known in saved["lineage"] or []],
         "plot": PLOT if (folder / PLOT).is_file() else None,

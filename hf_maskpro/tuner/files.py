@@ -47,6 +47,7 @@ def private_folder(folder: str | Path, *brought: str) -> Iterator[Path]:
                 (new / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(folder / name, new / name)
         yield new
+        take_usual_modes(new)
         files = [path.relative_to(new) for path in sorted(new.rglob("*")) if path.is_file()]
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +70,19 @@ def private_folder(folder: str | Path, *brought: str) -> Iterator[Path]:
                 elif not (new / file).exists():
                     (folder / file).unlink()
             raise
+
+
+def take_usual_modes(folder: Path) -> None:
+    """
+    Give the files of a folder the permissions that a new file has here: safetensors writes such as only their owner
+    can read, and what is saved is often for others too.
+    """
+    with TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        usual = Path(temporary, "usual")
+        usual.touch()
+        for path in folder.rglob("*"):
+            if path.is_file():
+                shutil.copymode(usual, path)
 
 
 def _keep(file: Path, copy: Path) -> None:

@@ -159,5 +159,5 @@ def test_bad_input(checkpoint, adapter, text, tmp_path, monkeypatch):
     (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     compare = ["--compare", checkpoint, tmp_path / "lora", "--model", tmp_path / "no"]
     assert "lora is a LORA adapter, not a mask adapter" in fails(*eval, *compare)
-    assert "stride is 32, outside 1 to seq_len - 1 = 31" in fails(*eval, "--model", checkpoint, "--stride", 32)
+    assert "--stride is 32, outside 1 to --seq-len - 1 = 31" in fails(*eval, "--model", checkpoint, "--stride", 32)
     assert "nonsense is neither a task" in fails("eval", "--model", checkpoint, "--tasks", "nonsense")

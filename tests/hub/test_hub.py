@@ -206,6 +206,13 @@ def push_with_results(repository, folder):
     masked(3).push_to_hub(repository, tags=["llama"])
 
 
+def push_over_a_path(base, folder, repository, *options):
+    """What the command says that pushes a mask whose base is a folder of this machine."""
+    if not folder.exists():
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), MaskProConfig()).save_pretrained(folder)
+    return run("push", folder, repository, *options).stderr
+
+
 def push_two_steps(repository, output):
     run = trainer(
         output, max_steps=4, push_to_hub=True, hub_model_id=repository, hub_strategy="every_save", hub_always_push=True
@@ -434,6 +441,23 @@ def test_what_a_user_writes_into_the_card_stays(pushed, pusher, puller, tmp_path
         assert words in card
     # They were of the mask before.
     assert "12.5" not in card
+
+
+def test_a_base_that_nobody_else_finds_is_warned_of_and_can_be_named(pushed, pusher, puller, checkpoint, tmp_path):
+    folder = tmp_path / "a"
+    warned = pusher(push_over_a_path, checkpoint, folder, "me/pathed")
+    assert f"names {checkpoint} as the base model" in warned
+    assert warned.startswith("warning: ")
+    assert len(warned.splitlines()) == 1
+    assert "name a repository by --base-model." in warned
+    before = (folder / "adapter_config.json").read_bytes()
+    assert pusher(push_over_a_path, checkpoint, folder, "me/pathed", "--base-model", "me/base") == ""
+    assert (folder / "adapter_config.json").read_bytes() == before
+    assert "base_model: me/base" in puller(read_card, "me/pathed")
+    assert puller(pull_in_three_lines, "me/pathed").shape == (2, 16, 34)
+    assert "--base-model is '/here/only', which is no Hub id" in pusher(
+        fails, "push", folder, "me/pathed", "--base-model", "/here/only"
+    )
 
 
 def test_a_run_that_pushes_at_every_save(pushed, pusher, puller, tmp_path):

@@ -1,0 +1,29 @@
+"""What a verb prints: its figures, and what to do next."""
+
+import json
+import shlex
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+
+console = Console()
+
+
+def show(figures: dict[str, Any], as_json: bool) -> None:
+    """Print figures as a table of two columns, or as one JSON object."""
+    if as_json:
+        typer.echo(json.dumps(figures))
+        return
+    # What does not fit goes on in the next line, to be copied, rather than be cut.
+    table = Table("", Column(overflow="fold"), show_header=False)
+    for name, value in figures.items():
+        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def say_next(*words: str) -> None:
+    """Print the command that usually comes next, on one line."""
+    typer.echo(f"Next: hf-maskpro {shlex.join(words)}")

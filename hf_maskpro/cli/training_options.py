@@ -1,0 +1,118 @@
+"""What `train` takes besides its own options: a file of options, and every other field of the training arguments."""
+
+import ast
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .options import did_you_mean
+from .verb import Verb
+
+
+if TYPE_CHECKING:
+    from ..learning import MaskProTrainingArguments
+
+
+# Fields that an option of another name sets.
+INSTEAD = {"output_dir": "--output", "resume_from_checkpoint": "--resume", "num_train_epochs": "--max-steps"}
+
+
+def training_fields() -> set[str]:
+    """The fields of `MaskProTrainingArguments`: read, not imported, so that a typo is found before torch is loaded."""
+    spec = find_spec("transformers")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    own = Path(__file__).parents[1] / "learning"
+    files = [Path(spec.submodule_search_locations[0], "training_args.py"), *own.glob("*.py")]
+    return {
+        field.target.id
+        for file in files
+        for known in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(known, ast.ClassDef) and known.name.endswith("Arguments")
+        for field in known.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    }
+
+
+class TrainVerb(Verb):
+    """The verb whose options may stand in a file, and that hands those it has not to the training arguments."""
+
+    allow_extra_args = True
+    ignore_unknown_options = True
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, self._of_file(ctx, args) + args)
+        if not ctx.resilient_parsing and ctx.args:
+            if not ctx.args[0].startswith("--"):
+                raise typer.BadParameter(f"{ctx.args[0]} belongs to no option.", ctx)
+            fields = training_fields()
+            for word in ctx.args:
+                if word.startswith("--"):
+                    self._check(ctx, word.partition("=")[0], fields)
+        return rest
+
+    def _check(self, ctx: Any, option: str, fields: set[str]) -> None:
+        """Refuse an option that neither the verb nor the training arguments have."""
+        name = option.removeprefix("--").replace("-", "_")
+        if name in INSTEAD:
+            raise typer.BadParameter(f"{option} is {INSTEAD[name]} here.", ctx)
+        if name not in fields:
+            known = [*self._own(), *(f"--{field.replace('_', '-')}" for field in fields - set(INSTEAD))]
+            raise typer.BadParameter(f"No such option: {option}.{did_you_mean(option, known)}", ctx)
+
+    def _own(self) -> dict[str, Any]:
+        return {option: known for known in self.params for option in (*known.opts, *known.secondary_opts)}
+
+    def _of_file(self, ctx: Any, args: list[str]) -> list[str]:
+        """What the file of `--config` says, as if it had been typed first; without what is typed."""
+        given = {word.partition("=")[0] for word in args if word.startswith("--")}
+        if ctx.resilient_parsing or "--config" not in given:
+            return []
+        place = next(i for i, word in enumerate(args) if word.partition("=")[0] == "--config")
+        file = args[place].partition("=")[2] or "".join(args[place + 1 : place + 2])
+        own = self._own()
+        words: list[str] = []
+        for key, value in _read(file).items():
+            option = f"--{key.replace('_', '-')}"
+            known = own.get(option)
+            names = {option} if known is None else {*known.opts, *known.secondary_opts}
+            if value is None or given & names:
+                continue
+            if known is not None and isinstance(value, bool):
+                others = known.secondary_opts if option in known.opts else known.opts
+                words += [option] if value else others[:1]
+            elif isinstance(value, list):
+                many = [str(each) for each in value]
+                words += [f"{option}={each}" for each in many] if known is not None else [option, *many]
+            else:
+                words.append(f"{option}={json.dumps(value) if isinstance(value, dict) else value}")
+        return words
+
+
+def _read(file: str) -> dict[str, Any]:
+    """The options of a YAML file."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{file} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise typer.BadParameter(f"{file} is no YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise typer.BadParameter(f"{file} holds no options; write one a line, as in max_steps: 400.")
+    return {str(key): value for key, value in content.items()}
+
+
+def training_arguments(known: dict[str, Any], words: list[str]) -> "MaskProTrainingArguments":
+    """The arguments of a run: what the verb's own options say, and what else was typed."""
+    from transformers import HfArgumentParser
+
+    from ..learning import MaskProTrainingArguments
+
+    parser = HfArgumentParser(MaskProTrainingArguments, allow_abbrev=False, exit_on_error=False)
+    parser.set_defaults(**known)
+    return parser.parse_args_into_dataclasses(words, look_for_args_file=False)[0]

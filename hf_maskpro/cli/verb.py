@@ -1,0 +1,73 @@
+"""A verb of the command: whatever fails is one line, in the words of its options."""
+
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+
+class Verb(TyperCommand):
+    """A command that says in one line why it failed."""
+
+    def invoke(self, ctx: Any) -> Any:
+        options = {str(known.name): known.opts[-1] for known in self.params if known.opts[-1].startswith("--")}
+        with one_line_errors(options):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def one_line_errors(options: dict[str, str] | None = None) -> Iterator[None]:
+    """
+    Turn a failure into one line on stderr and exit code 1, and a warning into one line.
+
+    Args:
+        options (`dict[str, str]`, *optional*): The option for every argument that a message may name.
+    """
+
+    def say(kind: str, line: str) -> None:
+        typer.echo(f"{kind}: {in_options(line, options or {})}", err=True)
+
+    def show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+        say("warning", " ".join(str(message).split()))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning
+        try:
+            yield
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        # Those are bugs: who reports one needs to say where it was.
+        except (TypeError, LookupError, AttributeError, NameError, AssertionError):
+            raise
+        except Exception as error:
+            # PEFT says of everything that goes wrong that it cannot find a file; why is in the cause.
+            causes = [line_of(error)] + ([line_of(error.__cause__)] if isinstance(error.__cause__, OSError) else [])
+            say("error", ": ".join(dict.fromkeys(causes)))
+            sys.exit(1)
+
+
+def in_options(line: str, options: dict[str, str]) -> str:
+    """A message as the command says it: the library names arguments of Python, and the user has typed options."""
+    for name, option in options.items():
+        if "_" in name:
+            line = re.sub(rf"(?<![\w./-]){name}(?![\w/=-]|\.\w)", option, line)
+        else:
+            line = re.sub(rf"^{name} is ", f"{option} is ", line)
+    return line
+
+
+def line_of(error: BaseException) -> str:
+    """The line of an error that tells most: of the Hub's it is what the server says, and not the number."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError) and error.server_message:
+        return f"{error.server_message} ({error.response.url})"
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if type(error).__module__.partition(".")[0] in ("httpx", "httpx2"):
+        return f"the Hub cannot be reached: {line}"
+    return line

@@ -1,0 +1,11 @@
+"""
+Where the script `hf-maskpro` begins. It is no module of the package, since Python imports a package before anything in
+it: this one tells the package, by having been imported, that only the command is wanted.
+"""
+
+
+def main() -> None:
+    """Run the command."""
+    from hf_maskpro.cli import main
+
+    main()

@@ -1,0 +1,286 @@
+"""What verbs have in common: a file of options, messages in the options' words, one object on stdout."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_maskpro.cli.train import forget_previous, put_back, set_aside
+from hf_maskpro.cli.verb import in_options
+from hf_maskpro.learning import MaskProTrainer
+
+from .test_cli import adapter, fails, run
+
+
+__all__ = ["adapter"]
+
+
+@pytest.fixture
+def train(checkpoint, text, tmp_path):
+    given = ["train", "--model", checkpoint, "--text", text, "--seq-len", 32, "--max-steps", 2]
+    return [*given, "--output", tmp_path / "a"]
+
+
+@pytest.fixture
+def arguments(monkeypatch):
+    """The arguments of the runs that are made."""
+    seen, begin = [], MaskProTrainer.__init__
+
+    def watched(trainer, model, args, **options):
+        seen.append(args)
+        begin(trainer, model, args, **options)
+
+    monkeypatch.setattr(MaskProTrainer, "__init__", watched)
+    return seen
+
+
+def test_every_verb_prints_one_object(checkpoint, text, train, tmp_path):
+    def printed(*command):
+        return json.loads(run(*command, "--json").stdout)
+
+    given = ["--model", checkpoint, "--output"]
+    assert printed("init", "--method", "magnitude", *given, tmp_path / "i")["init_mask"] == "magnitude"
+    assert printed("import", tmp_path / "i", *given, tmp_path / "j")["pattern"] == "2:4"
+    assert printed(*train, "--logging-steps", 1)["steps"] == 2
+    assert printed("merge", "--adapter", tmp_path / "i", *given, tmp_path / "s")["layers"] == 14
+    assert printed("inspect", tmp_path / "s")["pattern"] == "2:4"
+
+
+def test_a_verb_ends_with_the_next_command(checkpoint, train, tmp_path):
+    given = ["--model", checkpoint, "--output"]
+    printed = run("init", "--method", "magnitude", *given, tmp_path / "i").stdout
+    assert f"Next: hf-maskpro train --model {checkpoint} --adapter {tmp_path / 'i'} --text FILE" in printed
+    assert f"Next: hf-maskpro eval --model {checkpoint} --adapter {tmp_path / 'a'}" in run(*train).stdout
+    printed = run("merge", "--adapter", tmp_path / "i", *given, tmp_path / "s").stdout
+    assert f"Next: hf-maskpro eval --model {tmp_path / 's'}" in printed
+
+
+def test_tables_fold(checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "60")
+    folder = tmp_path / ("long" * 20)
+    run("init", "--method", "magnitude", "--model", checkpoint, "--output", tmp_path / "i")
+    printed = run("merge", "--model", checkpoint, "--adapter", tmp_path / "i", "--output", folder).stdout
+    table = "".join(line.split("│")[2].strip() for line in printed.splitlines() if line.startswith("│"))
+    assert str(folder) in table
+
+
+def test_options_of_a_file(train, arguments, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "max_steps: 1\nseq-len: 16\nlearning_rate: 1e-2\nweight_decay: 0.5\nlr_scheduler_type: constant\n"
+        "start_token: false\nbf16: false\nlr_scheduler_kwargs: {}\n"
+    )
+    run(*train, "--config", tmp_path / "run.yaml", "--weight-decay", "0.25", "--adam-beta1=0.8")
+    (args,) = arguments
+    assert (args.max_steps, args.learning_rate, args.weight_decay, args.adam_beta1) == (2, 0.01, 0.25, 0.8)
+    assert args.lr_scheduler_type == "constant"
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["lineage"][-1]["training"]["seq_len"] == 32
+
+
+def test_bad_files_of_options(train, tmp_path):
+    file = tmp_path / "run.yaml"
+    given = [*train, "--config", file]
+
+    def refused():
+        return " ".join(run(*given, code=2).stderr.replace("│", " ").split())
+
+    assert "cannot be read" in refused()
+    for content, line in (
+        ("a: [", "is no YAML file"),
+        ("- a", "holds no options"),
+        ("max_step: 1", "No such option: --max-step. Did you mean --max-steps?"),
+        ("weight_dcay: 1", "Did you mean --weight-decay?"),
+    ):
+        file.write_text(content)
+        assert line in refused()
+    file.write_text("weight_decay: much")
+    assert "weight-decay: invalid float value: 'much'" in fails(*given)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--weight-decay", "-1"], "weight_decay is -1.0"),
+        (["--optim", "adamm"], "adamm"),
+        (["--lr-scheduler-type", "cosin"], "cosin"),
+        (["--report-to", "nowhere"], "nowhere is not supported"),
+        (["--logit-scale", 0], "--logit-scale is 0.0, outside 0 to 40"),
+        (["--early-stopping", 2], "pass --eval-text FILE"),
+        (["--save-steps", 5, "--eval-steps", 2, "--eval-text", "t"], "--save-steps is 5, not a multiple of --eval"),
+        (["--eval-text", "no-such.txt"], "no-such.txt does not exist"),
+        (["--init-mask", "./no-such"], "./no-such does not exist"),
+        (["--adapter", "./no-such"], "./no-such does not exist"),
+    ],
+)
+def test_values_are_checked_before_the_model_is_loaded(train, monkeypatch, tmp_path, options, line):
+    monkeypatch.setattr("hf_maskpro.cli.common.load_tokenizer", None)
+    assert line in fails(*train, *options)
+    assert not (tmp_path / "a").exists()
+
+
+def test_layers_by_name(checkpoint, text, train, tmp_path):
+    def layers(*options):
+        run(*options)
+        return set(json.loads((tmp_path / "a" / "adapter_config.json").read_text())["lineage"][-1]["groups_changed"])
+
+    init = ["init", "--method", "magnitude", "--model", checkpoint, "--output", tmp_path / "a", "--overwrite"]
+    chosen = layers(*init, "--target-modules", "q_proj,mlp.down_proj")
+    assert {name.rpartition(".")[2] for name in chosen} == {"q_proj", "down_proj"}
+    assert all(
+        name.startswith("model.layers.1.") for name in layers(*init, "--target-modules", r".*layers\.1\..*proj")
+    )
+    learned = layers(*train, "--exclude-modules", "q_proj,k_proj", "--overwrite")
+    assert {name.rpartition(".")[2] for name in learned} == {"v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert "--target-modules" in fails(*train, "--overwrite", "--adapter", tmp_path, "--target-modules", "q_proj")
+    assert layers(*train, "--resume", "--max-steps", 3) == learned
+
+
+def test_the_best_mask_is_kept(text, train, tmp_path):
+    (tmp_path / "other.txt").write_text(" ".join(reversed(text.read_text().split()[:500])))
+    given = ["--eval-text", tmp_path / "other.txt", "--eval-steps", 1, "--save-steps", 1, "--early-stopping", 1]
+    command = [*train[:-1], tmp_path / "b", "--max-steps", 8, "--learning-rate", 5, *given, "--json"]
+    figures = json.loads(run(*command).stdout)
+    assert figures["steps"] in (figures["best_step"] + 1, 8)
+    base = command[command.index("--model") + 1]
+    measured = run(
+        "eval",
+        "--model",
+        base,
+        "--adapter",
+        tmp_path / "b",
+        "--text",
+        tmp_path / "other.txt",
+        "--seq-len",
+        32,
+        "--json",
+    )
+    assert json.loads(measured.stdout)["perplexity"] == pytest.approx(figures["eval_perplexity"], rel=1e-4)
+
+
+def test_data_types(checkpoint, adapter, text, train, tmp_path):
+    run(*train, "--logits-dtype", "bfloat16", "--dtype", "bfloat16", "--optim", "adafactor", "--save-steps", 2)
+    theta = load_file(tmp_path / "a" / "checkpoint-2" / "adapter_model.safetensors")
+    assert {tensor.dtype for name, tensor in theta.items() if name.endswith("theta")} == {torch.bfloat16}
+    run(*train, "--adapter", adapter, "--logits-dtype", "bfloat16", "--save-steps", 2, "--overwrite")
+    theta = load_file(tmp_path / "a" / "checkpoint-2" / "adapter_model.safetensors")
+    assert {tensor.dtype for name, tensor in theta.items() if name.endswith("theta")} == {torch.bfloat16}
+
+
+def test_messages_name_options():
+    options = {"seq_len": "--seq-len", "n": "--n", "init_mask": "--method"}
+    assert in_options("n is 4; lower seq_len.", options) == "--n is 4; lower --seq-len."
+    assert in_options("init_mask is 'a'", options) == "--method is 'a'"
+    assert in_options("/tmp/seq_len/x and seq_len.py, a n is", options) == "/tmp/seq_len/x and seq_len.py, a n is"
+
+
+def test_an_adapter_that_does_not_fit_is_named(checkpoint, adapter, text, tmp_path):
+    run(
+        "init",
+        "--model",
+        checkpoint,
+        "--method",
+        "magnitude",
+        "--target-modules",
+        "q_proj",
+        "--output",
+        tmp_path / "q",
+    )
+    (tmp_path / "q" / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    assert f"{tmp_path / 'q'}: " in fails("eval", "--model", checkpoint, "--adapter", tmp_path / "q", "--text", text)
+
+
+def test_adapters_and_checkpoints_have_the_usual_permissions(checkpoint, train, tmp_path):
+    before = os.umask(0o027)
+    try:
+        run(*train)
+        given = ["--model", checkpoint, "--adapter", tmp_path / "a", "--output", tmp_path / "s", "--allow-dense"]
+        run("merge", *given)
+    finally:
+        os.umask(before)
+    written = [path for folder in ("a", "s") for path in (tmp_path / folder).iterdir() if path.is_file()]
+    assert len(written) > 5
+    assert {oct(path.stat().st_mode & 0o777) for path in written} == {"0o640"}
+
+
+class TestInterrupted:
+    """What is to be replaced is there until its successor is complete."""
+
+    def test_twice_and_the_original_is_back(self, train, monkeypatch, tmp_path):
+        run(*train)
+
+        def interrupted(trainer, **options):
+            raise KeyboardInterrupt
+
+        mask = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(MaskProTrainer, "train", interrupted)
+            for _ in range(2):
+                run(*train, "--overwrite", code=130)
+                assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == mask
+                assert [path.name for path in tmp_path.iterdir()] == ["a"]
+        run(*train, "--overwrite")
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+    def test_a_run_with_checkpoints_stays_to_be_resumed(self, train, tmp_path):
+        output = tmp_path / "a"
+        output.mkdir()
+        (output / "precious").write_text("x")
+        # As if it had been killed.
+        for _ in range(2):
+            set_aside(output)
+            (output / "checkpoint-1").mkdir()
+            assert not (output / "precious").exists()
+        put_back(output)
+        assert [path.name for path in output.iterdir()] == ["precious"]
+        set_aside(output)
+        forget_previous(output)
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["push", "ADAPTER", "me/mask"],
+        ["inspect", "maks"],
+        ["eval", "--model", "maks", "--text", "TEXT"],
+        ["eval", "--model", "MODEL", "--adapter", "runs/maks", "--text", "TEXT"],
+        ["eval", "--model", "MODEL", "--compare", "MODEL", "maks", "--text", "TEXT"],
+        ["import", "runs/maks", "--model", "MODEL", "--output", "OUT"],
+        ["init", "--model", "runs/maks", "--text", "TEXT", "--output", "OUT"],
+        ["merge", "--model", "runs/maks", "--adapter", "ADAPTER", "--output", "OUT"],
+    ],
+)
+def test_without_a_network_there_is_one_line_at_once(checkpoint, adapter, text, tmp_path, monkeypatch, command):
+    asked = []
+
+    def resolve(*where, **options):
+        asked.append(where)
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it tries again"))
+    known = {"ADAPTER": adapter, "MODEL": checkpoint, "TEXT": text, "OUT": tmp_path / "out"}
+    done = run(*(known.get(word, word) for word in command), code=1)
+    (line,) = (line for line in done.stderr.splitlines() if not line.startswith("warning: "))
+    assert line.startswith("error: ")
+    assert "the Hub cannot be reached" in line
+    named = [word for word in command if "maks" in word]
+    assert all(f"{word} is not a folder here" in line for word in named)
+    # To make a repository the client asks twice.
+    assert len(asked) == (2 if command[0] == "push" else 1)
+
+
+def test_an_unexpected_failure_of_our_own_keeps_its_traceback(checkpoint, monkeypatch):
+    monkeypatch.setattr("hf_maskpro.cli.common.check_on_hub", None)
+    with pytest.raises(TypeError):
+        run("inspect", "no/such")
+
+
+def test_python_m_runs_the_command():
+    done = subprocess.run([sys.executable, "-m", "hf_maskpro.cli", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("hf-maskpro ")

@@ -1,0 +1,120 @@
+"""What the script does before it loads anything."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import typer
+
+import hf_maskpro
+from hf_maskpro.cli import app, options
+from hf_maskpro.cli.train import Estimator
+from hf_maskpro.cli.training_options import training_fields
+from hf_maskpro.learning import ESTIMATORS, MaskProTrainingArguments
+from hf_maskpro.tuner import RULES
+
+from .test_cli import run
+
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+# As the script that pip makes of the entry point, which then says what has been loaded.
+PROGRAM = """
+import sys
+sys.argv[0] = "hf-maskpro"
+from MODULE import main
+try:
+    main()
+finally:
+    print("loaded:", *sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
+""".replace("MODULE", PROJECT["project"]["scripts"]["hf-maskpro"].partition(":")[0])
+VERBS = typer.main.get_command(app).commands
+HEAVY = {"torch", "transformers", "peft", "numpy", "huggingface_hub", "safetensors", "accelerate", "datasets"}
+
+
+def started(*arguments):
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    printed, _, loaded = done.stderr.rpartition("loaded: ")
+    assert not HEAVY & set(loaded.split())
+    assert "typer" in loaded.split()
+    return done.returncode, done.stdout + printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "printed"),
+    [
+        (["--help"], 0, "quickstart"),
+        (["train", "--help"], 0, "--gradient-accumulation-steps"),
+        (["--version"], 0, f"hf-maskpro {hf_maskpro.__version__}"),
+        (["trian"], 2, "Did you mean 'train'"),
+        (["merge", "--modle", "m"], 2, "No such option: --modle"),
+        (["train", "--lerning-rate", "1"], 2, "No such option: --lerning-rate. Did you mean --learning-rate?"),
+        (["train", "--wieght-decay", "1"], 2, "No such option: --wieght-decay. Did you mean --weight-decay?"),
+        (["train", "--num-train-epochs", "1"], 2, "--num-train-epochs is --max-steps here"),
+        (["train", "text.txt"], 2, "text.txt belongs to no option"),
+        (["train", "--learning-rate", "-1"], 2, "Invalid value for '--learning-rate'"),
+        (["train", "--estimator", "simpel"], 2, "Invalid value for '--estimator'"),
+        (["train", "--init-mask", "wnada"], 2, "Did you mean wanda?"),
+        (["init", "--method", "wnada+swaps"], 2, "wnada+swaps is neither a rule"),
+        (["init", "--m", "17"], 2, "Invalid value for '--m'"),
+        (["eval", "--seq-len", "many"], 2, "Invalid value for '--seq-len'"),
+    ],
+)
+def test_it_answers_before_anything_is_loaded(arguments, code, printed):
+    given = ["--model", "m", "--output", "o", "--text", "t"] if code == 2 and arguments[0] in ("train", "init") else []
+    ended, lines = started(*arguments, *given)
+    assert ended == code
+    assert printed in " ".join(lines.replace("│", " ").split())
+
+
+def test_importing_the_package_registers_the_method():
+    program = "import hf_maskpro, peft; print(peft.PeftType.MASKPRO, hf_maskpro.MaskProConfig().pattern)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "2:4"
+
+
+def test_names_that_are_not_imported_are_those_of_the_library():
+    assert options.RULES == RULES
+    assert set(Estimator.__args__) == set(ESTIMATORS)
+    assert training_fields() == {field.name for field in fields(MaskProTrainingArguments) if field.init}
+
+
+def test_the_version_is_written_in_one_place():
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "hf_maskpro.version.__version__"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_every_option_whole_and_an_example(verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = run(verb, "--help").stdout
+    names = {name for known in VERBS[verb].params for name in (*known.opts, *known.secondary_opts)}
+    shown = set(re.findall(r"--[a-z0-9-]+", printed))
+    assert {name for name in names if name.startswith("--")} <= shown
+    assert "…" not in printed
+    assert f"Example: hf-maskpro {verb}" in printed
+
+
+def test_shells_can_complete():
+    environment = os.environ | {
+        "_HF_MASKPRO_COMPLETE": "complete_bash",
+        "COMP_WORDS": "hf-maskpro tr",
+        "COMP_CWORD": "1",
+    }
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    assert "train" in done.stdout.split()
+    assert not HEAVY & set(done.stderr.rpartition("loaded: ")[2].split())
+
+
+def test_what_other_packages_log_is_no_noise():
+    program = PROGRAM.replace("try:", "import logging\ntry:").replace(
+        "finally:", "finally:\n    logging.getLogger('torchao').warning('skipping extensions')"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "--version"], capture_output=True, text=True)
+    assert "loaded: " in done.stderr
+    assert "skipping" not in done.stderr
