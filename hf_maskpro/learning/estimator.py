@@ -168,13 +168,13 @@ class Estimator:
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
 
-    def gradient_norm(self, parameters: list[nn.Parameter]) -> torch.Tensor | None:
-        """A number that is finite if the gradients of a step are, of parameters that have one; `None` if none has."""
-        return get_total_norm([p.grad for p in parameters if p.grad is not None]) if parameters else None
+    def gradient_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor | None:
+        """A number that is finite if the gradients of a step are; `None` if there are none."""
+        return get_total_norm(gradients) if gradients else None
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = self.gradient_norm(parameters)
+        norm = self.gradient_norm([p.grad for p in parameters])
         self._steps = norm is None or self.is_finite(norm)
         if self._steps:
             self.before_step()

@@ -116,8 +116,7 @@ def _update_kernel() -> Kernel:
         keys: list[torch.Tensor],
     ) -> None:
         rate, beta, epsilon, kept = settings
-        first, second = keys
-        (words,) = position_words(theta, first, second, 1)
+        (words,) = position_words(theta, keys[0], keys[1], 1)
         finite, g = norm.isfinite(), gradient.float()
         known = torch.where(codes > 0, torch.exp2(codes.float() / CODES_PER_OCTAVE + LOWEST_OCTAVE), 0)
         v = beta * known + (1 - beta) * g * g

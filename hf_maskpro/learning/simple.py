@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainingArguments
 
@@ -93,8 +92,8 @@ class Simple(Estimator):
     def watch(self, optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
         return super().watch(optimizer) + ([] if self.in_backward is None else self.in_backward.watch())
 
-    def gradient_norm(self, parameters: list[nn.Parameter]) -> torch.Tensor | None:
-        norm = super().gradient_norm(parameters)
+    def gradient_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor | None:
+        norm = super().gradient_norm(gradients)
         moved = None if self.in_backward is None else self.in_backward.take_norm()
         return norm if moved is None else moved if norm is None else norm + moved.to(norm.device)
 
