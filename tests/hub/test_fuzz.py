@@ -81,8 +81,9 @@ def kept_by_file(data, config, learned=True):
     size, digits = min(layouts, key=lambda layout: (layout[0] / layout[1], layout[0]))
     result, tensors = {}, entries(data)
     for name in [name for name in tensors if name.endswith(".maskpro_mask")]:
-        raw, entry = tensors[name]
-        rows = entry["shape"][0]
+        # Of another type with the same numbers, transformers makes bytes.
+        array = array_of(*tensors[name]).astype(np.uint8)
+        rows, raw = len(array), array.tobytes()
         words = [int.from_bytes(raw[i : i + size], "little") for i in range(0, len(raw), size)]
         ranks = [word // len(sets) ** d % len(sets) for word in words for d in range(digits)]
         mask = np.zeros((rows, len(ranks) // rows, m), dtype=bool)

@@ -613,7 +613,7 @@ def test_spoiled_values_are_refused(tmp_path, llama, spoil):
         path.write_bytes(b"none")
     else:
         first = values.pop("0")
-        other = {"foreign": {"0": first, "x": first}, "missing": {}, "not finite": {"0": first * torch.nan}}[spoil]
+        other = {"foreign": {"0": first, "x": first.clone()}, "missing": {}, "not finite": {"0": first * torch.nan}}[spoil]
         save_file(values | other, path)
     message = "holds values that are not finite, of layer 0" if spoil == "not finite" else "does not hold the values"
     with pytest.raises(ValueError, match=rf"estimator_state\.safetensors {message}") as caught:

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from hf_maskpro import MaskProConfig, hub
 from hf_maskpro.deploy import merge
@@ -89,7 +90,10 @@ def tiny(tmp_path):
     base.save_pretrained(tmp_path / "base")
     model = get_peft_model(base, MaskProConfig())
     model.save_pretrained(tmp_path / "adapter")
-    return tmp_path, model
+    # What pytest keeps of a bar is written to a file too.
+    logging.disable_progress_bar()
+    yield tmp_path, model
+    logging.enable_progress_bar()
 
 
 # All of them take half an hour.
