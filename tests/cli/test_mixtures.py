@@ -111,7 +111,11 @@ def test_a_mixture_resumes_where_it_stopped(checkpoint, sources, trained_on, tmp
 def test_a_start_is_calibrated_on_a_mixture(checkpoint, sources, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("hf_maskpro.cli.common.initialize_masks", lambda model, batches: seen.extend(batches))
-    monkeypatch.setattr("hf_maskpro.cli.common.calibrate", lambda masked, batches, *rest: seen.extend([*batches, rest]))
+
+    def noted(masked, batches, *rest):
+        seen.extend([*batches, rest])
+
+    monkeypatch.setattr("hf_maskpro.cli.common.calibrate", noted)
     monkeypatch.setattr("hf_maskpro.cli.common.write_adapter", lambda *rest: None)
     init = ["init", "--model", checkpoint, "--seq-len", 10, "--samples", 40, "--output", tmp_path / "a"]
     run(*init, "--text", sources[0], "--text", sources[1], "--self-generated", "--weights", "2,1,1")

@@ -613,8 +613,8 @@ def test_spoiled_values_are_refused(tmp_path, llama, spoil):
         path.write_bytes(b"none")
     else:
         first = values.pop("0")
-        other = {"foreign": {"0": first, "x": first.clone()}, "missing": {}, "not finite": {"0": first * torch.nan}}[spoil]
-        save_file(values | other, path)
+        others = {"foreign": {"0": first, "x": first.clone()}, "missing": {}, "not finite": {"0": first * torch.nan}}
+        save_file(values | others[spoil], path)
     message = "holds values that are not finite, of layer 0" if spoil == "not finite" else "does not hold the values"
     with pytest.raises(ValueError, match=rf"estimator_state\.safetensors {message}") as caught:
         trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
