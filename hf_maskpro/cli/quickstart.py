@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from ..tuner.files import private_folder
 from ..version import __version__
 from .options import Overwrite
 from .output import console
@@ -44,6 +43,7 @@ def quickstart(
     from ..deploy import check_free
     from ..evaluation import protocol, windows
     from ..starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
+    from ..tuner.files import private_folder
     from .common import load_tokenizer, read_text
 
     check_free(output, overwrite)

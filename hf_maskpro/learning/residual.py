@@ -81,9 +81,9 @@ class Residual(Estimator):
         return {"learning_rate": rate, "lr_scheduler_type": "constant", "warmup_steps": 0}
 
     def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
-        super().__init__(trainer, adapter)
         # The paper's scale goes with its advantage.
         self.logit_scale = 10.0 if trainer.args.advantage == "raw" else 6.0
+        super().__init__(trainer, adapter)
         self.tracker = 0.0
         self._variance, self._moves = 0.0, 0
         self._seed = -1

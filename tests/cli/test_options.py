@@ -271,8 +271,8 @@ def test_without_a_network_there_is_one_line_at_once(checkpoint, adapter, text, 
     assert "the Hub cannot be reached" in line
     named = [word for word in command if "maks" in word]
     assert all(f"{word} is not a folder here" in line for word in named)
-    # To make a repository the client asks twice.
-    assert len(asked) == (2 if command[0] == "push" else 1)
+    # To make a repository the client may ask twice.
+    assert 1 <= len(asked) <= (2 if command[0] == "push" else 1)
 
 
 def test_an_unexpected_failure_of_our_own_keeps_its_traceback(checkpoint, monkeypatch):
