@@ -12,25 +12,29 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..version import __version__
 from .options import Overwrite
 from .output import console
-from .train import forget_previous, set_aside
+from .train import forget_previous, put_back, set_aside
 
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SEQ_LEN, MAX_TOKENS = 512, 8192
 HELD_OUT_EVERY = 8
-MERGE_SECONDS = 20
+# What merging and three models' answers take.
+ENDING_SECONDS = 40
+# The best start takes about so many times as long as Wanda's.
+START_RATIO = 4
+QUESTIONS = ("What is the capital of France?", "Name three fruits.")
 # glibc gives large blocks back to the system at every step and fetches them again: a quarter of a step on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 
 
 def quickstart(
     minutes: Annotated[float, typer.Option(help="Time for everything together, of which learners get the rest.")] = 10,
-    estimator: Annotated[Literal["both", "simple", "residual"], typer.Option(help="Learners to run.")] = "both",
+    estimator: Annotated[Literal["both", "simple", "residual"], typer.Option(help="Learners to run.")] = "simple",
     model: Annotated[str | None, typer.Option(help="Another base model: a local folder or a Hub id.")] = None,
     text: Annotated[Path | None, typer.Option(help="Another text; every eighth paragraph is held out.")] = None,
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("quickstart"),
@@ -55,18 +59,47 @@ def quickstart(
     tokenizer = load_tokenizer(*_smollm2()) if model is None else load_tokenizer(model)
     windows(tokenizer, texts["calibration"], CALIBRATION_SEQ_LEN)
     measured = protocol(tokenizer, texts["held_out"], SEQ_LEN, MAX_TOKENS)
+    console.print(
+        f"{minutes:g} minutes: measure the dense model, drop half of its weights by magnitude and by Wanda, learn "
+        "which to drop in what is left of the time, and let all of them answer."
+    )
     set_aside(output)
+    try:
+        results = _rows(output, model, texts, estimator, begun + 60 * minutes)
+    except BaseException:
+        put_back(output)
+        raise
+    results |= {
+        "protocol": f"held-out text of {output / 'held_out.txt'}, {measured}; "
+        f"calibrated and trained on {output / 'calibration.txt'}",
+        "seconds": time.perf_counter() - begun,
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")}
+        | {"hf-maskpro": __version__, "python": platform.python_version()},
+    }
+    with private_folder(output) as folder:
+        (folder / "results.json").write_text(json.dumps(results, indent=2))
+        _plot(results["rows"], folder / "learning.png")
+    forget_previous(output)
+    _show(results, output)
+
+
+def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str, end: float) -> dict[str, Any]:
+    """Run everything, until that moment of the clock."""
     base = write_smollm2(output / "base") if model is None else model
     for name, content in texts.items():
         (output / f"{name}.txt").write_text(content, encoding="utf-8")
-
     rows = [_run(output, base, method) for method in ("dense", "magnitude", "wanda")]
-    learners: tuple[str, ...] = ("residual", "simple") if estimator == "both" else (estimator,)
-    share = (60 * minutes - (time.perf_counter() - begun) - MERGE_SECONDS) / len(learners)
-    start = ["--start", str(output / "wanda")]
-    learned = _run(output, base, learners[-1], start + ["--deadline", str(time.time() + share)])
+    end -= ENDING_SECONDS
+    start = "wanda"
+    if START_RATIO * rows[-1]["seconds"] < (end - time.perf_counter()) / 2:
+        start = "sparsegpt+swaps"
+        rows.append(_run(output, base, start))
+    learners = ("residual", "simple") if estimator == "both" else (estimator,)
+    share = (end - time.perf_counter()) / len(learners)
+    options = ["--start", str(output / start)]
+    learned = _run(output, base, learners[-1], options + ["--deadline", str(time.time() + share)])
     if estimator == "both":
-        rows.append(_run(output, base, "residual", start + ["--seconds", str(learned["given_seconds"])]))
+        rows.append(_run(output, base, "residual", options + ["--seconds", str(learned["given_seconds"])]))
     rows.append(learned)
     subprocess.run(
         [sys.executable, "-m", "hf_maskpro.cli", "merge", "--model", base]
@@ -74,20 +107,33 @@ def quickstart(
         check=True,
         stdout=subprocess.DEVNULL,
     )
-    results = {
-        "model": "SmolLM2-135M-Instruct (GGUF Q4_1, dequantized)" if model is None else model,
-        "protocol": f"held-out text of {output / 'held_out.txt'}, {measured}; "
-        f"calibrated and trained on {output / 'calibration.txt'}",
-        "seconds": time.perf_counter() - begun,
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")}
-        | {"hf-maskpro": __version__, "python": platform.python_version()},
-        "rows": rows,
-    }
-    with private_folder(output) as folder:
-        (folder / "results.json").write_text(json.dumps(results, indent=2))
-        _plot(rows, folder / "learning.png")
-    forget_previous(output)
-    _show(results, output, learners)
+    name = "SmolLM2-135M-Instruct (GGUF Q4_1, dequantized)" if model is None else model
+    answers = _answers(base, {method: output / method for method in ("magnitude", learners[-1])})
+    return {"model": name, "rows": rows, "learner": learners[-1], "start": start, "answers": answers}
+
+
+def _answers(base: str, adapters: dict[str, Path]) -> dict[str, list[str]]:
+    """What the dense model and masks over it answer, as far as they come in 40 tokens; nothing of one without chat."""
+    from .common import load_adapter, load_model
+
+    model, tokenizer = load_model(base)
+    if tokenizer.chat_template is None:
+        return {}
+
+    def answer(model: Any, question: str) -> str:
+        turns = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+    answers = {"dense": [answer(model, question) for question in QUESTIONS]}
+    for method, folder in adapters.items():
+        masked = load_adapter(model, folder).eval()
+        answers[method] = [answer(masked, question) for question in QUESTIONS]
+        model = masked.unload()
+    return answers
 
 
 def _topics() -> list[str]:
@@ -171,7 +217,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _show(results: dict[str, Any], output: Path, learners: tuple[str, ...]) -> None:
+def _show(results: dict[str, Any], output: Path) -> None:
     table = Table(title=f"{results['model']} at 2:4")
     for column in ("method", "held-out perplexity", "steps", "seconds", "peak memory", "changed groups"):
         table.add_column(column, justify="left" if column == "method" else "right")
@@ -186,14 +232,19 @@ def _show(results: dict[str, Any], output: Path, learners: tuple[str, ...]) -> N
         )
     console.print(table)
     console.print(f"Perplexity: {results['protocol']}.")
-    if "residual" in learners:
+    if any(row["method"] == "residual" for row in results["rows"]):
         console.print(
             "residual needs forward passes alone, and thousands of steps: the paper runs 10,000. "
             "What it does in these seconds is no measure of what it can do."
         )
+    if results["answers"]:
+        table = Table("", *(Column(method, overflow="fold") for method in results["answers"]))
+        for index, question in enumerate(QUESTIONS):
+            table.add_row(question, *(answers[index] for answers in results["answers"].values()))
+        console.print(table)
     console.print(f"Everything together took {results['seconds'] / 60:.1f} minutes. It left behind:")
     for name, path in {
-        "adapter": output / learners[-1],
+        "adapter": output / results["learner"],
         "merged checkpoint": output / "merged",
         "plot": output / "learning.png",
         "figures": output / "results.json",

@@ -25,7 +25,9 @@ from .verb import one_line_errors
 
 EVALUATIONS = 4
 PROBE_STEPS = 4
-BATCH, SEQ_LEN = 8, 128
+# The smaller batch where the larger one leaves too few steps for a logit to get anywhere.
+BATCHES, SEQ_LEN = (8, 2), 128
+LEAST_STEPS = 25
 LEAST_SECONDS = 60.0
 
 
@@ -70,12 +72,14 @@ def learn(
     that they hold.
     """
 
-    def run(steps: int, seconds: float, evaluate: Callable[[], float] | None) -> tuple[MaskProTrainer, Clock]:
+    def run(
+        batch: int, steps: int, seconds: float, evaluate: Callable[[], float] | None
+    ) -> tuple[MaskProTrainer, Clock]:
         args = MaskProTrainingArguments(
             output_dir=str(scratch),
             estimator=estimator,
             max_steps=steps,
-            per_device_train_batch_size=BATCH,
+            per_device_train_batch_size=batch,
             logging_steps=max(1, steps // 20) if estimator == "simple" else 5,
             save_strategy="no",
             dataloader_pin_memory=torch.cuda.is_available(),
@@ -87,19 +91,30 @@ def learn(
         trainer.train()
         return trainer, clock
 
-    _, trial = run(PROBE_STEPS, float("inf"), None)
-    # The first step compiles.
-    step_seconds = min(after - before for before, after in pairwise(trial.finished))
-    for layer in masked_layers(masked).values():
-        with torch.no_grad():
-            layer.maskpro_theta["default"].zero_()
+    def step_seconds(batch: int) -> float:
+        _, trial = run(batch, PROBE_STEPS, float("inf"), None)
+        for layer in masked_layers(masked).values():
+            with torch.no_grad():
+                layer.maskpro_theta["default"].zero_()
+        # The first step compiles.
+        return min(after - before for before, after in pairwise(trial.finished))
+
     begun = time.perf_counter()
     curve = [{"step": 0, "seconds": 0.0, "perplexity": evaluate()}]
     evaluations = EVALUATIONS * (time.perf_counter() - begun)
-    if seconds is None:
+    batch = BATCHES[0]
+    each = step_seconds(batch)
+
+    def given() -> float:
         # On a slow machine a story that ends late is better than none.
-        seconds = max(LEAST_SECONDS, deadline - time.time() - evaluations)
-    trainer, clock = run(max(1, int(seconds / step_seconds)), seconds, evaluate)
+        return max(LEAST_SECONDS, deadline - time.time() - evaluations) if seconds is None else seconds
+
+    if given() < LEAST_STEPS * each:
+        batch = BATCHES[1]
+        typer.echo(f"{given():.0f} seconds hold few steps of {BATCHES[0]} windows; they are of {batch}.")
+        each = step_seconds(batch)
+    seconds = given()
+    trainer, clock = run(batch, max(1, int(seconds / each)), seconds, evaluate)
     log = [
         {"seconds": clock.finished[entry["step"] - 1], **{k: v for k, v in entry.items() if k != "epoch"}}
         for entry in trainer.state.log_history
@@ -117,7 +132,7 @@ def learn(
 
 
 def quickstart_row(
-    method: Annotated[Literal["dense", "magnitude", "wanda", "residual", "simple"], typer.Option()],
+    method: Annotated[Literal["dense", "magnitude", "wanda", "sparsegpt+swaps", "residual", "simple"], typer.Option()],
     base: Annotated[str, typer.Option()],
     calibration: Annotated[Path, typer.Option()],
     held_out: Annotated[Path, typer.Option()],
@@ -136,7 +151,7 @@ def quickstart_row(
     begun = time.perf_counter()
     if method == "dense":
         masked: Any = model
-    elif method in ("magnitude", "wanda"):
+    elif method in ("magnitude", "wanda", "sparsegpt+swaps"):
         masked = get_peft_model(model, MaskProConfig(init_mask=method))
         inputs = windows(tokenizer, read_text(calibration), SEQ_LEN)
         batches = random_windows(inputs, seed=0, start_token=start_token_of(tokenizer))
