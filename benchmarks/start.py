@@ -1,4 +1,7 @@
-"""What a starting mask takes, against one plain forward pass of the dense model over the same tokens."""
+"""
+What a starting mask takes, against one plain forward pass of the dense model over the same tokens. With `--layer` the
+model is one decoder layer of that shape, of random weights, and so are the tokens: what a layer of a larger model takes.
+"""
 
 import argparse
 import json
@@ -11,10 +14,12 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_maskpro import MaskProConfig, initialize_masks
 from hf_maskpro.cli.common import load_model
 from hf_maskpro.cli.quickstart import write_smollm2
+from hf_maskpro.cli.quickstart_row import peak_bytes
 from hf_maskpro.evaluation import windows
 from hf_maskpro.starts import random_windows, start_token_of
 from hf_maskpro.starts.calibration import SAMPLES, SEQ_LEN
@@ -22,16 +27,22 @@ from hf_maskpro.starts.calibration import SAMPLES, SEQ_LEN
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, required=True, help="text to calibrate on")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", type=Path, help="text to calibrate on")
+    source.add_argument("--layer", type=int, nargs=2, metavar=("HIDDEN", "INTERMEDIATE"), help="as 4096 11008")
     parser.add_argument("--model", help="a local folder or a Hub id; SmolLM2-135M-Instruct if absent")
     parser.add_argument("--method", nargs="+", default=["wanda", "sparsegpt", "sparsegpt+swaps"])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print the results as JSON, not as a table")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        base, tokenizer = load_model(args.model or write_smollm2(Path(folder)))
-    ids = windows(tokenizer, args.text.read_text(encoding="utf-8"), SEQ_LEN)
-    batches = random_windows(ids, SAMPLES, SEQ_LEN, 0, start_token_of(tokenizer))
+    if args.layer:
+        base = random_layer(*args.layer)
+        batches = random_windows(torch.randint(base.config.vocab_size, (16 * SAMPLES * SEQ_LEN,)))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            base, tokenizer = load_model(args.model or write_smollm2(Path(folder)))
+        ids = windows(tokenizer, args.text.read_text(encoding="utf-8"), SEQ_LEN)
+        batches = random_windows(ids, SAMPLES, SEQ_LEN, 0, start_token_of(tokenizer))
     batches = [{key: value.to(base.device) for key, value in batch.items()} for batch in batches]
     rows: list[dict[str, Any]] = []
     for method in args.method:
@@ -49,15 +60,29 @@ def main() -> None:
             base = model.unload()
         ratio = statistics.median(a / b for a, b in zip(start, forward, strict=True))
         row = {"method": method, "forward": statistics.median(forward), "start": statistics.median(start)}
-        rows.append(row | {"ratio": ratio})
+        rows.append(row | {"ratio": ratio, "peak_bytes": peak_bytes()})
         print(rows[-1], file=sys.stderr)
     if args.json:
         print(json.dumps(rows))
         return
     print(f"{SAMPLES} windows of {SEQ_LEN} tokens; medians of {args.repeats}, in one process\n")
-    print("| method | start, s | forward pass, s | ratio |\n|---|---:|---:|---:|")
+    print("| method | start, s | forward pass, s | ratio | peak memory so far |\n|---|---:|---:|---:|---:|")
     for row in rows:
-        print(f"| {row['method']} | {row['start']:.1f} | {row['forward']:.1f} | {row['ratio']:.1f} |")
+        seconds = f"{row['start']:.1f} | {row['forward']:.1f} | {row['ratio']:.1f}"
+        print(f"| {row['method']} | {seconds} | {row['peak_bytes'] / 2**30:.1f} GiB |")
+
+
+def random_layer(hidden: int, intermediate: int) -> LlamaForCausalLM:
+    """A model of one decoder layer, of random weights in bfloat16."""
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=1,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=hidden // 128,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).bfloat16().to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 if __name__ == "__main__":
