@@ -1,6 +1,6 @@
 """
 What a starting mask takes, against one plain forward pass of the dense model over the same tokens. With `--layer` the
-model is one decoder layer of that shape, of random weights, and so are the tokens: what a layer of a larger model takes.
+model is one decoder layer of that shape, of random weights, and so are the tokens: a layer of a larger model.
 """
 
 import argparse
