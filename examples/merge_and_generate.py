@@ -1,4 +1,7 @@
-"""Merge a mask adapter into its base model, check the pattern, save the sparse checkpoint and generate from it."""
+"""
+Merge a mask adapter into its base model, check the pattern, save the sparse checkpoint
+and generate from it.
+"""
 
 import argparse
 
@@ -9,8 +12,12 @@ from hf_maskpro import check_sparsity
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", required=True, help="base model: a local folder or a Hub id")
-parser.add_argument("--adapter", required=True, help="mask adapter: a local folder or a Hub id")
+parser.add_argument(
+    "--model", required=True, help="base model: a local folder or a Hub id"
+)
+parser.add_argument(
+    "--adapter", required=True, help="mask adapter: a local folder or a Hub id"
+)
 parser.add_argument("--output", required=True, help="folder for the sparse checkpoint")
 parser.add_argument("--prompt", default="The")
 parser.add_argument("--max-new-tokens", type=int, default=32)

@@ -1,4 +1,4 @@
-"""Learn a 2:4 mask with `transformers.Trainer` itself: any loop that calls backward trains the adapter."""
+"""Learn a 2:4 mask with `transformers.Trainer`: any loop that calls backward will do."""
 
 import argparse
 from pathlib import Path
@@ -11,16 +11,22 @@ from hf_maskpro.evaluation import windows
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", required=True, help="base model: a local folder or a Hub id")
+parser.add_argument(
+    "--model", required=True, help="base model: a local folder or a Hub id"
+)
 parser.add_argument("--text", required=True, help="text file to learn from")
-parser.add_argument("--output", required=True, help="folder for the adapter and its checkpoints")
+parser.add_argument(
+    "--output", required=True, help="folder for the adapter and its checkpoints"
+)
 parser.add_argument("--max-steps", type=int, default=200)
 parser.add_argument("--seq-len", type=int, default=128)
 options = parser.parse_args()
 
 base = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(options.model)
-inputs = windows(tokenizer, Path(options.text).read_text(encoding="utf-8"), options.seq_len)
+inputs = windows(
+    tokenizer, Path(options.text).read_text(encoding="utf-8"), options.seq_len
+)
 
 model = get_peft_model(base, MaskProConfig(n=2, m=4, init_mask="magnitude"))
 # The defaults of TrainingArguments suit weights; these suit logits.

@@ -1,4 +1,4 @@
-"""Learn a 2:4 mask with TRL's SFTTrainer, from Wanda's mask, on the lines of a text file."""
+"""Learn a 2:4 mask with TRL's SFTTrainer, from Wanda's, on the lines of a text file."""
 
 import argparse
 from itertools import islice
@@ -11,9 +11,13 @@ from hf_maskpro import MaskProConfig, initialize_masks
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", required=True, help="base model: a local folder or a Hub id")
+parser.add_argument(
+    "--model", required=True, help="base model: a local folder or a Hub id"
+)
 parser.add_argument("--text", required=True, help="text file, one example a line")
-parser.add_argument("--output", required=True, help="folder for the adapter and its checkpoints")
+parser.add_argument(
+    "--output", required=True, help="folder for the adapter and its checkpoints"
+)
 parser.add_argument("--max-steps", type=int, default=200)
 parser.add_argument("--max-length", type=int, default=128)
 options = parser.parse_args()

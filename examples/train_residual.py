@@ -1,4 +1,7 @@
-"""Learn a 2:4 mask by forward passes alone, from a one-shot mask made by `hf-maskpro init`. Plan for many steps."""
+"""
+Learn a 2:4 mask by forward passes alone, from a one-shot mask made by `hf-maskpro init`.
+Plan for many steps.
+"""
 
 import argparse
 from pathlib import Path
@@ -11,10 +14,14 @@ from hf_maskpro.evaluation import windows
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", required=True, help="base model: a local folder or a Hub id")
+parser.add_argument(
+    "--model", required=True, help="base model: a local folder or a Hub id"
+)
 parser.add_argument("--adapter", required=True, help="mask adapter to start from")
 parser.add_argument("--text", required=True, help="text file to learn from")
-parser.add_argument("--output", required=True, help="folder for the adapter and its checkpoints")
+parser.add_argument(
+    "--output", required=True, help="folder for the adapter and its checkpoints"
+)
 parser.add_argument("--max-steps", type=int, default=10_000)
 parser.add_argument("--seq-len", type=int, default=128)
 options = parser.parse_args()
@@ -22,7 +29,9 @@ options = parser.parse_args()
 base = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(options.model)
 model = PeftModel.from_pretrained(base, options.adapter, is_trainable=True)
-inputs = windows(tokenizer, Path(options.text).read_text(encoding="utf-8"), options.seq_len)
+inputs = windows(
+    tokenizer, Path(options.text).read_text(encoding="utf-8"), options.seq_len
+)
 
 arguments = MaskProTrainingArguments(
     output_dir=options.output,

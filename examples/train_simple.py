@@ -7,14 +7,23 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments, initialize_masks
+from hf_maskpro import (
+    MaskProConfig,
+    MaskProTrainer,
+    MaskProTrainingArguments,
+    initialize_masks,
+)
 from hf_maskpro.evaluation import windows
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", required=True, help="base model: a local folder or a Hub id")
+parser.add_argument(
+    "--model", required=True, help="base model: a local folder or a Hub id"
+)
 parser.add_argument("--text", required=True, help="text file to learn from")
-parser.add_argument("--output", required=True, help="folder for the adapter and its checkpoints")
+parser.add_argument(
+    "--output", required=True, help="folder for the adapter and its checkpoints"
+)
 parser.add_argument("--max-steps", type=int, default=120)
 parser.add_argument("--seq-len", type=int, default=512)
 options = parser.parse_args()
@@ -22,7 +31,9 @@ options = parser.parse_args()
 base = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
 base.to("cuda" if torch.cuda.is_available() else "cpu")
 tokenizer = AutoTokenizer.from_pretrained(options.model)
-inputs = windows(tokenizer, Path(options.text).read_text(encoding="utf-8"), options.seq_len)
+inputs = windows(
+    tokenizer, Path(options.text).read_text(encoding="utf-8"), options.seq_len
+)
 
 model = get_peft_model(base, MaskProConfig(n=2, m=4, init_mask="wanda"))
 initialize_masks(model, [{"input_ids": batch} for batch in inputs[:256].split(8)])

@@ -8,11 +8,15 @@ from pathlib import Path
 from latex2mathml.converter import convert
 
 
-_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+_FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL
+)
 
 
 def on_config(config):
-    text = (Path(config.config_file_path).parent / "pyproject.toml").read_text(encoding="utf-8")
+    text = (Path(config.config_file_path).parent / "pyproject.toml").read_text(
+        encoding="utf-8"
+    )
     urls = tomllib.loads(text)["project"]["urls"]
     config.repo_url, config.site_url = urls["Repository"], urls["Documentation"]
     return config

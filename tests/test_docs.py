@@ -1,0 +1,155 @@
+"""What README and site say of figures, files and addresses, against where these come from."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+README = ROOT / "README.md"
+PAGES = sorted(DOCS.rglob("*.md"))
+TEXTS = [README, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "examples/README.md")), *PAGES]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# A line of code that is longer is cut on the site.
+WIDTH = 88
+
+# What a column of the leaderboard shows of a row of its file.
+COLUMNS = {
+    "method": lambda row, dense: row["method"],
+    "perplexity": lambda row, dense: f"{row['perplexity']:,.2f}",
+    "perplexity at home": lambda row, dense: f"{row['perplexity']:,.2f}",
+    "against dense": lambda row, dense: f"{row['perplexity'] / dense:.2f}",
+    "times dense at home": lambda row, dense: f"{row['at_home']:.2f}",
+    "times dense elsewhere": lambda row, dense: f"{row['elsewhere']:.2f}",
+    "seconds": lambda row, dense: f"{row['seconds']:.0f}",
+    "steps": lambda row, dense: f"{row['steps']:,}",
+    "peak memory, MiB": lambda row, dense: f"{row['peak_bytes'] / 2**20:,.0f}",
+    "bits per weight": lambda row, dense: f"{row['bits_per_weight']:.3f}" if row["bits_per_weight"] else "",
+}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def prose_and_code(path: Path) -> tuple[list[str], list[str]]:
+    prose, code, fence = [], [], None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        mark = re.match(r"\s*(```+)", line)
+        if mark and fence in (None, mark[1]):
+            fence = mark[1] if fence is None else None
+        else:
+            (prose if fence is None else code).append(line)
+    return prose, code
+
+
+def anchors(path: Path) -> set[str]:
+    """Of a page's headings, as the site and forges make them."""
+    found = set()
+    for line in prose_and_code(path)[0]:
+        if heading := re.match(r"#+ (.*)", line):
+            text = re.sub(r"\[([^]]*)\]\([^)]*\)|`", r"\1", heading[1])
+            found.add(re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", text).strip().lower()))
+    return found
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def first_table(path: Path) -> tuple[list[str], list[list[str]]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    stop = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+    return cells(lines[start]), [cells(line) for line in lines[start + 2 : stop]]
+
+
+def test_the_leaderboard_shows_its_file():
+    rows = json.loads((DOCS / "assets" / "leaderboard.json").read_text())
+    dense = next(row["perplexity"] for row in rows if row["method"] == "dense")
+    rows.sort(key=lambda row: -row["perplexity"])
+    headings, shown = first_table(DOCS / "leaderboard.md")
+    assert "method" in headings
+    assert len(headings) >= 6
+    assert shown == [[COLUMNS[heading](row, dense) for heading in headings] for row in rows]
+
+
+def test_the_number_of_the_first_page_is_the_leaderboards():
+    rows = {row["method"]: row["perplexity"] for row in json.loads((DOCS / "assets" / "leaderboard.json").read_text())}
+    times = {method: f"{value / rows['dense']:.2f}" for method, value in rows.items()}
+    best = min((method for method in rows if method.startswith("simple from")), key=rows.__getitem__)
+    start = best.removeprefix("simple from ")
+    for path in (README, DOCS / "index.md"):
+        headline = re.search(r"\*\*([\d.]+) times the dense.*?\(", path.read_text(encoding="utf-8"), re.DOTALL)
+        assert headline[1] == times[best], name(path)
+        assert f"{times['wanda']} times" in headline[0], name(path)
+        assert f"{times[start]}\ntimes" in headline[0] or f"{times[start]} times" in headline[0], name(path)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", "\n".join(prose_and_code(path)[0])):
+        if target.startswith(("https://", "http://")):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (path.parent / file).resolve() if file else path
+        # The card of an example shows its picture from the page that includes it.
+        if path == DOCS / "assets" / "card.md":
+            linked = DOCS / file
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize("path", [*TEXTS, *EXAMPLES], ids=name)
+def test_no_line_of_code_is_cut(path):
+    code = path.read_text(encoding="utf-8").splitlines() if path.suffix == ".py" else prose_and_code(path)[1]
+    assert [line for line in code if len(line) > WIDTH] == []
+
+
+def test_every_page_is_in_the_navigation_and_there():
+    lines = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1].split("\n\n")[0]
+
+    def pages(entries):
+        for entry in entries:
+            for value in entry.values():
+                yield from pages(value) if isinstance(value, list) else [value]
+
+    named = sorted(pages(yaml.safe_load(lines)))
+    # Of the assets there is no page.
+    assert named == sorted(str(page.relative_to(DOCS)) for page in PAGES if page.parent.name != "assets")
+
+
+def test_the_repository_has_one_address():
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    for path in (README, DOCS / "install.md", ROOT / "CITATION.cff"):
+        found = set(re.findall(r"https://[\w./-]+/hf-maskpro\b", path.read_text(encoding="utf-8")))
+        assert found == {repository}, name(path)
+
+
+def test_the_version_is_the_same_everywhere():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == version
+    assert re.search(r"^## ([\d.]+) ", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1] == version
+
+
+def test_links_of_the_readme_are_absolute_on_an_index(tmp_path):
+    metadata = "import setuptools.build_meta as b, sys; b.prepare_metadata_for_build_wheel(sys.argv[1])"
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        (source / file).write_bytes((ROOT / file).read_bytes())
+    subprocess.run(
+        [sys.executable, "-c", metadata, str(tmp_path)], cwd=source, check=True, capture_output=True, timeout=120
+    )
+    description = next(tmp_path.glob("*.dist-info")).joinpath("METADATA").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)\s]+)\)", description)
+    assert any(target.endswith("/raw/main/docs/assets/idea.svg") for target in targets)
+    assert [target for target in targets if not target.startswith("https://")] == []
