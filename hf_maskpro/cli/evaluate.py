@@ -141,7 +141,7 @@ def evaluate(
     if compare:
         rows = [_lifted(each) for each in results]
         if as_json:
-            typer.echo(json.dumps(rows))
+            typer.echo(json.dumps({"models": rows}))
         else:
             _show_side_by_side(sources or [], [_flat(row) for row in rows])
         return

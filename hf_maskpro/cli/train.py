@@ -161,9 +161,12 @@ def train(
         ),
     ] = "auto",
     gradient_checkpointing: Annotated[
-        bool,
-        typer.Option("--gradient-checkpointing", help="Trade time for memory, with simple.", rich_help_panel=STEPS),
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="Trade time for memory, where there is a backward pass: on with --optimizer-in-backward.",
+            rich_help_panel=STEPS,
+        ),
+    ] = None,
     seed: Seed = 42,
     eval_text: Annotated[
         Path | None,
@@ -325,11 +328,11 @@ def train(
     # As much as the run sees, and in a short one as much as calibration is drawn from.
     seen = max_steps * per_device_train_batch_size * gradient_accumulation_steps * seq_len
     tokens = max_tokens or max(seen, 16 * SAMPLES * SEQ_LEN)
-    contents = read_sources(text, dataset, tokens)
     folder = None if adapter is None else adapter_folder(adapter, revision, subfolder)
     if folder is not None:
         own = saved_config(folder)
         own.logits_dtype = logits_dtype or own.logits_dtype
+    contents = read_sources(text, dataset, tokens)
     tokenizer = load_tokenizer(model, gguf_file)
     limit = max_tokens if len(names) == 1 else None
     pieces = windows_of_each(tokenizer, contents, seq_len, limit, start_token, chat)
@@ -385,7 +388,9 @@ def train(
     show(figures, as_json)
     if not as_json:
         given = ["--model", model, *(["--gguf-file", gguf_file] if gguf_file else [])]
-        say_next("eval", *given, "--adapter", str(output), "--text", str(eval_text or "FILE"))
+        say_next(
+            "eval", *given, "--adapter", str(output), "--text", str(eval_text or "FILE"), "--seq-len", str(seq_len)
+        )
         say_next("merge", *given, "--adapter", str(output), "--output", f"{output}-merged")
 
 

@@ -86,7 +86,12 @@ class TrainVerb(Verb):
                 words += [option] if value else others[:1]
             elif isinstance(value, list):
                 many = [str(each) for each in value]
-                words += [f"{option}={each}" for each in many] if known is not None else [option, *many]
+                if known is None:
+                    words += [option, *many]
+                elif known.multiple:
+                    words += [f"{option}={each}" for each in many]
+                else:
+                    words.append(f"{option}={','.join(many)}")
             else:
                 words.append(f"{option}={json.dumps(value) if isinstance(value, dict) else value}")
         return words

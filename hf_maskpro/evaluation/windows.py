@@ -75,7 +75,14 @@ def mixed_windows(
         asked = tokens / sources[0].shape[1] / sum(shares)
         scale = min(scale, asked) if weights is None else asked
     # A product that is a whole number but for rounding is that number.
-    counts = [int(scale * share + 1e-6) for share in shares]
+    exact = [scale * share + 1e-6 for share in shares]
+    counts = [int(count) for count in exact]
+    if weights is None:
+        counts = [max(1, count) for count in counts]
+    elif tokens is not None:
+        by_rest = sorted(range(len(counts)), key=lambda i: counts[i] - exact[i])
+        for i in by_rest[: int(sum(exact)) - sum(counts)]:
+            counts[i] += 1
     if 0 in counts:
         raise ValueError(
             f"source {counts.index(0) + 1} of {len(sources)} gets no window at the shares {list(shares)}; raise its "

@@ -89,6 +89,8 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
     def __post_init__(self):
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator is {self.estimator!r}; use one of {', '.join(map(repr, ESTIMATORS))}.")
+        if self.optimizer_in_backward and self.estimator != "simple":
+            raise ValueError(f"optimizer_in_backward=True is for estimator='simple', not {self.estimator!r}; drop it.")
         if not self.distillation_temperature > 0:
             raise ValueError(f"distillation_temperature is {self.distillation_temperature}; it has to be positive.")
         common = {

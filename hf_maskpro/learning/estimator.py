@@ -203,6 +203,6 @@ class Estimator:
         if self._skipped_in_a_row == MOST_SKIPPED:
             raise FloatingPointError(
                 f"{MOST_SKIPPED} updates in a row were not finite, the last at step {self.trainer.state.global_step}; "
-                "the mask is as before them. Look for batches without labels, or lower the learning rate."
+                "what they would have moved is as before. Look for batches without labels, or lower the learning rate."
             )
         return False

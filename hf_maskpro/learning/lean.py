@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -88,9 +89,13 @@ class OptimizerInBackward:
             `ValueError`: if it is not there, or another model's.
         """
         path = folder / STATE_NAME
-        saved = load_file(path) if path.is_file() else {}
-        shapes = [saved[f"{i}.second_moment"].shape for i in range(len(saved) // 2)]
-        if shapes != [moment.shape for moment in self.second_moments]:
+        try:
+            saved = load_file(path) if path.is_file() else {}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}; resume from an earlier checkpoint.") from error
+        shapes = {name: value.shape for name, value in saved.items()}
+        mine = {f"{i}.second_moment": moment.shape for i, moment in enumerate(self.second_moments)}
+        if shapes != mine | {f"{i}.updates": count.shape for i, count in enumerate(self.updates)}:
             raise ValueError(
                 f"{path} does not hold the state of these layers; resume with the settings of the checkpoint."
             )

@@ -1,6 +1,7 @@
 """What is minimised: the language-model loss, the divergence from the dense model, or a weighted sum of both."""
 
 import json
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -30,12 +31,18 @@ def objective_weights(objective: str | dict[str, float] | None) -> dict[str, flo
         `ValueError`: if it names another, or has no positive weight.
     """
     found: Any = objective or "language-modeling"
-    if isinstance(found, str):
-        found = json.loads(found) if found.startswith("{") else {found: 1.0}
-    if not set(found) <= set(OBJECTIVES) or not all(weight > 0 for weight in found.values()) or not found:
-        names = ", ".join(map(repr, OBJECTIVES))
-        raise ValueError(f"objective is {objective!r}; use {names}, or a positive weight for each.")
-    return found
+    try:
+        if isinstance(found, str) and found.startswith("{"):
+            found = json.loads(found)
+        if found in OBJECTIVES:
+            return {found: 1.0}
+        # One weight alone would say nothing.
+        if set(found) == set(OBJECTIVES) and all(0 < weight < float("inf") for weight in found.values()):
+            return found
+    except (TypeError, ValueError, AttributeError):
+        pass
+    names = ", ".join(map(repr, OBJECTIVES))
+    raise ValueError(f"objective is {objective!r}; use {names}, or a positive weight for each of them.")
 
 
 def share_of_loss(
@@ -81,20 +88,27 @@ class Distillation:
 
     def __init__(self, model: nn.Module, weights: dict[str, float], temperature: float):
         self._weights, self._temperature = weights, temperature
-        self._causal: Any = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-        self._backbone: Any = self._causal.base_model
-        head = self._causal.get_output_embeddings()
-        if head is None or self._backbone is self._causal or self._causal.config.is_encoder_decoder:
+        self._causal: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+        head: nn.Module | None = None
+        if isinstance(self._causal, PreTrainedModel) and not self._causal.config.is_encoder_decoder:
+            head = self._causal.get_output_embeddings()
+        if head is None:
             raise ValueError(
                 f"objective='distillation' needs a causal language model, not {type(self._causal).__name__}; "
                 "use objective='language-modeling'."
             )
         if any(parameter.requires_grad for parameter in head.parameters()):
-            raise ValueError("objective='distillation' trains no head; drop it from modules_to_save.")
-        # What the backbone gave last: the head is run on states in its form.
+            raise ValueError(
+                "objective='distillation' trains no head; leave it out of modules_to_save and target_modules."
+            )
+        # What gives the head its states, once a batch has shown which module that is.
+        self._backbone: Any = None
+        # What it gave last: the head is run on states in its form.
         self._output: Any = None
-        # Of the last batch, known by its labels: the dense model's states.
-        self._dense: tuple[torch.Tensor | None, torch.Tensor] = (None, torch.empty(0))
+        # The dense model's states of the last batch, whose tensors these are, in these versions.
+        self._batch: list[torch.Tensor] = []
+        self._versions: list[int] = []
+        self._dense = torch.empty(0)
 
     def sequence_losses(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """
@@ -105,18 +119,27 @@ class Distillation:
         Returns:
             `torch.Tensor`: Summed loss of every sequence, float32 `[sequences]`.
         """
+        if "labels" not in inputs:
+            raise ValueError(f"a batch has no labels, only {', '.join(inputs)}; add them, as a copy of input_ids.")
         labels = inputs["labels"]
         counts = labels[:, 1:] != -100
-        if "distillation" in self._weights and self._dense[0] is not labels:
+        tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+        versions = [tensor._version for tensor in tensors]
+        known = len(tensors) == len(self._batch) and all(map(operator.is_, tensors, self._batch))
+        if not known or versions != self._versions:
             with torch.no_grad(), evaluating(self._causal), unmasked(self._causal):
-                self._dense = labels, self._states(model, inputs)[:, :-1][counts]
-        states, targets, dense = self._states(model, inputs)[:, :-1][counts], labels[:, 1:][counts], self._dense[1]
+                if self._backbone is None:
+                    self._backbone = self._feeds_head(model, inputs)
+                self._dense = self._states(model, inputs)[:, :-1][counts]
+            self._batch, self._versions = tensors, versions
+        states, targets, dense = self._states(model, inputs)[:, :-1][counts], labels[:, 1:][counts], self._dense
 
         def losses_of(some: torch.Tensor, start: int) -> torch.Tensor:
             here = slice(start, start + len(some))
             return self._token_losses(some, dense[here], targets[here])
 
         losses = _SpanBySpan.apply(states, losses_of)
+        self._output = None
         return losses.new_zeros(len(labels)).index_add(0, counts.nonzero()[:, 0], losses)
 
     def _token_losses(self, states: torch.Tensor, dense: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -132,6 +155,29 @@ class Distillation:
             losses = losses + weight * self._temperature**2 * divergence
         return losses
 
+    def _feeds_head(self, model: nn.Module, inputs: dict[str, Any]) -> nn.Module:
+        """The module whose output the model itself takes to its head: of those that run, the outermost."""
+        ran: list[nn.Module] = []
+        handles = [
+            module.register_forward_hook(lambda module, args, output: ran.append(module))
+            for module in {self._causal.base_model, self._causal.get_decoder()} - {self._causal}
+        ]
+        try:
+            self._run(model, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not ran:
+            raise ValueError(
+                f"objective='distillation' does not find the decoder of {type(self._causal).__name__}; "
+                "use objective='language-modeling'."
+            )
+        return ran[-1]
+
+    def _run(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        known = {name: value for name, value in inputs.items() if name != "labels"}
+        model(**known | {"use_cache": False, "return_dict": True})
+
     def _states(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """What the backbone hands to the head, `[sequences, tokens, hidden]`."""
         states = []
@@ -140,11 +186,14 @@ class Distillation:
             states.append(output.last_hidden_state)
             # The head is to come; it is spared all but one token.
             output.last_hidden_state = output.last_hidden_state[:, :1]
+            if "router_logits" in output:
+                # A loss of the router's is none of a token's.
+                output.router_logits = None
             self._output = output
 
         handle = self._backbone.register_forward_hook(keep)
         try:
-            model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+            self._run(model, inputs)
         finally:
             handle.remove()
         return states[0]
@@ -155,7 +204,7 @@ class Distillation:
         before = vars(self._backbone).get("forward")
         self._backbone.forward = lambda *args, **kwargs: self._output
         try:
-            logits = self._causal(use_cache=False).logits[0]
+            logits = self._causal(use_cache=False, return_dict=True).logits[0]
         finally:
             del self._backbone.forward
             # Where something else has replaced it, it is put back.

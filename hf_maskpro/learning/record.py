@@ -1,6 +1,5 @@
 """What stays of a run beside the mask: its settings in the adapter, its plot, its card."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,15 @@ from transformers.trainer_utils import SchedulerType
 from ..tuner import MaskProConfig
 from ..tuner.card import CARD_FILE, card_for_repository, load_card, save_card
 from ..tuner.files import private_folder
+from .objectives import objective_weights
+
+
+def objective_name(args: TrainingArguments) -> str:
+    """What a run minimises, in words."""
+    weights = objective_weights(args.objective)
+    softened = "distillation" in weights and args.distillation_temperature != 1
+    temperature = f" at temperature {args.distillation_temperature:g}" if softened else ""
+    return " + ".join(f"{w:g} {name}" if len(weights) > 1 else name for name, w in weights.items()) + temperature
 
 
 def record_training(config: MaskProConfig, args: TrainingArguments, steps: int, settings: dict[str, Any]) -> None:
@@ -19,7 +27,7 @@ def record_training(config: MaskProConfig, args: TrainingArguments, steps: int, 
     known = config.start.get("training", {})
     config.start["training"] = {name: known[name] for name in ("text", "seq_len") if name in known} | {
         "estimator": args.estimator,
-        "objective": args.objective if isinstance(args.objective, str) else json.dumps(args.objective),
+        "objective": objective_name(args),
         "steps": steps,
         "sequences_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning_rate": args.learning_rate,

@@ -43,6 +43,16 @@ class Simple(Estimator):
 
     @classmethod
     def defaults(cls, args: TrainingArguments) -> dict[str, Any]:
+        if args.optimizer_in_backward and args.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "optimizer_in_backward=True steps in every backward pass, and gradient_accumulation_steps is "
+                f"{args.gradient_accumulation_steps}, not 1; use larger batches, or drop one of the two."
+            )
+        if args.optimizer_in_backward and (args.max_grad_norm or 0) > 0:
+            raise ValueError(
+                "optimizer_in_backward=True steps before the norm of all gradients is known, and max_grad_norm is "
+                f"{args.max_grad_norm}, not 0; drop one of the two."
+            )
         # Of a run that is measured in epochs the number of steps is not known here.
         steps = args.max_steps if args.max_steps > 0 else 120
         rate = 0.2 * sqrt(120 / steps) if args.learning_rate is None else args.learning_rate
@@ -65,20 +75,10 @@ class Simple(Estimator):
         args = self.trainer.args
         if not args.optimizer_in_backward:
             return
-        if args.gradient_accumulation_steps > 1:
-            raise ValueError(
-                "optimizer_in_backward=True steps in every backward pass, and gradient_accumulation_steps is "
-                f"{args.gradient_accumulation_steps}, not 1; use larger batches, or drop one of the two."
-            )
         if (processes := max(args.world_size, args.n_gpu)) > 1:
             raise ValueError(
                 f"optimizer_in_backward=True runs in one process on one device, not {processes}: it steps before "
                 "gradients are summed; drop it, or run one process."
-            )
-        if args.max_grad_norm > 0:
-            raise ValueError(
-                "optimizer_in_backward=True steps before the norm of all gradients is known, and max_grad_norm is "
-                f"{args.max_grad_norm}, not 0; drop one of the two."
             )
         if self.trainer.optimizer is not None:
             raise ValueError("optimizer_in_backward=True steps the logits itself; drop optimizers.")

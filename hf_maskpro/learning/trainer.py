@@ -19,7 +19,7 @@ from ..tuner.card import PLOT, load_card, save_card
 from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
 from .objectives import Distillation, objective_weights
-from .record import add_to_card, card_path, plot_run, record_training
+from .record import add_to_card, card_path, objective_name, plot_run, record_training
 
 
 class MaskProTrainer(Trainer):
@@ -59,6 +59,11 @@ class MaskProTrainer(Trainer):
         if "distillation" in weights:
             if self.compute_loss_func is not None or self.label_smoother is not None:
                 raise ValueError("objective='distillation' is a loss; drop compute_loss_func and label_smoothing.")
+            if args.n_gpu > 1:
+                raise ValueError(
+                    f"objective='distillation' runs in one process a GPU, and this one has {args.n_gpu}; "
+                    "start it with torchrun or accelerate launch, or show it one GPU by CUDA_VISIBLE_DEVICES."
+                )
             self.distillation = Distillation(model, weights, args.distillation_temperature)
         self._given_optimizer = self.optimizer
         self._hooks: list[RemovableHandle] = []
@@ -74,11 +79,14 @@ class MaskProTrainer(Trainer):
         # What an earlier run of this trainer left behind is not this run's.
         self.estimator = ESTIMATORS[self.args.estimator](self, self.adapter)
         self.optimizer = self._given_optimizer
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
         self.estimator.begin()
-        output = super().train(*args, **kwargs)
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            # Another run over these logits may be another trainer's.
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
         self._record()
         if self.is_world_process_zero() and find_spec("matplotlib") is not None:
             plot_run(self.state, Path(self.args.output_dir) / PLOT)
@@ -112,7 +120,9 @@ class MaskProTrainer(Trainer):
         # Evaluation asks for outputs, too; its loss is the language model's whatever is minimised.
         if self.distillation is None or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = self.distillation.sequence_losses(model, inputs).sum()
+        # The head runs by itself, out of reach of what accelerate has put around the model's forward.
+        with self.accelerator.autocast():
+            loss = self.distillation.sequence_losses(model, inputs).sum()
         if not self.model_accepts_loss_kwargs or num_items_in_batch is None:
             return loss / (inputs["labels"][:, 1:] != -100).sum()
         # Ranks' gradients are averaged, and the items are those of all.
@@ -201,6 +211,12 @@ class MaskProTrainer(Trainer):
             raise ValueError(
                 f"{resume_from_checkpoint} is not a checkpoint of estimator={self.args.estimator!r}, but of "
                 f"{learner!r}; start a new run from it."
+            )
+        mine, theirs = objective_name(self.args), saved.start.get("training", {}).get("objective")
+        if theirs not in (None, mine):
+            raise ValueError(
+                f"{resume_from_checkpoint} minimises {theirs}, and objective is {mine}; resume with the same, or "
+                "start a new run from it."
             )
         for name in ("n", "m", "logit_scale"):
             mine, theirs = getattr(self.config, name), getattr(saved, name)

@@ -87,7 +87,7 @@ def test_several_texts_of_models_without_an_adapter(checkpoint, adapter, merged,
     assert [each.keys() for each in sparse["texts"].values()] == 2 * [{"perplexity", "protocol"}]
     assert "elsewhere" not in sparse
     compare = ["--compare", checkpoint, adapter, "--model", checkpoint, *given]
-    dense, masked = measured(*compare)
+    dense, masked = measured(*compare)["models"]
     assert masked["texts"] == sparse["texts"]
     printed = run("eval", *compare).stdout
     for path in (elsewhere[0], text):
@@ -126,7 +126,7 @@ def test_tasks_of_a_file(checkpoint, adapter, merged, task):
 
 def test_models_side_by_side(checkpoint, adapter, merged, text, task):
     compare = ["--compare", checkpoint, adapter, merged, "--model", checkpoint, "--text", text, "--seq-len", 32]
-    dense, masked, sparse = measured(*compare, "--tasks", task, "--limit", 4)
+    dense, masked, sparse = measured(*compare, "--tasks", task, "--limit", 4)["models"]
     assert [(row["model"], row["adapter"]) for row in (dense, masked, sparse)] == [
         (str(checkpoint), None),
         (str(checkpoint), str(adapter)),

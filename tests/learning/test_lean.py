@@ -1,5 +1,7 @@
 """`simple` with its optimizer in the backward pass: the same rule as a plain loop, in less memory."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -8,6 +10,7 @@ from transformers import TrainerCallback
 from hf_maskpro import MaskProConfig, MaskProTrainer
 from hf_maskpro.learning.lean import OptimizerInBackward, _update_kernel
 from hf_maskpro.subset import Kernel, random_keys
+from hf_maskpro.tuner import masked_layers
 
 from ..conftest import tiny_llama
 from .test_trainer import NotANumber, Spoiled, arguments, recover, rows, thetas
@@ -238,3 +241,28 @@ def test_several_processes_and_an_optimizer_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(type(args), "world_size", 2)
     with pytest.raises(ValueError, match="one process on one device, not 2"):
         MaskProTrainer(masked_llama(), args, train_dataset=rows())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_is_over_moves_nothing_any_more(tmp_path, fails):
+    model = get_peft_model(tiny_llama(), MaskProConfig(logit_scale=4.0))
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            if fails:
+                raise KeyboardInterrupt
+
+    args = arguments(tmp_path, "simple", optimizer_in_backward=True, max_steps=2)
+    trainer = MaskProTrainer(model, args, train_dataset=rows(), callbacks=[Stops()])
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        trainer.train()
+    before = thetas(model)
+    ids = torch.stack([row["input_ids"] for row in rows(4)])
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(torch.equal(one, other) for one, other in zip(before, thetas(model), strict=True))
+    assert all(layer.maskpro_theta["default"].grad is not None for layer in masked_layers(model).values())
+
+
+def test_the_other_estimators_refuse_it(tmp_path):
+    with pytest.raises(ValueError, match="is for estimator='simple', not 'residual'"):
+        arguments(tmp_path, "residual", optimizer_in_backward=True)

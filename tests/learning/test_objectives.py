@@ -7,7 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
-from transformers import BartConfig, BartForConditionalGeneration, Gemma2Config, Gemma2ForCausalLM, Trainer
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Trainer,
+)
+from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from hf_maskpro import MaskProConfig, MaskProTrainer
 from hf_maskpro.learning import objectives
@@ -45,7 +54,22 @@ def double(model):
     return masked.train(), values
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def tiny_opt():
+    """It calls the decoder inside its base model, and not the base model."""
+    torch.manual_seed(0)
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=34,
+            hidden_size=16,
+            ffn_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            word_embed_proj_dim=16,
+        )
+    )
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_opt])
 @pytest.mark.parametrize("weights", [{"distillation": 1.0}, {"distillation": 0.7, "language-modeling": 0.2}])
 def test_the_gradient_is_that_of_a_plain_implementation(monkeypatch, make, weights):
     monkeypatch.setattr(objectives, "SPAN", 5)
@@ -53,6 +77,8 @@ def test_the_gradient_is_that_of_a_plain_implementation(monkeypatch, make, weigh
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        if isinstance(module, OPTDecoderLayer):
+            module.dropout = 0.0
     inputs = batch(rows(4, ragged=True))
     with model.disable_adapter(), torch.no_grad():
         dense = model(input_ids=inputs["input_ids"]).logits
@@ -177,7 +203,21 @@ def test_residual_caches_the_divergence(tmp_path):
     assert learn("cache") == pytest.approx(learn("step"), rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["kl", '{"distillation": 0}', '{"kl": 1}', "{}"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "kl",
+        "{",
+        "{}",
+        '{"kl": 1}',
+        '{"distillation": 2}',
+        '{"distillation": 0, "language-modeling": 1}',
+        '{"distillation": "2", "language-modeling": 1}',
+        '{"distillation": Infinity, "language-modeling": 1}',
+        ["distillation"],
+        7,
+    ],
+)
 def test_an_unknown_objective_is_refused(tmp_path, objective):
     with pytest.raises(ValueError, match=r"^objective is .*language-modeling"):
         arguments(tmp_path, "simple", objective=objective)
@@ -198,6 +238,37 @@ def test_models_without_a_head_of_their_own_are_refused(tmp_path):
     masked = get_peft_model(BartForConditionalGeneration(config), MaskProConfig())
     with pytest.raises(ValueError, match="needs a causal language model, not BartFor"):
         MaskProTrainer(masked, arguments(tmp_path, "simple", objective="distillation"), train_dataset=rows())
+
+
+def test_the_dense_states_of_a_batch_that_was_changed_in_place_are_not_kept():
+    masked = get_peft_model(tiny_llama(), MaskProConfig()).eval()
+    objective = Distillation(masked, {"distillation": 1.0}, 1.0)
+    inputs, others = batch(rows(4)), batch(rows(4, seed=1))
+    with torch.no_grad():
+        objective.sequence_losses(masked, inputs)
+        for name, value in others.items():
+            inputs[name].copy_(value)
+        changed = objective.sequence_losses(masked, inputs)
+        fresh = Distillation(masked, {"distillation": 1.0}, 1.0).sequence_losses(masked, others)
+    assert torch.equal(changed, fresh)
+
+
+def test_a_batch_without_labels_is_named():
+    masked = get_peft_model(tiny_llama(), MaskProConfig())
+    with pytest.raises(ValueError, match="has no labels, only input_ids"):
+        Distillation(masked, {"distillation": 1.0}, 1.0).sequence_losses(masked, {"input_ids": batch(rows(2))})
+
+
+def test_a_run_does_not_go_on_with_another_objective(tmp_path):
+    def trainer(objective):
+        args = arguments(
+            tmp_path, "simple", objective=objective, max_steps=2, save_strategy="steps", save_steps=1, seed=0
+        )
+        return MaskProTrainer(get_peft_model(tiny_llama(), MaskProConfig()), args, train_dataset=rows())
+
+    trainer("distillation").train()
+    with pytest.raises(ValueError, match="minimises distillation, and objective is language-modeling"):
+        trainer("language-modeling").train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_a_trained_head_is_refused(tmp_path):
