@@ -1,13 +1,13 @@
 """How a text is cut into windows, and in words."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..starts import start_token_of
 from ..starts.calibration import begin_windows
+from ..starts.text import check_length, tokens_after_start
 
 
 def windows(
@@ -106,11 +106,7 @@ def tokens_of(
     if seq_len < 2:
         raise ValueError(f"seq_len is {seq_len}; a window needs at least 2 tokens.")
     start_id = start_token_of(tokenizer) if start_token else None
-    known = tokenizer(text, add_special_tokens=start_id is None, verbose=False).input_ids
-    # A text may spell its start token out, as chat templates do.
-    if start_id is not None and known[:1] == [start_id]:
-        known = known[1:]
-    ids = torch.tensor(known[:max_tokens])
+    ids = torch.tensor(tokens_after_start(tokenizer, text, start_id)[:max_tokens])
     if len(ids) < seq_len - (start_id is not None):
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {seq_len}; lower seq_len.")
     return ids, start_id
@@ -202,16 +198,3 @@ def protocol(
     if start_id is not None:
         kind += ", each from the start token on"
     return f"{kind}, {spans[-1][-1]} tokens"
-
-
-def check_length(model: torch.nn.Module, seq_len: int) -> None:
-    """
-    Raises:
-        `ValueError`: if windows are longer than the model has positions: learned ones end in an index error there, and
-            rotary ones in a figure that says nothing.
-    """
-    config: Any = model.config
-    # Not every architecture counts positions.
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and seq_len > positions:
-        raise ValueError(f"windows of {seq_len:,} tokens exceed the model's {positions:,} positions; lower seq_len.")

@@ -41,6 +41,8 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
             text. `"distillation"`: KL(dense || masked) of every next token, the dense model being the same one without
             its adapters. Or a weight for each, `{"distillation": 2, "language-modeling": 1}`. Default
             `"language-modeling"`.
+        max_length (`int`, defaults to 512):
+            Length of the windows that text is packed into, in tokens; see [`MaskProTrainer`].
         distillation_temperature (`float`, defaults to 1.0):
             Of both distributions of the divergence, which is multiplied by its square.
         modules_to_save_learning_rate (`float`, defaults to 5e-5):
@@ -75,6 +77,7 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
 
     estimator: str = field(default="residual", metadata={"help": "How the mask is learned."})
     objective: dict[str, float] | str | None = field(default=None, metadata={"help": "What is minimised."})
+    max_length: int = field(default=512, metadata={"help": "Length of the windows of text, in tokens."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "Of the divergence's distributions."})
     modules_to_save_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of modules_to_save."})
     learning_rate: float | None = field(default=None, metadata={"help": "The estimator's own unless given."})
@@ -91,6 +94,8 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
             raise ValueError(f"estimator is {self.estimator!r}; use one of {', '.join(map(repr, ESTIMATORS))}.")
         if self.optimizer_in_backward and self.estimator != "simple":
             raise ValueError(f"optimizer_in_backward=True is for estimator='simple', not {self.estimator!r}; drop it.")
+        if self.max_length < 2:
+            raise ValueError(f"max_length is {self.max_length}; a window needs at least 2 tokens.")
         if not self.distillation_temperature > 0:
             raise ValueError(f"distillation_temperature is {self.distillation_temperature}; it has to be positive.")
         common = {

@@ -10,14 +10,20 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
+<<<<<<< HEAD
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+=======
+from transformers import Trainer, default_data_collator
+from transformers.trainer_utils import TrainOutput
+>>>>>>> api
 
 from ..tuner import MaskProConfig, saved_config
 from ..tuner.card import PLOT, load_card, save_card
 from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
+from .dataset import rows_of
 from .objectives import Distillation, objective_weights
 from .record import add_to_card, card_path, objective_name, plot_run, record_training
 
@@ -36,19 +42,54 @@ class MaskProTrainer(Trainer):
     Args:
         model ([`~peft.PeftModel`]): A model with a mask adapter.
         args ([`MaskProTrainingArguments`]): The arguments of the run.
+        train_dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list[dict]`, *optional*):
+            Rows with a text in the column `text` or a conversation in the column `messages`, which are tokenised, by
+            the tokenizer's chat template, and packed into windows of `args.max_length` tokens; each begins with the
+            start token, where the tokenizer adds one. A stream is tokenised as it is read. Rows with arguments of the
+            model's forward, as `input_ids` and `labels`, are left as they are.
+        eval_dataset (*optional*):
+            Likewise, or a dictionary of such datasets by name.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): The tokenizer.
+        data_collator (`Callable`, *optional*):
+            Makes a batch of rows. Without a `processing_class` it is given the rows as they are, whatever they hold.
         kwargs: As for `Trainer`.
 
     Raises:
-        `ValueError`: if the model has no mask adapter, or its adapter cannot be trained by the estimator.
+        `ValueError`: if the model has no mask adapter, its adapter cannot be trained by the estimator, or a dataset
+            has neither text nor what the model's forward takes.
         `FloatingPointError`: from `train`, if several updates in a row are not finite.
     """
 
     args: MaskProTrainingArguments
     optimizer: Any
 
-    def __init__(self, model: nn.Module, args: MaskProTrainingArguments, **kwargs: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        args: MaskProTrainingArguments,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        data_collator: Any = None,
+        **kwargs: Any,
+    ):
         self.adapter = TrainedAdapter.of(model)
-        super().__init__(model=model, args=args, **kwargs)
+        if processing_class is not None or data_collator is None:
+            read = partial(rows_of, model=model, tokenizer=processing_class, max_length=args.max_length)
+            rows, eval_rows = read(train_dataset), read(eval_dataset)
+            # Windows need no padding, and not every tokenizer has a token for it.
+            if data_collator is None and (rows is not train_dataset or eval_rows is not eval_dataset):
+                data_collator = default_data_collator
+            train_dataset, eval_dataset = rows, eval_rows
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            **kwargs,
+        )
         if self.accelerator.mixed_precision == "fp16":
             raise ValueError("fp16 scales gradients, which moves the logits by the scale; use bf16.")
         if self.is_deepspeed_enabled:

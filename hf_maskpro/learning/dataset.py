@@ -1,0 +1,95 @@
+"""What a trainer is given to learn from, as rows that the model's forward takes."""
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import has_length
+
+from ..starts import start_token_of
+from ..starts.batches import forward_arguments
+from ..starts.calibration import begin_windows
+from ..starts.text import check_length, tokens_after_start
+
+
+# Tokenised at once: a text each would be slow, and the first step of a stream waits for them all.
+ROWS_AT_ONCE = 100
+
+
+class TextWindows(IterableDataset):
+    """
+    A dataset's rows of text, one after the other, in windows that are filled to the last token; what is left over at
+    the end is not used. It is read and tokenised as it is gone through.
+
+    Args:
+        dataset (`Iterable[dict]`): The rows.
+        column (`str`): `"text"`, texts that a blank line is put between, or `"messages"`, conversations that the
+            tokenizer's chat template is applied to.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer. Every window begins with its start token, where it adds
+            one to a text.
+        max_length (`int`): Length of a window, in tokens.
+
+    Raises:
+        `ValueError`: if the rows fill no window.
+    """
+
+    def __init__(self, dataset: Any, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int):
+        self.dataset, self.column, self.tokenizer, self.max_length = dataset, column, tokenizer, max_length
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        start_id = start_token_of(self.tokenizer)
+        length = self.max_length - (start_id is not None)
+        rows = iter(self.dataset)
+        left = torch.empty(0, dtype=torch.int64)
+        is_first, filled = True, False
+        while some := list(islice(rows, ROWS_AT_ONCE)):
+            known = tokens_after_start(self.tokenizer, self._text(some), start_id, is_first)
+            is_first = False
+            ids = torch.cat([left, torch.tensor(known, dtype=torch.int64)])
+            whole = len(ids) // length * length
+            for window in begin_windows(ids[:whole].view(-1, length), start_id):
+                filled = True
+                yield {"input_ids": window, "labels": window}
+            left = ids[whole:]
+        if not filled:
+            raise ValueError(
+                f"the dataset has {len(left)} tokens, fewer than one window of {self.max_length}; lower max_length."
+            )
+
+    def _text(self, rows: list[dict[str, Any]]) -> str:
+        if self.column == "messages":
+            return "".join(str(self.tokenizer.apply_chat_template(row["messages"], tokenize=False)) for row in rows)
+        return "".join(f"{row['text']}\n\n" for row in rows if row["text"])
+
+
+def rows_of(dataset: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> Any:
+    """
+    A dataset as a trainer takes it: the windows of its text, all at once unless it is a stream, or itself if it has
+    what the model's forward takes. Of several, by name, each.
+
+    Raises:
+        `ValueError`: if it has neither, or nobody can tokenise its text.
+    """
+    if isinstance(dataset, dict):
+        rows = {name: rows_of(each, model, tokenizer, max_length) for name, each in dataset.items()}
+        return dataset if all(rows[name] is dataset[name] for name in dataset) else rows
+    row = None if dataset is None else next(iter(dataset), None)
+    # What else rows may be is for a collator to know.
+    if not isinstance(row, Mapping) or (forward_arguments(model).keys() - {"labels"}) & row.keys():
+        return dataset
+    column = "messages" if "messages" in row else "text"
+    if column not in row:
+        raise ValueError(
+            f"the dataset has the columns {', '.join(row)}; it needs one of text, messages and input_ids."
+        )
+    if tokenizer is None:
+        raise ValueError(f"the dataset's column {column!r} has to be tokenised; pass processing_class=tokenizer.")
+    if column == "messages" and tokenizer.chat_template is None:
+        raise ValueError("the dataset has messages, and the tokenizer no chat template; pass a column 'text' instead.")
+    check_length(model, max_length, "max_length")
+    windows = TextWindows(dataset, column, tokenizer, max_length)
+    return list(windows) if has_length(dataset) else windows
