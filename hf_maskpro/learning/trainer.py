@@ -10,14 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
-<<<<<<< HEAD
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerState, default_data_collator
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-=======
-from transformers import Trainer, default_data_collator
-from transformers.trainer_utils import TrainOutput
->>>>>>> api
 
 from ..tuner import MaskProConfig, saved_config
 from ..tuner.card import PLOT, load_card, save_card
