@@ -146,7 +146,7 @@ def train(
             min=0,
             max=40,
             metavar="C",
-            help="6 unless given.",
+            help="6 unless given, 10 with --advantage raw.",
             rich_help_panel=LEARNING,
         ),
     ] = None,
@@ -322,6 +322,11 @@ def train(
     names = [*map(str, text or []), *(dataset or []), *[GENERATED] * (self_generated > 0)]
     if not names:
         raise ValueError("nothing to learn from: pass --text FILE, --dataset NAME or --self-generated TOKENS.")
+    if self_generated and (chat or not start_token):
+        raise ValueError(
+            "text that the model generates is taken as it is, from the start token on; drop --self-generated or "
+            "--chat and --no-start-token."
+        )
     if 0 < self_generated < seq_len:
         raise ValueError(f"--self-generated is {self_generated}, less than one window of {seq_len}; raise it.")
     shares = shares_of(weights, len(names))
@@ -400,7 +405,9 @@ def _rows(windows: Any) -> list[dict[str, Any]]:
 
 def _previous(output: Path) -> Path:
     """Where a folder is kept until its successor is complete, under a name that nobody else gives."""
-    return output.absolute().with_name(f".{output.absolute().name}.replaced")
+    # A name may have no more bytes than this leaves room for.
+    name = output.absolute().name.encode()[:200].decode(errors="ignore")
+    return output.absolute().with_name(f".{name}.replaced")
 
 
 def set_aside(output: Path) -> None:

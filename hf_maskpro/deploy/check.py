@@ -1,10 +1,8 @@
 """The check that a model has a pattern of sparsity."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..starts.sources import open_tensors
 from ..subset import group_members
 from ..tuner import MaskProLayer
+from ..tuner.files import json_object, weight_files
 
 
 _NOT_MASKED = {
@@ -125,38 +123,6 @@ def skeleton_of(folder: Path) -> PreTrainedModel:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{folder / 'config.json'} describes no causal language model: {reason:.300}") from error
-
-
-def json_object(path: Path) -> dict[str, Any]:
-    """
-    What a JSON file holds.
-
-    Raises:
-        `ValueError`: if that is no object.
-    """
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file: {error}.") from error
-    if not isinstance(known, dict):
-        raise ValueError(f"{path} holds {str(known)[:50]!r}, which is no object.")
-    return known
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers loads, which need not be all that lie there; they may be links."""
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        return [folder / SAFE_WEIGHTS_NAME]
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        raise ValueError(f"{folder} has no safetensors checkpoint.")
-    files = json_object(index).get("weight_map")
-    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
-        raise ValueError(f"{index}: weight_map is {str(files)[:50]!r}, which names no files.")
-    for name in sorted(set(files.values())):
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{index}: weight_map leads out of its folder, to {name}; put the file itself there.")
-    return [folder / name for name in sorted(set(files.values()))]
 
 
 def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:

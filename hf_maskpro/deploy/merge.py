@@ -17,10 +17,10 @@ from ..starts.sources import Tensors, locate, open_adapter, open_tensors, saved_
 from ..subset import keep_of
 from ..tuner import masked_layers, saved_config
 from ..tuner.base import fingerprint
-from ..tuner.files import inside
+from ..tuner.files import inside, json_object, weight_files
 from ..tuner.layer import MaskProLayer
 from .card import write_merged_card
-from .check import check_sparsity, json_object, parameter_names, skeleton_of, weight_files
+from .check import check_sparsity, parameter_names, skeleton_of
 from .folders import check_free, new_folder
 
 

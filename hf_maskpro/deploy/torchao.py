@@ -4,7 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-from .check import check_sparsity, weight_files
+from ..tuner.files import weight_files
+from .check import check_sparsity
 from .folders import new_folder
 from .merge import checkpoint_folder, copy_companions, merge
 

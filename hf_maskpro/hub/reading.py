@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,13 @@ def record_evaluation(folder: str | Path, dataset: str, metric: str, value: floa
         metric (`str`): What was measured, for instance `"perplexity"`.
         value (`float`): The result.
         protocol (`str`): How: window, tokens.
+
+    Raises:
+        `ValueError`: if the result is not finite, or the adapter does not say how its mask was made.
     """
     folder = Path(folder)
+    if not isfinite(value):
+        raise ValueError(f"{metric} on {dataset} is {value}, which is no result to record.")
     path = folder / CONFIG_FILE
     raw = json.loads(path.read_text(encoding="utf-8"))
     entry = {"dataset": dataset, "metric": metric, "value": value, "protocol": protocol}

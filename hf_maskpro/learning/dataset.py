@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import has_length
 
@@ -43,7 +43,9 @@ class TextWindows(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         start_id = start_token_of(self.tokenizer)
         length = self.max_length - (start_id is not None)
-        rows = iter(self.dataset)
+        worker = get_worker_info()
+        # Each worker reads everything, and takes its share.
+        rows = islice(self.dataset, *((worker.id, None, worker.num_workers) if worker else (None,)))
         left = torch.empty(0, dtype=torch.int64)
         is_first, filled = True, False
         while some := list(islice(rows, ROWS_AT_ONCE)):
@@ -55,7 +57,7 @@ class TextWindows(IterableDataset):
                 filled = True
                 yield {"input_ids": window, "labels": window}
             left = ids[whole:]
-        if not filled:
+        if not filled and worker is None:
             raise ValueError(
                 f"the dataset has {len(left)} tokens, fewer than one window of {self.max_length}; lower max_length."
             )
@@ -77,7 +79,8 @@ def rows_of(dataset: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase |
     if isinstance(dataset, dict):
         rows = {name: rows_of(each, model, tokenizer, max_length) for name, each in dataset.items()}
         return dataset if all(rows[name] is dataset[name] for name in dataset) else rows
-    row = None if dataset is None else next(iter(dataset), None)
+    # What can be gone through only once would lose the row that is looked at.
+    row = None if dataset is None or isinstance(dataset, Iterator) else next(iter(dataset), None)
     # What else rows may be is for a collator to know.
     if not isinstance(row, Mapping) or (forward_arguments(model).keys() - {"labels"}) & row.keys():
         return dataset

@@ -28,7 +28,7 @@ class OptimizerInBackward:
 
     The rule is RMSprop, Adam without its first moment: `theta -= lr * g / (sqrt(v / (1 - beta2^t)) + epsilon)`, with
     `v` a moving average of `g^2` for every logit. `v` is kept as its logarithm in 8 bits, rounded up or down at
-    random: in 50 steps it fades by a third, and rounded to nearest it would never do so. bfloat16 logits are rounded
+    random: in 50 steps it fades to a third, and rounded to nearest it would never do so. bfloat16 logits are rounded
     likewise. Where a gradient is not finite, the layer stays as it is.
 
     Args:
@@ -99,6 +99,10 @@ class OptimizerInBackward:
             raise ValueError(
                 f"{path} does not hold the state of these layers; resume with the settings of the checkpoint."
             )
+        for name, value in saved.items():
+            whole = value.dtype == torch.uint8 if "moment" in name else value.isfinite() and value >= 0
+            if not whole:
+                raise ValueError(f"{path} has a {name} that no run writes; resume from an earlier checkpoint.")
         for i, (moment, count) in enumerate(zip(self.second_moments, self.updates, strict=True)):
             moment.copy_(saved[f"{i}.second_moment"])
             count.copy_(saved[f"{i}.updates"])

@@ -75,8 +75,9 @@ class Residual(Estimator):
             raise ValueError(f"advantage is {args.advantage!r}; use 'scaled' or 'raw'.")
         if args.baseline not in ("auto", "step", "cache"):
             raise ValueError(f"baseline is {args.baseline!r}; use one of 'auto', 'step', 'cache'.")
-        if not 0 <= args.tracker_decay < 1:
-            raise ValueError(f"tracker_decay is {args.tracker_decay}, outside 0 to 1; 0.99 is usual.")
+        # At 0 the tracker is the residual itself, and nothing is left to learn from.
+        if not 0 < args.tracker_decay < 1:
+            raise ValueError(f"tracker_decay is {args.tracker_decay}, not between 0 and 1; 0.99 is usual.")
         rate = 50.0 if args.advantage == "raw" else 0.2
         return {"learning_rate": rate, "lr_scheduler_type": "constant", "warmup_steps": 0}
 
@@ -214,6 +215,8 @@ class Residual(Estimator):
         names = ("tracker", "variance", "moves") if scaled else ("tracker",)
         try:
             state = json.loads(path.read_text())
+            if not scaled and "variance" in state:
+                raise KeyError("raw advantage")
             values = [float(state[name]) for name in names]
         except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
             raise ValueError(

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..subset import group_members, mask_of, mode, mode_codes, pack, unpack, unpack_codes
 from ..tuner import MaskProConfig, MaskProLayer, logit_scale, masked_layers, saved_config
+from ..tuner.files import weight_files
 from ..tuner.layer import LOGITS
 
 
@@ -71,10 +72,7 @@ def _reader(path: Path, stack: ExitStack, layers: dict[str, MaskProLayer], adapt
             return _adapter_reader(path, stack, adapter_name)
         if (path / MASKLLM_FILE).is_file():
             return _reader(path / MASKLLM_FILE, stack, layers, adapter_name)
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{path} has no adapter, no {MASKLLM_FILE} and no safetensors checkpoint.")
-        return _parameter_reader(open_tensors(files, stack), adapter_name, _of_zeros, "weight")
+        return _parameter_reader(open_tensors(weight_files(path), stack), adapter_name, _of_zeros, "weight")
     if path.suffix == ".npz":
         file = stack.enter_context(path.open("rb"))
         try:

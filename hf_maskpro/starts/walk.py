@@ -58,8 +58,9 @@ class Inputs:
         for start in range(0, unit.shape[1], step):
             self.gram[start : start + step, start:].addmm_(unit[:, start : start + step].T, unit[:, start:])
         if dense is not None:
-            # In the model's own precision, which is several times as fast: it is damped, and added to what is exact.
-            lost = (((dense - rows) * scale).to(rows.dtype).T @ unit.to(rows.dtype)).float()
+            # In half precision, which is several times as fast: it is damped, and added to what is exact.
+            dtype = torch.bfloat16 if rows.dtype == torch.float16 else rows.dtype
+            lost = (((dense - rows) * scale).to(dtype).T @ unit.to(dtype)).float()
             self.lost = lost if self.lost is None else self.lost.add_(lost)
 
     def complete(self) -> None:
@@ -250,12 +251,12 @@ def _choose_in_order(
             gathered: dict[MaskProLayer, Inputs] = {}
             finished = _finished(block, chosen)
             for batch, known in zip(batches, dense, strict=True):
-                calls = sum(len(known.pop(layer, [])) for layer in stage[1:])
-                others = known.pop(stage[0], [])
+                dense_given = {layer: known.pop(layer, []) for layer in stage}
+                calls = sum(map(len, dense_given.values()))
                 with batch.remembering(finished):
-                    given, _ = _inputs_of(block, index, stage, batch, batch.hidden, stop_after=calls + len(others))
+                    given, _ = _inputs_of(block, index, stage, batch, batch.hidden, stop_after=calls)
                 for layers, inputs in _together(gathered, given, True):
-                    tensors = given[layers[0]]
+                    tensors, others = given[layers[0]], dense_given[layers[0]]
                     # What one expert is sent of the dense model's tokens need not be the same tokens.
                     same = len(tensors) == len(others) and all(map(batch.is_row_a_token, tensors + others))
                     for tensor, other in zip(tensors, others if same else [None] * len(tensors), strict=True):

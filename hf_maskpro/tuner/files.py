@@ -1,11 +1,15 @@
 """Files of a folder: read from nowhere else, and written whole."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
 def inside(folder: Path, path: Path, *others: Path) -> Path:
@@ -91,3 +95,35 @@ def _keep(file: Path, copy: Path) -> None:
     # Not every file system has links.
     except OSError:
         shutil.copy2(file, copy)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """
+    What a JSON file holds.
+
+    Raises:
+        `ValueError`: if that is no object.
+    """
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file: {error}.") from error
+    if not isinstance(known, dict):
+        raise ValueError(f"{path} holds {str(known)[:50]!r}, which is no object.")
+    return known
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads, which need not be all that lie there; they may be links."""
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        raise ValueError(f"{folder} has no safetensors checkpoint.")
+    files = json_object(index).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise ValueError(f"{index}: weight_map is {str(files)[:50]!r}, which names no files.")
+    for name in sorted(set(files.values())):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{index}: weight_map leads out of its folder, to {name}; put the file itself there.")
+    return [folder / name for name in sorted(set(files.values()))]

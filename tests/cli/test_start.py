@@ -85,7 +85,7 @@ def test_names_that_are_not_imported_are_those_of_the_library():
 
 
 def test_the_version_is_written_in_one_place():
-    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert "version" in PROJECT["project"]["dynamic"]
     assert PROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "hf_maskpro.version.__version__"
 
 

@@ -349,7 +349,10 @@ def test_altered_checkpoints(run, data):
     if data.draw(st.booleans()):
         content = data.draw(files(original))
     else:
-        tracker = st.binary(max_size=20) | values.map(lambda value: json.dumps({"tracker": value}).encode())
+        # One value of a whole state, or no state at all.
+        whole = json.loads(original[STATE_FILE])
+        altered = st.tuples(st.sampled_from(sorted(whole)), values)
+        tracker = st.binary(max_size=20) | altered.map(lambda pair: json.dumps(whole | {pair[0]: pair[1]}).encode())
         content = original | {STATE_FILE: data.draw(tracker)}
     write(content, checkpoint)
     trainer = make()

@@ -5,10 +5,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from hf_maskpro import MaskProConfig, MaskProTrainer
-from hf_maskpro.learning.lean import OptimizerInBackward, _update_kernel
+from hf_maskpro.learning.lean import STATE_NAME, OptimizerInBackward, _update_kernel
 from hf_maskpro.subset import Kernel, random_keys
 from hf_maskpro.tuner import masked_layers
 
@@ -266,3 +267,19 @@ def test_a_run_that_is_over_moves_nothing_any_more(tmp_path, fails):
 def test_the_other_estimators_refuse_it(tmp_path):
     with pytest.raises(ValueError, match="is for estimator='simple', not 'residual'"):
         arguments(tmp_path, "residual", optimizer_in_backward=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("0.updates", float("nan")), ("0.updates", -1.0), ("0.second_moment", float("nan"))]
+)
+def test_a_state_that_no_run_writes_is_refused(tmp_path, name, value):
+    def trainer():
+        args = lean(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+        return MaskProTrainer(masked_llama(), args, train_dataset=rows())
+
+    trainer().train()
+    path = tmp_path / "checkpoint-1" / STATE_NAME
+    state = load_file(path)
+    save_file(state | {name: torch.full_like(state[name], value, dtype=torch.float32)}, path)
+    with pytest.raises(ValueError, match=f"has a {name} that no run writes"):
+        trainer().train(resume_from_checkpoint=str(path.parent))

@@ -97,6 +97,14 @@ def test_a_learned_mask_of_an_adapter_with_logits(tmp_path):
     assert same(masks_of(imported(tiny_llama, tmp_path / "adapter")), learned)
 
 
+def test_of_a_pruned_checkpoint_only_what_transformers_loads_is_read(tmp_path):
+    model, masks = random_adapter(tiny_llama)
+    model.merge_and_unload().save_pretrained(tmp_path)
+    other, _ = random_adapter(tiny_llama)
+    save_file({k: v.clone() for k, v in other.merge_and_unload().state_dict().items()}, tmp_path / "z.safetensors")
+    assert same(masks_of(imported(tiny_llama, tmp_path)), masks)
+
+
 def test_a_pruned_checkpoint_may_hold_fewer_weights(tmp_path):
     model, masks = random_adapter(tiny_llama, 1, 4)
     model.merge_and_unload().save_pretrained(tmp_path / "pruned")

@@ -21,8 +21,8 @@ from hf_maskpro import MaskProConfig, initialize_masks
 from hf_maskpro.starts import calibration, generated_text, random_windows, start_token_of, swaps
 from hf_maskpro.starts.gradients import gradient_norms
 from hf_maskpro.starts.walk import walk
-from hf_maskpro.subset import mask_of
-from hf_maskpro.tuner import masked_layers
+from hf_maskpro.subset import group_members, mask_of, mode
+from hf_maskpro.tuner import masked_layers, unmasked
 
 from ..conftest import tiny_gpt2, tiny_llama
 
@@ -444,3 +444,85 @@ def test_gradients_that_are_not_finite_are_refused(ids):
         model.base_model.model.lm_head.weight *= 1e38
     with pytest.raises(ValueError, match="its gradients are not finite"):
         initialize_masks(model, [{"input_ids": ids}])
+
+
+def test_a_walk_by_stages_sees_what_whole_models_see():
+    """Against a slow second way: hooks on whole forward passes, dense and under the masks that were chosen."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="sparsegpt+swaps"))
+    batches = [{"input_ids": torch.randint(2, 34, (3, 11))} for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    seen = {}
+
+    def choose(name, layer, inputs):
+        seen[name] = inputs
+        weight = layer.out_in(layer.get_base_layer().weight)
+        scores = torch.rand(weight.shape, generator=generator)
+        layer.set_initial_mask("default", mode(group_members(scores, 4), 2))
+
+    walk(model, "default", batches, True, choose, in_order=True)
+    layers = masked_layers(model)
+    assert list(seen) == list(layers)
+
+    def inputs_of_all():
+        found = {name: [] for name in layers}
+        handles = [
+            layer.register_forward_pre_hook(lambda layer, args, name=name: found[name].append(args[0].flatten(0, 1)))
+            for name, layer in layers.items()
+        ]
+        with torch.no_grad():
+            for batch in batches:
+                model.eval()(**batch)
+        for handle in handles:
+            handle.remove()
+        return {name: torch.cat(tensors).double() for name, tensors in found.items()}
+
+    masked = inputs_of_all()
+    with unmasked(model):
+        dense = inputs_of_all()
+    for name, inputs in seen.items():
+        scale = masked[name].square().mean(1, keepdim=True).rsqrt()
+        unit = masked[name] * scale
+        torch.testing.assert_close(inputs.gram.double(), unit.T @ unit, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(inputs.squares.double(), masked[name].square().sum(0), rtol=1e-4, atol=1e-5)
+        lost = ((dense[name] - masked[name]) * scale).T @ unit
+        torch.testing.assert_close(inputs.lost.double(), lost, rtol=1e-3, atol=1e-3)
+    # Of the first stage nothing is lost, of all others something is.
+    assert [bool(inputs.lost.norm() > 1e-2) for inputs in seen.values()] == [False] * 3 + [True] * (len(seen) - 3)
+
+
+def test_what_parts_in_a_later_batch_has_its_own_dense_inputs():
+    """Two layers that share their input at first: then each has another."""
+
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.a, self.b = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+        def forward(self, hidden_states, **options):
+            x = self.first(hidden_states)
+            apart = hidden_states[0, 0, 0] > 0
+            return self.a(x) + self.b(2 * x if apart else x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Parts()])
+
+        def forward(self, hidden_states, use_cache=False):
+            return self.layers[0](hidden_states)
+
+    torch.manual_seed(0)
+    model = get_peft_model(Model(), MaskProConfig(target_modules=["first", "a", "b"], init_mask="sparsegpt+swaps"))
+    together, apart = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    together[0, 0, 0], apart[0, 0, 0] = -1.0, 1.0
+    seen = {}
+
+    def choose(name, layer, inputs):
+        seen[name.rpartition(".")[2]] = inputs
+        layer.set_initial_mask("default", mode(group_members(torch.rand(8, 8), 4), 2))
+
+    walk(model, "default", [{"hidden_states": together}, {"hidden_states": apart}], True, choose, in_order=True)
+    # Of tokens of size 1 the factor 2 is no difference.
+    torch.testing.assert_close(seen["a"].gram, seen["b"].gram)
+    torch.testing.assert_close(seen["a"].lost, seen["b"].lost)
