@@ -1,7 +1,7 @@
 """
-Measure a model, the model under a mask adapter, and the merged model: perplexity by both
-usual protocols on a text file, and accuracy on a task of lm-evaluation-harness that is
-made from it.
+Measure a model, the model under a mask adapter, and the merged model: perplexity by
+both usual protocols on a text file, and accuracy on a task of lm-evaluation-harness
+that is made from it.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Learn a 2:4 mask with `transformers.Trainer`: any loop that calls backward will do."""
+"""Learn a 2:4 mask with `transformers.Trainer`: any backward pass trains it."""
 
 import argparse
 from pathlib import Path

@@ -1,6 +1,6 @@
 """
-Learn a 2:4 mask by forward passes alone, from a one-shot mask made by `hf-maskpro init`.
-Plan for many steps.
+Learn a 2:4 mask by forward passes alone, from a one-shot mask made by `hf-maskpro
+init`. Plan for many steps.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Docstrings in Hugging Face's format, as the Google parser of mkdocstrings reads them."""
+"""Docstrings in Hugging Face's format, as mkdocstrings' Google parser reads them."""
 
 import re
 
@@ -30,7 +30,7 @@ def _reference(match: re.Match[str]) -> str:
 
 
 class HuggingFace(griffe.Extension):
-    """Takes the Markdown out of types, where the parser expects annotations, and resolves references."""
+    """Takes the Markdown out of types, which become annotations; resolves links."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.docstring is not None:

@@ -1,4 +1,4 @@
-"""What the site takes from elsewhere: its addresses from pyproject.toml, and MathML for every formula."""
+"""The site's addresses, from pyproject.toml, and MathML for every formula."""
 
 import re
 import tomllib
