@@ -163,6 +163,7 @@ def train(
     gradient_checkpointing: Annotated[
         bool | None,
         typer.Option(
+            "--gradient-checkpointing",
             help="Trade time for memory, where there is a backward pass: on with --optimizer-in-backward.",
             rich_help_panel=STEPS,
         ),

@@ -214,7 +214,7 @@ def test_bad_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pickled files are not read"):
         imported(tiny_llama, tmp_path / "mask.pt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no adapter, no mask_compressed\.npz and no safetensors"):
+    with pytest.raises(ValueError, match=r"empty has no safetensors checkpoint"):
         imported(tiny_llama, tmp_path / "empty")
     with pytest.raises(ValueError, match="does not exist"):
         imported(tiny_llama, tmp_path / "nowhere" / "mask.npz")
