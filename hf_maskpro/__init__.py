@@ -8,7 +8,7 @@ from importlib.metadata import version
 from . import hub
 from .deploy import check_sparsity, packed
 from .evaluation import perplexity
-from .learning import MaskProTrainer, MaskProTrainingArguments
+from .learning import MaskProTrainer, MaskProTrainingArguments, sparsify
 from .starts import initialize_masks
 from .tuner import MaskProConfig
 
@@ -24,4 +24,5 @@ __all__ = [
     "initialize_masks",
     "packed",
     "perplexity",
+    "sparsify",
 ]
