@@ -14,7 +14,7 @@ if "hf_maskpro_cli" not in sys.modules:
     from . import hub
     from .deploy import check_sparsity, packed
     from .evaluation import perplexity
-    from .learning import MaskProTrainer, MaskProTrainingArguments
+    from .learning import MaskProTrainer, MaskProTrainingArguments, sparsify
     from .starts import initialize_masks
     from .tuner import MaskProConfig
 
@@ -28,4 +28,5 @@ __all__ = [
     "initialize_masks",
     "packed",
     "perplexity",
+    "sparsify",
 ]

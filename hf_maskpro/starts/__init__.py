@@ -1,6 +1,6 @@
 """Starting masks: one file per rule, the layer-by-layer walk that they share, refinement, and masks from elsewhere."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 from ..subset import group_members, mask_of, mode
 from ..tuner import DATA_FREE, RULES, MaskProConfig, MaskProLayer, masked_layers, one_adapter, split_init_mask
 from . import gblm, magnitude, pruner_zero, random, ria, sparsegpt, swaps, wanda
+from .batches import read_batches, sequences_in, tokens_in
 from .calibration import generated_text, random_windows, start_token_of
 from .gradients import gradient_norms
 from .sources import fill_masks
@@ -37,7 +38,7 @@ def needs_data(init_mask: str) -> bool:
     return refined or (rule in RULES and rule not in DATA_FREE)
 
 
-def initialize_masks(model: nn.Module, dataloader: Iterable[dict[str, Any]] | None = None) -> None:
+def initialize_masks(model: nn.Module, dataloader: Iterable[Mapping[str, torch.Tensor]] | None = None) -> None:
     """
     Fill the starting masks that `MaskProConfig.init_mask` names, for every active mask adapter.
 
@@ -45,12 +46,14 @@ def initialize_masks(model: nn.Module, dataloader: Iterable[dict[str, Any]] | No
 
     Args:
         model (`torch.nn.Module`): A model with a mask adapter.
-        dataloader (`Iterable[dict]`, *optional*): Batches of calibration text, the arguments of the model's forward,
-            for instance from [`random_windows`]. Needed by every rule but these two, and by `"+swaps"`. Padding, by
-            the batch's `attention_mask`, does not count.
+        dataloader (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): Batches of calibration text. Each maps
+            arguments of the model's forward to tensors, as `{"input_ids": int64 [sequences, tokens]}`; see
+            [`random_windows`]. Needed by every rule but these two, and by `"+swaps"`. Padding, by the batch's
+            `attention_mask`, does not count.
 
     Raises:
-        `ValueError`: if the method needs data and there is none, or a mask from elsewhere does not fit.
+        `ValueError`: if the method needs data and there is none, a batch is something else, or a mask from elsewhere
+            does not fit.
     """
     adapters = {
         name: layer.maskpro_config[name]
@@ -59,10 +62,13 @@ def initialize_masks(model: nn.Module, dataloader: Iterable[dict[str, Any]] | No
         for name in layer.active_adapters
         if name in layer.maskpro_config and not layer.maskpro_config[name].awaits_file
     }
-    batches = None if dataloader is None else list(dataloader)
+    batches = None if dataloader is None else read_batches(model, dataloader)
     for name, config in adapters.items():
         if needs_data(config.init_mask) and batches is None:
-            raise ValueError(f"init_mask={config.init_mask!r} needs calibration text; pass a dataloader.")
+            raise ValueError(
+                f"init_mask={config.init_mask!r} needs calibration text; pass a dataloader, or start from "
+                "'magnitude', which needs none."
+            )
         with one_adapter(model, name):
             _initialize(model, name, config, batches or [])
 
@@ -104,10 +110,8 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
     else:
         walk(model, adapter_name, batches, rule == "sparsegpt", choose, in_order=refined)
     config.start["calibration"] = {
-        "sequences": sum(len(batch["input_ids"]) for batch in batches),
-        "tokens": sum(
-            int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches
-        ),
+        "sequences": sum(map(sequences_in, batches)),
+        "tokens": sum(map(tokens_in, batches)),
     }
 
 

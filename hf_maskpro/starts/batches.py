@@ -1,13 +1,63 @@
-"""What a batch of calibration data is."""
+"""What a batch of calibration text is."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import torch
 from peft import PeftModel
 from torch import nn
+
+
+Batch = Mapping[str, torch.Tensor]
 
 
 def forward_arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """The arguments of a model's forward, by name, also of one that PEFT has wrapped."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return inspect.signature(base.forward).parameters
+
+
+def read_batches(model: nn.Module, dataloader: Iterable[Batch]) -> list[dict[str, torch.Tensor]]:
+    """
+    All batches of a dataloader.
+
+    Raises:
+        `ValueError`: if one is no batch that the model's forward takes.
+    """
+    known = forward_arguments(model)
+    others = any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in known.values())
+    if isinstance(dataloader, Mapping):
+        raise ValueError(_wanted("the dataloader is a mapping, perhaps one batch; pass a list of batches"))
+    batches = list(dataloader)
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise ValueError(_wanted(f"a batch is a {type(batch).__name__}"))
+        if wrong := [name for name, value in batch.items() if not isinstance(value, torch.Tensor)]:
+            raise ValueError(_wanted(f"{wrong[0]!r} of a batch is a {type(batch[wrong[0]]).__name__}"))
+        # Labels are for the rules that look at a gradient.
+        foreign = [name for name in batch if name not in known and name != "labels"]
+        # What forward hands on by other names says nothing by itself.
+        if foreign and not (others and len(foreign) < len(batch)):
+            raise ValueError(_wanted(f"the model's forward has no argument {foreign[0]!r}"))
+        if "input_ids" in batch and batch["input_ids"].dim() != 2:
+            raise ValueError(_wanted(f"'input_ids' of a batch has the shape {list(batch['input_ids'].shape)}"))
+    return [dict(batch) for batch in batches]
+
+
+def _wanted(found: str) -> str:
+    return (
+        f"{found}; a batch is a mapping of arguments of the model's forward to tensors, as "
+        "{'input_ids': int64 [sequences, tokens]}, see hf_maskpro.starts.random_windows."
+    )
+
+
+def sequences_in(batch: Batch) -> int:
+    """How many sequences a batch holds."""
+    return len(batch.get("input_ids", next(iter(batch.values()))))
+
+
+def tokens_in(batch: Batch) -> int:
+    """How many tokens of text a batch holds, without padding."""
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    return sum(batch[name].shape[:2].numel() for name in ("input_ids", "inputs_embeds") if name in batch)

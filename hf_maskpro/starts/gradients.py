@@ -8,6 +8,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..tuner import MaskProLayer, evaluating, masked_layers
+from .batches import sequences_in
 
 
 def gradient_norms(model: nn.Module, adapter_name: str, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -43,7 +44,7 @@ def gradient_norms(model: nn.Module, adapter_name: str, batches: list[dict[str, 
         sequences = [
             {key: value[i : i + 1] for key, value in batch.items()}
             for batch in batches
-            for i in range(len(batch["input_ids"]))
+            for i in range(sequences_in(batch))
         ]
         with evaluating(model), torch.enable_grad():
             for sequence in tqdm(sequences, desc="gradients"):
@@ -70,6 +71,8 @@ def _add_and_free(square: torch.Tensor, weight: torch.Tensor) -> None:
 def _with_labels(sequence: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if "labels" in sequence:
         return sequence
+    if "input_ids" not in sequence:
+        raise ValueError(f"a batch of {', '.join(sequence)} has no loss; give it labels.")
     labels = sequence["input_ids"]
     if "attention_mask" in sequence:
         labels = labels.masked_fill(sequence["attention_mask"] == 0, -100)

@@ -1,0 +1,55 @@
+"""The whole way in one call."""
+
+from itertools import islice
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..starts import initialize_masks, random_windows, start_token_of
+from ..starts.calibration import SEQ_LEN
+from ..tuner import MaskProConfig
+from .arguments import MaskProTrainingArguments
+from .trainer import MaskProTrainer
+
+
+def sparsify(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Any,
+    init_mask: str = "sparsegpt+swaps",
+    n: int = 2,
+    m: int = 4,
+    max_steps: int = 0,
+    **settings: Any,
+) -> PeftModel:
+    """
+    A model under the best one-shot mask, and if you like a learned one: [`MaskProConfig`], [`random_windows`],
+    [`initialize_masks`] and [`MaskProTrainer`] in a row.
+
+    Args:
+        model (`PreTrainedModel`): The dense model. Its weights do not change.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list[dict]`): Text, in a column `text` or
+            `messages`.
+        init_mask (`str`, defaults to `"sparsegpt+swaps"`): The starting mask, as in [`MaskProConfig`].
+        n, m (`int`, default to 2 and 4): Keep `n` of every `m` weights.
+        max_steps (`int`, defaults to 0): Steps to learn for; none unless given.
+        settings: As for [`MaskProTrainingArguments`]; unless given, `simple` learns in steps of 2 windows, and no
+            checkpoints are kept.
+
+    Returns:
+        [`~peft.PeftModel`]: The model with the mask adapter.
+    """
+    masked = get_peft_model(model, MaskProConfig(n=n, m=m, init_mask=init_mask))
+    usual: dict[str, Any] = {"estimator": "simple", "per_device_train_batch_size": 2, "save_strategy": "no"}
+    # Of a stream a trainer wants to know how many steps, though it takes none.
+    args = MaskProTrainingArguments(**usual | settings, max_steps=max(max_steps, 1))
+    trainer = MaskProTrainer(masked, args, train_dataset=dataset, processing_class=tokenizer)
+    text = torch.stack([row["input_ids"] for row in islice(trainer.train_dataset, 1024)])
+    seq_len = min(SEQ_LEN, args.max_length)
+    initialize_masks(masked, random_windows(text, seq_len=seq_len, start_token=start_token_of(tokenizer)))
+    if max_steps > 0:
+        trainer.train()
+    return masked
