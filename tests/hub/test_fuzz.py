@@ -68,7 +68,7 @@ def kept_by_file(data: bytes, config: dict) -> dict[str, np.ndarray]:
                 theta = (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
             theta = theta.reshape(entry["shape"]).transpose(0, 2, 1)
             mask = mask[:, : theta.shape[1]]
-            scale = np.float32(5 if config["logit_scale"] is None else config["logit_scale"])
+            scale = np.float32(6 if config["logit_scale"] is None else config["logit_scale"])
             logits = theta + scale * mask
             order = np.argsort(-logits, axis=2, kind="stable")[:, :, :n]
             mask = np.zeros_like(mask)
