@@ -1,12 +1,13 @@
 """Learn a 2:4 mask with `transformers.Trainer`: any backward pass trains it."""
 
 import argparse
+from itertools import islice
 from pathlib import Path
 
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from hf_maskpro import MaskProConfig
+from hf_maskpro import MaskProConfig, initialize_masks
 from hf_maskpro.evaluation import windows
 
 
@@ -28,7 +29,7 @@ inputs = windows(
     tokenizer, Path(options.text).read_text(encoding="utf-8"), options.seq_len
 )
 
-model = get_peft_model(base, MaskProConfig(n=2, m=4, init_mask="magnitude"))
+model = get_peft_model(base, MaskProConfig(n=2, m=4, init_mask="wanda"))
 # The defaults of TrainingArguments suit weights; these suit logits.
 arguments = TrainingArguments(
     output_dir=options.output,
@@ -42,5 +43,7 @@ arguments = TrainingArguments(
     report_to=[],
 )
 dataset = [{"input_ids": window, "labels": window} for window in inputs]
-Trainer(model, arguments, train_dataset=dataset).train()
+trainer = Trainer(model, arguments, train_dataset=dataset)
+initialize_masks(model, islice(trainer.get_train_dataloader(), 32))
+trainer.train()
 model.save_pretrained(options.output)

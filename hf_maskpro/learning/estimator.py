@@ -36,7 +36,7 @@ class Estimator:
     # A dataclass of the settings that are its own: they become fields of `MaskProTrainingArguments`.
     Arguments: type | None = None
     # The `C` of an adapter that was given none.
-    logit_scale = 6.0
+    logit_scale = PLAIN_LOGIT_SCALE
 
     @classmethod
     def defaults(cls, args: TrainingArguments) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def initialize_masks(model: nn.Module, dataloader: Iterable[Mapping[str, torch.T
     """
     Fill the starting masks that `MaskProConfig.init_mask` names, for every active mask adapter.
 
-    `"magnitude"` and `"random"` are there already and are left alone.
+    `"magnitude"`, the start that needs no data, and `"random"` are there already and are left alone.
 
     Args:
         model (`torch.nn.Module`): A model with a mask adapter.

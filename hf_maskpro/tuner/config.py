@@ -132,15 +132,16 @@ class MaskProConfig(PeftConfig):
         exclude_modules (`list[str]` or `str`, *optional*):
             Layers to leave dense, given in the same way.
         init_mask (`str`, defaults to `"magnitude"`):
-            The starting mask. `"magnitude"` (largest absolute weights) and `"random"` need no data and are there at
-            once. All others wait for [`initialize_masks`]: the rules `"wanda"`, `"ria"`, `"sparsegpt"`, `"gblm"` and
-            `"pruner-zero"`, or where a mask comes from, with a slash or a suffix in its name: an adapter or pruned
-            checkpoint (folder or Hub id), or a `.npz` or `.safetensors` file of masks. With `"+swaps"` at the end, as
-            in `"wanda+swaps"`, swaps within the groups then lower every layer's reconstruction error.
+            The starting mask. `"magnitude"` (largest absolute weights) is the one that needs no data; it and
+            `"random"`, which is for experiments, are there at once. All others wait for [`initialize_masks`], and are
+            better: the rules `"wanda"`, `"ria"`, `"sparsegpt"`, `"gblm"` and `"pruner-zero"`, or where a mask comes
+            from, with a slash or a suffix in its name: an adapter or pruned checkpoint (folder or Hub id), or a
+            `.npz` or `.safetensors` file of masks. With `"+swaps"` at the end, as in `"wanda+swaps"`, swaps within
+            the groups then lower every layer's reconstruction error.
         logit_scale (`float`, *optional*):
             `C`: a kept member of the starting mask has the logit `C` more than a dropped one. The larger, the fewer
             groups change in a sample, about `(m - n) * exp(-C)` times 1 to `n`. `None` is the estimator's own default,
-            filled in when training starts: 6, 10 for `residual` with the raw advantage, 5 for a plain `Trainer`.
+            filled in when training starts: 6, also by a plain `Trainer`, and 10 for `residual` with the raw advantage.
         distribution (`str`, *optional*):
             What the `residual` estimator samples from: `"plackett_luce"` (as in arXiv 2506.12876) or
             `"conditional_poisson"`. `None` is the former up to n = 2, and the latter beyond, where Plackett-Luce's
@@ -220,7 +221,7 @@ class MaskProConfig(PeftConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, allowed))}.")
         split_init_mask(self.init_mask)
         if self.logit_scale is not None and not 0 < self.logit_scale <= 40:
-            raise ValueError(f"logit_scale is {self.logit_scale}, outside 0 to 40; 5 to 10 is usual.")
+            raise ValueError(f"logit_scale is {self.logit_scale}, outside 0 to 40; 6 to 10 is usual.")
         self.target_modules = (
             set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
         )

@@ -34,7 +34,8 @@ from ..subset.codec import word_layout
 from .config import DATA_FREE, MaskProConfig
 
 
-PLAIN_LOGIT_SCALE = 5.0
+# The `C` of learning by backward, under a trainer of ours or a plain one.
+PLAIN_LOGIT_SCALE = 6.0
 # The types of logits in files.
 LOGITS = (torch.float32, torch.bfloat16)
 
@@ -257,7 +258,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
                 )
             raise ValueError(
                 f"init_mask={config.init_mask!r} is not there yet: "
-                "call initialize_masks(model, dataloader) before using the model."
+                "call initialize_masks(model, dataloader) before using the model, or start from 'magnitude'."
             )
         # Once for every content, since looking at the digits waits for the device.
         state = (packed.data_ptr(), packed._version)

@@ -93,7 +93,7 @@ def kept_by_file(data, config, learned=True):
         if learned and theta_name in tensors:
             theta = array_of(*tensors[theta_name]).transpose(0, 2, 1)
             mask = mask[:, : theta.shape[1]]
-            scale = np.float32(5 if config["logit_scale"] is None else config["logit_scale"])
+            scale = np.float32(6 if config["logit_scale"] is None else config["logit_scale"])
             order = np.argsort(-(theta + scale * mask), axis=2, kind="stable")[:, :, :n]
             mask = np.zeros_like(mask)
             np.put_along_axis(mask, order, True, axis=2)

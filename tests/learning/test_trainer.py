@@ -376,7 +376,7 @@ def test_simple_recovers_what_a_random_mask_lost(tmp_path, trainer_class):
     assert batch_loss(model, rows(64)) - dense < 0.5 * (before - dense)
     model.save_pretrained(tmp_path / "adapter")
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert saved["logit_scale"] == (5.0 if trainer_class is Trainer else 6.0)
+    assert saved["logit_scale"] == 6.0
 
 
 @pytest.mark.parametrize("estimator", ["proxsparse", "maskllm"])
@@ -488,18 +488,20 @@ def test_a_trainer_that_was_interrupted_within_a_step_resumes_exactly(tmp_path, 
 def test_a_stray_pass_does_not_decide_the_logit_scale(tmp_path, llama, ids):
     model = get_peft_model(llama, MaskProConfig()).train()
     model(input_ids=ids, labels=ids).loss.backward()
-    trainer = MaskProTrainer(model, arguments(tmp_path, "residual", max_steps=1), train_dataset=rows())
+    args = arguments(tmp_path, "residual", advantage="raw", max_steps=1)
+    trainer = MaskProTrainer(model, args, train_dataset=rows())
     trainer.train()
-    assert model.peft_config["default"].logit_scale == 6.0
+    assert model.peft_config["default"].logit_scale == 10.0
 
 
 def test_what_a_plain_trainer_has_moved_keeps_its_logit_scale(tmp_path, llama, ids):
     model = get_peft_model(llama, MaskProConfig()).train()
     model(input_ids=ids, labels=ids).loss.backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
-    trainer = MaskProTrainer(model, arguments(tmp_path, "residual", max_steps=1), train_dataset=rows())
+    args = arguments(tmp_path, "residual", advantage="raw", max_steps=1)
+    trainer = MaskProTrainer(model, args, train_dataset=rows())
     trainer.train()
-    assert model.peft_config["default"].logit_scale == 5.0
+    assert model.peft_config["default"].logit_scale == 6.0
 
 
 def test_a_resumed_run_keeps_the_earlier_stages(tmp_path, llama):
