@@ -464,7 +464,12 @@ def test_a_run_that_pushes_at_every_save(pushed, pusher, puller, tmp_path):
     expected = pusher(push_two_steps, "me/every", tmp_path)
     assert np.array_equal(puller(pull, "me/every"), expected)
     card = puller(read_card, "me/every")
-    for words in ("- mine", "simple, steps 4,", 'from_pretrained("me/every")', "Written on the Hub."):
+    for words in (
+        "- mine",
+        "simple, objective language-modeling, steps 4,",
+        'from_pretrained("me/every")',
+        "Written on the Hub.",
+    ):
         assert words in card
 
 
