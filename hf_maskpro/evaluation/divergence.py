@@ -66,7 +66,12 @@ def against_dense(
         texts (`dict[str, str]`): Texts that the mask was not learned from, by name.
         home (`str`, *optional*): Name of the one among them that is of the kind that was learned. All others count as
             elsewhere.
-        seq_len, max_tokens, progress, stride, batch_size, start_token: As for [`perplexity`], for each of the texts.
+        seq_len (`int`, *optional*, defaults to `2048`): As for [`perplexity`], for each of the texts, like all below.
+        max_tokens (`int`, *optional*): Use no more of a text than this, in tokens.
+        progress (`bool`, *optional*, defaults to `False`): Show a progress bar for each text.
+        stride (`int`, *optional*): Tokens from one window to the next; without it windows do not overlap.
+        batch_size (`int`, *optional*, defaults to `1`): Windows per forward pass.
+        start_token (`bool`, *optional*, defaults to `True`): Begin windows as the tokenizer begins a text.
 
     Returns:
         `dict[str, Any]`: `"texts"`, with the `"perplexity"`, `"dense_perplexity"`, the `"ratio"` of the two and the
