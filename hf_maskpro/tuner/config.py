@@ -132,7 +132,7 @@ class MaskProConfig(PeftConfig):
         exclude_modules (`list[str]` or `str`, *optional*):
             Layers to leave dense, given in the same way.
         init_mask (`str`, defaults to `"magnitude"`):
-            The starting mask. `"magnitude"` (largest absolute weights) is the one that needs no data; it and
+            The starting mask. `"magnitude"` (largest absolute weights) is the one to take without data; it and
             `"random"`, which is for experiments, are there at once. All others wait for [`initialize_masks`], and are
             better: the rules `"wanda"`, `"ria"`, `"sparsegpt"`, `"gblm"` and `"pruner-zero"`, or where a mask comes
             from, with a slash or a suffix in its name: an adapter or pruned checkpoint (folder or Hub id), or a
