@@ -1,6 +1,7 @@
 """Starting masks: one file per rule, the layer-by-layer walk that they share, refinement, and masks from elsewhere."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from ..subset import group_members, mask_of, mode
 from ..tuner import DATA_FREE, RULES, MaskProConfig, MaskProLayer, masked_layers, one_adapter, split_init_mask
-from . import gblm, magnitude, pruner_zero, random, ria, sparsegpt, swaps, wanda
+from . import blocks, gblm, magnitude, pruner_zero, random, ria, sparsegpt, swaps, wanda
 from .batches import read_batches, sequences_in, tokens_in
 from .calibration import generated_text, random_windows, start_token_of
 from .gradients import gradient_norms
@@ -35,7 +36,7 @@ _SCORES = {
 def needs_data(init_mask: str) -> bool:
     """Whether a starting mask needs calibration text."""
     rule, refined = split_init_mask(init_mask)
-    return refined or (rule in RULES and rule not in DATA_FREE)
+    return bool(refined) or (rule in RULES and rule not in DATA_FREE)
 
 
 def initialize_masks(model: nn.Module, dataloader: Iterable[Mapping[str, torch.Tensor]] | None = None) -> None:
@@ -48,7 +49,7 @@ def initialize_masks(model: nn.Module, dataloader: Iterable[Mapping[str, torch.T
         model (`torch.nn.Module`): A model with a mask adapter.
         dataloader (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): Batches of calibration text. Each maps
             arguments of the model's forward to tensors, as `{"input_ids": int64 [sequences, tokens]}`; see
-            [`random_windows`]. Needed by every rule but these two, and by `"+swaps"`. Padding, by the batch's
+            [`random_windows`]. Needed by every rule but these two, and by `"+swaps"` and `"+blocks"`. Padding, by the batch's
             `attention_mask`, does not count.
 
     Raises:
@@ -80,7 +81,7 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
         fill_masks(model, adapter_name, rule)
         if Path(rule).exists():
             # The adapter may be shared: of a path it says no more than the last name.
-            config.init_mask = f"./{Path(rule).name}" + "+swaps" * refined
+            config.init_mask = f"./{Path(rule).name}" + "".join(f"+{refinement}" for refinement in refined)
             config.start["init_mask"] = config.init_mask
     if not with_data:
         return
@@ -96,7 +97,7 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
         mask = _mask_by_rule(rule, weight, calibration, config, name)
         if mask is None:
             mask = mask_of(layer.initial_codes(adapter_name), config.m)
-        if refined:
+        if "swaps" in refined:
             assert inputs is not None
             assert inputs.gram is not None
             shift = None if inputs.lost is None else TOWARDS_DENSE * weight @ inputs.lost
@@ -108,7 +109,8 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
         for name, layer in masked_layers(model, adapter_name).items():
             choose(name, layer, None)
     else:
-        walk(model, adapter_name, batches, rule == "sparsegpt", choose, in_order=refined)
+        learn = partial(blocks.learn, adapter_name) if "blocks" in refined else None
+        walk(model, adapter_name, batches, rule == "sparsegpt", choose, bool(refined), learn)
     config.start["calibration"] = {
         "sequences": sum(map(sequences_in, batches)),
         "tokens": sum(map(tokens_in, batches)),

@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..tuner import MaskProLayer, evaluating, masked_layers
+from .blocks import Example
 
 
 class Inputs:
@@ -114,6 +115,12 @@ class _Batch:
             }
         )
 
+    def example(self, block: nn.Module, index: int) -> Example:
+        """What to learn from once the dense output is known; what was remembered of other masks is forgotten."""
+        assert self.dense_hidden is not None
+        self.known.clear()
+        return lambda: self.rows(self.run(block, index, self.hidden)), self.rows(self.dense_hidden)
+
     def rows(self, inputs: torch.Tensor) -> torch.Tensor:
         """A layer's inputs without padding; what is no longer one row a token, as in an expert, is left as it is."""
         rows = inputs.flatten(0, -2)
@@ -154,6 +161,7 @@ class _StopForward(Exception):
 
 
 Choose = Callable[[str, MaskProLayer, Inputs], None]
+Learn = Callable[[list[MaskProLayer], list[Example]], None]
 
 
 @torch.no_grad()
@@ -164,6 +172,7 @@ def walk(
     with_gram: bool,
     choose: Choose,
     in_order: bool = False,
+    learn: Learn | None = None,
 ) -> None:
     """
     Visit the masked layers in order: gather what their inputs add up to, then choose their masks.
@@ -184,6 +193,8 @@ def walk(
         choose (`Callable`): Sets the mask of a layer, given its name and its inputs.
         in_order (`bool`): Go by stages. The inputs of a decoder layer's dense linear layers, and what they put out,
             are in memory meanwhile.
+        learn (`Callable`, *optional*): In a walk by stages, moves the masks of a decoder layer once all are chosen,
+            given what runs it and what the dense model gave.
 
     Raises:
         `ValueError`: if there is no batch, or a masked layer lies outside the decoder layers.
@@ -196,6 +207,8 @@ def walk(
             inside = [layer for layer in block.modules() if layer in names]
             if in_order:
                 _choose_in_order(block, index, inside, captured, names, choose)
+                if learn is not None:
+                    learn(inside, [batch.example(block, index) for batch in captured])
             else:
                 gathered = _gather(block, index, inside, captured, with_gram)
                 for layer in inside:
