@@ -16,7 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..starts.sources import Tensors, locate, open_adapter, open_tensors, saved_codes
 from ..subset import keep_of
 from ..tuner import masked_layers, saved_config
-from ..tuner.base import fingerprint
+from ..tuner.base import fingerprint, is_other
 from ..tuner.files import inside, json_object, weight_files
 from ..tuner.layer import MaskProLayer
 from .card import write_merged_card
@@ -72,7 +72,7 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
             if name not in layers or not key.endswith(".weight"):
                 return weight
             known = config.base_fingerprint
-            if known is not None and known.get(name) != fingerprint(weight):
+            if known is not None and is_other(known.get(name), fingerprint(weight)):
                 raise ValueError(f"the mask was learned for other weights than {key}; pass the base that it names.")
             return _masked(weight, name, layers[name], saved_codes(saved, config, name, layers[name]))
 

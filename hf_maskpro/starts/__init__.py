@@ -49,8 +49,8 @@ def initialize_masks(model: nn.Module, dataloader: Iterable[Mapping[str, torch.T
         model (`torch.nn.Module`): A model with a mask adapter.
         dataloader (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): Batches of calibration text. Each maps
             arguments of the model's forward to tensors, as `{"input_ids": int64 [sequences, tokens]}`; see
-            [`random_windows`]. Needed by every rule but these two, and by `"+swaps"` and `"+blocks"`. Padding, by the batch's
-            `attention_mask`, does not count.
+            [`random_windows`]. Needed by every rule but these two, and by `"+swaps"` and `"+blocks"`. Padding, by
+            the batch's `attention_mask`, does not count.
 
     Raises:
         `ValueError`: if the method needs data and there is none, a batch is something else, or a mask from elsewhere
@@ -90,7 +90,7 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
     def choose(name: str, layer: MaskProLayer, inputs: Inputs | None) -> None:
         if inputs is not None and not inputs.squares.isfinite().all():
             raise ValueError(f"{name}: its inputs are not finite; load the model in bfloat16 or float32.")
-        weight = layer.out_in(layer.get_base_layer().weight.detach()).float()
+        weight = layer.dense_weight().float()
         calibration = Calibration(inputs, gradients.pop(name, None))
         if calibration.gradient is not None and not calibration.gradient.isfinite().all():
             raise ValueError(f"{name}: its gradients are not finite; load the model in bfloat16 or float32.")

@@ -144,7 +144,7 @@ def _parameter_reader(
     """Reads what is kept by parameter; `interpret` tells of every weight whether the source keeps it."""
 
     def read(name: str, layer: MaskProLayer) -> torch.Tensor:
-        weight, config = layer.get_base_layer().weight, layer.maskpro_config[adapter_name]
+        weight, config = layer.out_in(layer.dense_weight()), layer.maskpro_config[adapter_name]
         key = f"{name}.weight"
         if key not in known:
             raise ValueError(f"the source has no {what} for {key}.")

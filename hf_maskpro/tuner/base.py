@@ -1,11 +1,14 @@
-"""Which weights a mask is for: their fingerprint, and the commit that they come from."""
+"""Which weights a mask is for: their values, their fingerprint, and the commit that they come from."""
 
 import hashlib
 import warnings
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
 
 from .card import hub_id
 from .config import MaskProConfig
@@ -27,33 +30,61 @@ def fingerprint(weight: torch.Tensor) -> str:
     return hashlib.blake2b(f"{list(weight.shape)}".encode() + sample.numpy().tobytes(), digest_size=8).hexdigest()
 
 
-def check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
+def is_quantized(weight: Any) -> bool:
+    """Whether a weight is stored in fewer bits than it is computed with, by torchao or bitsandbytes."""
+    kind = type(weight)
+    return kind.__module__.startswith("torchao.") or kind.__name__ in ("Params4bit", "Int8Params")
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """A layer's weight, outside of any graph; a copy in its full size where it is quantized."""
+    return dequantize_module_weight(module).detach()
+
+
+def _fingerprint_of(module: nn.Module) -> str:
+    """The fingerprint of a layer's weight; that of a quantized copy begins with its type."""
+    kind = f"{type(module.weight).__name__}:" if is_quantized(module.weight) else ""
+    return kind + fingerprint(weight_of(module))
+
+
+def is_other(known: str | None, found: str) -> bool:
+    """Whether a fingerprint is of other weights. That of a quantized copy says nothing of weights unlike it."""
+    return known is None or (known != found and known.rpartition(":")[0] == found.rpartition(":")[0])
+
+
+def check_base(config: MaskProConfig, modules: dict[str, nn.Module]) -> None:
     """
     Record which weights a new mask is for, which are finite; refuse other weights than those that a loaded mask was
     learned for.
     """
+    weights = {name: cast(torch.Tensor, module.weight) for name, module in modules.items()}
     if any(weight.is_meta for weight in weights.values()):
         # A skeleton: there is nothing to compare.
         return
     # A finished mask may well drop such weights; what is learned from now on would compare with them.
     if not config.awaits_file:
-        other = [f"{name}.weight" for name, weight in weights.items() if not _is_finite(weight)]
+        other = [f"{name}.weight" for name, module in modules.items() if not _is_finite(weight_of(module))]
         if other:
             raise ValueError(f"cannot mask {listed(other)}: the base model has weights there that are not finite.")
     if any(weight.dtype == torch.float16 for weight in weights.values()):
         if config.awaits_file:
             warnings.warn("float16 weights cannot be compared with those that the mask was learned for.", stacklevel=2)
         return
-    found = {name: fingerprint(weight) for name, weight in weights.items()}
+    found = {name: _fingerprint_of(module) for name, module in modules.items()}
     known = config.base_fingerprint
     if config.awaits_file and known is None:
         warnings.warn("the adapter does not say which weights it was learned for; they are not checked.", stacklevel=2)
     elif config.awaits_file and config.check_base:
-        other = [name for name, value in found.items() if known is not None and known.get(name) != value]
+        assert known is not None
+        other = [name for name, value in found.items() if is_other(known.get(name), value)]
         if other:
             raise ValueError(
                 f"the mask was learned for other weights than this model has, in {len(other)} of {len(found)} layers: "
                 f"{listed(other)}. Load the base model that it names, or pass a config= with check_base = False."
+            )
+        if any(known[name].rpartition(":")[0] != value.rpartition(":")[0] for name, value in found.items()):
+            warnings.warn(
+                "the mask was learned over a quantized copy, or this is one; weights are not checked.", stacklevel=2
             )
     config.base_fingerprint = found
 

@@ -23,7 +23,7 @@ DATA_FREE = ("magnitude", "random")
 REFINEMENTS = ("swaps", "blocks")
 
 
-def split_init_mask(init_mask: str) -> tuple[str, tuple[str, ...]]:
+def split_init_mask(init_mask: str) -> tuple[str, list[str]]:
     """
     The rule or source of a starting mask, and what refines it, of `REFINEMENTS`.
 
@@ -31,10 +31,10 @@ def split_init_mask(init_mask: str) -> tuple[str, tuple[str, ...]]:
         `ValueError`: if it is neither a rule nor looks like a path or Hub id.
     """
     # A folder may be called so itself; of a name that is longer than any folder's, `Path` would raise.
-    rule, refined = init_mask, ()
+    rule, refined = init_mask, list[str]()
     for refinement in reversed(REFINEMENTS):
         if rule.endswith(f"+{refinement}") and not os.path.exists(rule):
-            rule, refined = rule.removesuffix(f"+{refinement}"), (refinement, *refined)
+            rule, refined = rule.removesuffix(f"+{refinement}"), [refinement, *refined]
     if rule not in RULES and "/" not in rule and not rule.endswith((".npz", ".safetensors")):
         raise ValueError(
             f"init_mask is {init_mask!r}; use one of {', '.join(map(repr, RULES))}, a folder or Hub id with a slash, "

@@ -31,6 +31,7 @@ from ..subset import (
     unpack_codes,
 )
 from ..subset.codec import word_layout
+from .base import is_quantized, weight_of
 from .config import DATA_FREE, MaskProConfig
 
 
@@ -66,7 +67,7 @@ class _ApplyMask(torch.autograd.Function):
             grad_weight = layer.masked(grad, name, ctx.seed)
         if ctx.needs_input_grad[1]:
             config, packed = layer.maskpro_config[name], layer.packed_initial_mask(name)
-            rows = layer.out_in(grad), layer.out_in(weight)
+            rows = layer.out_in(grad), layer.out_in(layer.plain(weight))
             grad_theta = theta_gradient(theta, packed, logit_scale(config), config.n, *rows)
         return grad_weight, grad_theta, None, None, None
 
@@ -165,14 +166,22 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         """The base layer's computation with another weight."""
         raise NotImplementedError
 
+    def dense_weight(self) -> torch.Tensor:
+        """The base weight as `[out_features, in_features]`, outside of any graph; a copy where it is quantized."""
+        return self.out_in(weight_of(self.get_base_layer()))
+
+    def plain(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight that a mask is applied to: of a quantized base weight a copy in its full size."""
+        return weight_of(self.get_base_layer()) if is_quantized(weight) else weight
+
     def update_layer(self, adapter_name: str, config: MaskProConfig) -> None:
         """Add an adapter, with its starting mask if that needs neither data nor a file."""
-        weight = self.out_in(self.get_base_layer().weight.detach())
-        out_features, in_features = weight.shape
+        weight, out_features, in_features = self.get_base_layer().weight, self.out_features, self.in_features
         shape = (out_features, config.m, in_features // config.m)
         data_free = not config.awaits_file and config.init_mask in DATA_FREE and not weight.is_meta
         if data_free:
-            scores = group_members(weight.abs(), config.m) if config.init_mask == "magnitude" else torch.rand(shape)
+            by_size = config.init_mask == "magnitude"
+            scores = group_members(self.dense_weight().abs(), config.m) if by_size else torch.rand(shape)
             packed = pack_codes(codes_of(mode(scores.to(weight.device), config.n)), config.n, config.m)
         else:
             packed = _placeholder(out_features, in_features, config, weight.device)
@@ -263,18 +272,16 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         # Once for every content, since looking at the digits waits for the device.
         state = (packed.data_ptr(), packed._version)
         if self._checked.get(adapter_name) != state:
-            check_packed(packed, self.maskpro_config[adapter_name].n, self.maskpro_config[adapter_name].m, self._width)
+            check_packed(
+                packed, self.maskpro_config[adapter_name].n, self.maskpro_config[adapter_name].m, self.in_features
+            )
             self._checked[adapter_name] = state
         return packed
-
-    @property
-    def _width(self) -> int:
-        return self.out_in(self.get_base_layer().weight).shape[1]
 
     def initial_codes(self, adapter_name: str) -> torch.Tensor:
         """The starting mask as codes, int32 `[out_features, in_features // m]`."""
         config = self.maskpro_config[adapter_name]
-        return unpack_codes(self.packed_initial_mask(adapter_name), config.n, config.m, self._width)
+        return unpack_codes(self.packed_initial_mask(adapter_name), config.n, config.m, self.in_features)
 
     def initial_mask(self, adapter_name: str) -> torch.Tensor:
         """The starting mask, bool `[out_features, m, in_features // m]`."""
@@ -348,7 +355,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         config, theta = self.maskpro_config[adapter_name], self._theta(adapter_name, sampled=seed is not None)
         if seed is None and not has_memory(theta):
             return self.initially_masked(weight, adapter_name)
-        rows, packed, n = self.out_in(weight), self.packed_initial_mask(adapter_name), config.n
+        rows, packed, n = self.out_in(self.plain(weight)), self.packed_initial_mask(adapter_name), config.n
         if seed is None:
             return self.out_in(mode_and_apply(rows, theta, packed, logit_scale(config), n))
         masked = sample_and_apply(rows, theta, packed, logit_scale(config), n, seed, layer, distribution)
@@ -357,7 +364,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
     def initially_masked(self, weight: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """[`masked`] by the starting mask."""
         config, packed = self.maskpro_config[adapter_name], self.packed_initial_mask(adapter_name)
-        return self.out_in(apply_packed(self.out_in(weight), packed, config.n, config.m))
+        return self.out_in(apply_packed(self.out_in(self.plain(weight)), packed, config.n, config.m))
 
     def move_logits(self, adapter_name: str, step: float, seed: int, layer: int, distribution: Distribution) -> None:
         """`theta += step * score` of the mask of [`sampled_codes`], in place."""
@@ -389,7 +396,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
                 for name in names:
                     sampled = self.training and name in trained
                     if sampled and self.choose_mask is not None:
-                        weight = self.choose_mask(weight)
+                        weight = self.choose_mask(self.plain(weight))
                     else:
                         seed = self._seed() if sampled else None
                         weight = _ApplyMask.apply(weight, self.maskpro_theta[name], self, name, seed)
@@ -410,6 +417,9 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
                 masked = weight
                 for name in names:
                     masked = self.masked(masked, name)
+            if is_quantized(weight):
+                # It was quantized so that no copy in full size is there.
+                return masked
             # The tensors are held so that no other can come to lie at their address.
             self._masked_weight = (state, masked, tensors)
         return self._masked_weight[1]
@@ -441,13 +451,19 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             keep (`bool`): Keep the dropped weights for [`unmerge`], bit for bit.
 
         Raises:
-            `ValueError`: if a logit is not finite; with `safe_merge`, if a kept weight is not.
+            `ValueError`: if a logit is not finite or the base is quantized; with `safe_merge`, if a kept weight is
+                not finite.
         """
         self._masked_weight = None
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.maskpro_theta:
                 continue
             weight = self.get_base_layer().weight
+            if is_quantized(weight):
+                raise ValueError(
+                    f"the base weights are quantized ({type(weight).__name__}), and a mask is merged into those that "
+                    "they were made from: load the base model without quantization, or use hf-maskpro merge."
+                )
             masked = self.masked(weight.detach(), name)
             if safe_merge and not masked.isfinite().all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")

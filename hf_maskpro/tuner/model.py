@@ -4,13 +4,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _get_in_out_features,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
@@ -82,20 +83,19 @@ class MaskProModel(BaseTuner):
         _maybe_include_all_linear_layers(peft_config, model)
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         problems: dict[str, list[str]] = {}
-        weights: dict[str, torch.Tensor] = {}
+        targets: dict[str, nn.Module] = {}
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and check_target_module_exists(peft_config, name):
                 problem = _why_not(module, peft_config, embeddings)
                 if problem:
                     problems.setdefault(problem, []).append(name)
                 else:
-                    base = module.get_base_layer() if isinstance(module, MaskProLayer) else module
-                    weights[name] = cast(torch.Tensor, base.weight).detach()
+                    targets[name] = module.get_base_layer() if isinstance(module, MaskProLayer) else module
         for problem, names in problems.items():
             raise ValueError(f"cannot mask {listed(names)}: {problem}.")
         if isinstance(model, PreTrainedModel) and peft_config.revision is None and not peft_config.awaits_file:
             peft_config.revision = cached_commit(model.name_or_path)
-        check_base(peft_config, weights)
+        check_base(peft_config, targets)
 
     def _create_and_replace(
         self,
@@ -344,7 +344,7 @@ def _check_patterns(config: MaskProConfig, names: list[str]) -> None:
 
 def _unsupported(module: nn.Module) -> str:
     if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
-        return f"its weight is {module.weight.dtype}, and quantized layers are not supported"
+        return f"its weight is {module.weight.dtype}; of quantized layers those of torchao and bitsandbytes are known"
     return f"{type(module).__name__} is not nn.Linear or Conv1D; change target_modules"
 
 
@@ -360,7 +360,7 @@ def _why_not(module: nn.Module, config: MaskProConfig, embeddings: set[int]) -> 
     assert isinstance(module.weight, torch.Tensor)
     if id(module.weight) in embeddings:
         return "its weight is that of an embedding, which merging would destroy; take it out of target_modules"
-    in_features = module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
+    in_features = _get_in_out_features(module)[0]
     if in_features % config.m:
         return f"in_features {in_features} is not a multiple of m = {config.m}; exclude it with exclude_modules"
     return None
