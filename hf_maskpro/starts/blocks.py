@@ -45,7 +45,7 @@ def learn(adapter_name: str, layers: list[MaskProLayer], examples: list[Example]
             for optimizer in optimizers.values():
                 optimizer.param_groups[0]["lr"] = RATE * min((step + 1) / WARMUP, 1 - 0.9 * step / STEPS)
             with torch.enable_grad():
-                _error(run(), target).backward(inputs=thetas)
+                relative_error(run(), target).backward(inputs=thetas)
         for layer in layers:
             layer.set_initial_mask(adapter_name, layer.learned_mask(adapter_name))
     finally:
@@ -57,7 +57,7 @@ def learn(adapter_name: str, layers: list[MaskProLayer], examples: list[Example]
             layer.eval()
 
 
-def _error(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def relative_error(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error, where every token counts as if its target were of size 1: a few massive ones would rule."""
     target = target.float()
     size = target.square().mean(1).clamp(min=torch.finfo(torch.float32).tiny)
