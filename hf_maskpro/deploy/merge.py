@@ -131,8 +131,8 @@ def _check_fit(layers: dict[str, MaskProLayer], saved: Tensors, parameters: set[
 
 def _masked(weight: torch.Tensor, name: str, layer: MaskProLayer, codes: torch.Tensor) -> torch.Tensor:
     """A copy of a weight in the checkpoint's layout with its dropped entries at +0."""
-    if weight.shape != layer.get_base_layer().weight.shape:
-        shapes = list(weight.shape), list(layer.get_base_layer().weight.shape)
+    if weight.shape != layer.base_weight.shape:
+        shapes = list(weight.shape), list(layer.base_weight.shape)
         raise ValueError(f"{name}.weight: the checkpoint has shape {shapes[0]}, its config.json says {shapes[1]}.")
     if not weight.is_floating_point():
         raise ValueError(f"{name}.weight is {weight.dtype}, and quantized weights are not supported.")

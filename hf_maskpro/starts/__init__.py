@@ -89,7 +89,7 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
     def choose(name: str, layer: MaskProLayer, inputs: Inputs | None) -> None:
         if inputs is not None and not inputs.squares.isfinite().all():
             raise ValueError(f"{name}: its inputs are not finite; load the model in bfloat16 or float32.")
-        weight = layer.out_in(layer.get_base_layer().weight.detach()).float()
+        weight = layer.out_in(layer.base_weight.detach()).float()
         calibration = Calibration(inputs, gradients.pop(name, None))
         if calibration.gradient is not None and not calibration.gradient.isfinite().all():
             raise ValueError(f"{name}: its gradients are not finite; load the model in bfloat16 or float32.")

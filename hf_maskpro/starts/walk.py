@@ -358,7 +358,7 @@ def _dense(layers: list[MaskProLayer]) -> Iterator[None]:
 
 
 def _nothing(layer: MaskProLayer, with_gram: bool) -> Inputs:
-    return Inputs(layer.in_features, layer.get_base_layer().weight.device, with_gram)
+    return Inputs(layer.in_features, layer.base_weight.device, with_gram)
 
 
 def _decoder_layers(model: nn.Module, names: dict[MaskProLayer, str]) -> list[nn.Module]:

@@ -37,7 +37,7 @@ def check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
         return
     # A finished mask may well drop such weights; what is learned from now on would compare with them.
     if not config.awaits_file:
-        other = [f"{name}.weight" for name, weight in weights.items() if not _is_finite(weight)]
+        other = [name for name, weight in weights.items() if not _is_finite(weight)]
         if other:
             raise ValueError(f"cannot mask {listed(other)}: the base model has weights there that are not finite.")
     if any(weight.dtype == torch.float16 for weight in weights.values()):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..subset import (
@@ -123,6 +123,8 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("maskpro_theta",)
     other_param_names = ("maskpro_mask", "maskpro_config")
+    # What follows the layer's name in that of the parameter that it masks.
+    parameter_suffix = ".weight"
 
     # What BaseTunerLayer brings; the type checker does not look into PEFT.
     active_adapters: list[str]
@@ -134,7 +136,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskProConfig) -> None:
         super().__init__()
         self.base_layer: Any = base_layer
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.out_features, self.in_features = self.out_in(self.base_weight).shape
         self.maskpro_theta = nn.ParameterDict()
         self.maskpro_mask = BufferDict(persistent=True)
         self.maskpro_config: dict[str, MaskProConfig] = {}
@@ -157,8 +159,13 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
+    @property
+    def base_weight(self) -> torch.Tensor:
+        """The weight that is masked, in the base layer's own layout."""
+        return self.get_base_layer().weight
+
     def out_in(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight as `[out_features, in_features]`, or back; a view."""
+        """The weight as `[out_features, in_features]`, or back; a view where there is one."""
         raise NotImplementedError
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -167,7 +174,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MaskProConfig) -> None:
         """Add an adapter, with its starting mask if that needs neither data nor a file."""
-        weight = self.out_in(self.get_base_layer().weight.detach())
+        weight = self.out_in(self.base_weight.detach())
         out_features, in_features = weight.shape
         shape = (out_features, config.m, in_features // config.m)
         data_free = not config.awaits_file and config.init_mask in DATA_FREE and not weight.is_meta
@@ -212,7 +219,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.maskpro_theta:
             return
-        device = device or self.get_base_layer().weight.device
+        device = device or self.base_weight.device
         theta = self.maskpro_theta[adapter_name]
         if theta.device not in (device, torch.device("meta")):
             self.maskpro_theta[adapter_name] = nn.Parameter(theta.detach().to(device), theta.requires_grad)
@@ -263,18 +270,16 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         # Once for every content, since looking at the digits waits for the device.
         state = (packed.data_ptr(), packed._version)
         if self._checked.get(adapter_name) != state:
-            check_packed(packed, self.maskpro_config[adapter_name].n, self.maskpro_config[adapter_name].m, self._width)
+            check_packed(
+                packed, self.maskpro_config[adapter_name].n, self.maskpro_config[adapter_name].m, self.in_features
+            )
             self._checked[adapter_name] = state
         return packed
-
-    @property
-    def _width(self) -> int:
-        return self.out_in(self.get_base_layer().weight).shape[1]
 
     def initial_codes(self, adapter_name: str) -> torch.Tensor:
         """The starting mask as codes, int32 `[out_features, in_features // m]`."""
         config = self.maskpro_config[adapter_name]
-        return unpack_codes(self.packed_initial_mask(adapter_name), config.n, config.m, self._width)
+        return unpack_codes(self.packed_initial_mask(adapter_name), config.n, config.m, self.in_features)
 
     def initial_mask(self, adapter_name: str) -> torch.Tensor:
         """The starting mask, bool `[out_features, m, in_features // m]`."""
@@ -373,6 +378,12 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         thetas = self.maskpro_theta
         return [name for name in self.active_adapters if name in thetas]
 
+    def _adapters_to_apply(self) -> list[str]:
+        """The adapters whose masks a forward applies."""
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        return [] if self._disable_adapters or self.merged_adapters or self.dense else self._masking_adapters()
+
     def masked_weight(self) -> torch.Tensor:
         """
         The base weight with the dropped entries of every active adapter at zero, in the base layer's own layout.
@@ -382,7 +393,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         return self._mask_weight(self._masking_adapters())
 
     def _mask_weight(self, names: list[str]) -> torch.Tensor:
-        weight = self.base_layer.weight
+        weight = self.base_weight
         if self.training or torch.is_grad_enabled():
             trained = [name for name in names if self.maskpro_theta[name].requires_grad]
             if (self.training and trained) or (torch.is_grad_enabled() and (trained or weight.requires_grad)):
@@ -424,10 +435,8 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         return super().train(mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._disable_adapters and self.merged_adapters:
-            self.unmerge()
-        names = self._masking_adapters()
-        if self._disable_adapters or self.merged_adapters or self.dense or not names:
+        names = self._adapters_to_apply()
+        if not names:
             return self.base_layer(x, *args, **kwargs)
         return self.linear(x, self._mask_weight(names))
 
@@ -447,7 +456,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.maskpro_theta:
                 continue
-            weight = self.get_base_layer().weight
+            weight = self.base_weight
             masked = self.masked(weight.detach(), name)
             if safe_merge and not masked.isfinite().all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
@@ -465,7 +474,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
             return
-        weight = self.get_base_layer().weight
+        weight = self.base_weight
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             codes, dropped = self._dropped.pop()
