@@ -27,6 +27,7 @@ MASKLLM_FILE = "mask_compressed.npz"
 # Gives the mask of a layer, bool `[out_features, m, groups]`, by its name in the base model.
 Reader = Callable[[str, MaskProLayer], torch.Tensor]
 Tensors = dict[str, Callable[[], torch.Tensor]]
+ALL = slice(None)
 
 
 @torch.no_grad()
@@ -212,23 +213,27 @@ def _adapter_reader(folder: Path, stack: ExitStack, adapter_name: str) -> Reader
     return read
 
 
-def saved_codes(tensors: Tensors, config: MaskProConfig, name: str, layer: MaskProLayer) -> torch.Tensor:
-    """The learned mask of one layer of a saved mask adapter as codes, int32 `[out_features, groups]`."""
+def saved_codes(
+    tensors: Tensors, config: MaskProConfig, name: str, layer: MaskProLayer, rows: slice = ALL
+) -> torch.Tensor:
+    """The learned mask of some rows of a layer of a saved mask adapter as codes, int32 `[rows, groups]`."""
     key, name = f"base_model.model.{name}.maskpro_", f"{name}{layer.parameter_suffix}"
     if f"{key}mask" not in tensors:
         raise ValueError(f"the source has no mask for {name}.")
     packed = tensors[f"{key}mask"]()
+    if len(packed) != layer.out_features:
+        raise ValueError(f"{name}: the source has {len(packed)} rows, the model {layer.out_features}.")
+    packed = packed[rows]
     try:
         codes = unpack_codes(packed, config.n, config.m, layer.in_features)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if len(codes) != layer.out_features:
-        raise ValueError(f"{name}: the source has {len(codes)} rows, the model {layer.out_features}.")
     if f"{key}theta" not in tensors:
         return codes
     theta = tensors[f"{key}theta"]()
-    if theta.shape != (len(codes), config.m, codes.shape[1]):
+    if theta.shape != (layer.out_features, config.m, codes.shape[1]):
         raise ValueError(f"{name}: the source's theta has shape {list(theta.shape)}.")
+    theta = theta[rows]
     if theta.dtype not in LOGITS or not theta.isfinite().all():
         raise ValueError(f"{name}: the source's theta is not finite float32 or bfloat16.")
     return mode_codes(theta, packed, logit_scale(config), config.n)

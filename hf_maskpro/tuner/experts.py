@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from .config import MaskProConfig
 from .layer import MaskProLayer
@@ -44,6 +43,9 @@ class MaskProExpertWeight(MaskProLayer):
             return weight.transpose(1, 2) if self.is_transposed else weight
         return (weight.transpose(1, 2) if self.is_transposed else weight).flatten(0, 1)
 
+    def matrices(self) -> list[torch.Tensor]:
+        return [weight.T if self.is_transposed else weight for weight in self.base_weight]
+
     def forward(self) -> torch.Tensor:  # type: ignore[override]
         """The parameter as the experts read it."""
         names = self._adapters_to_apply()
@@ -61,7 +63,7 @@ class MaskProExperts(nn.Module):
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
-        self.base_layer = experts
+        self.base_layer: Any = experts
 
     def mask(self, parameter_name: str, adapter_name: str, config: MaskProConfig) -> MaskProExpertWeight:
         """Add an adapter to a parameter."""
@@ -79,9 +81,20 @@ class MaskProExperts(nn.Module):
         """What masks the parameters."""
         return (child for child in self.children() if isinstance(child, MaskProExpertWeight))
 
+    def matrix(self, parameter_name: str, number: int) -> torch.Tensor:
+        """What one expert's tokens are multiplied by, dense, `[out_features, in_features]`; a view."""
+        weight = self.base_layer.get_parameter(parameter_name)[number]
+        return weight.T if is_transposed(self.base_layer) else weight
+
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         weights = {layer.parameter_name: layer() for layer in self.masked()}
-        return functional_call(self.base_layer, weights, args, kwargs)
+        # An attribute goes before a parameter of its name, which is left as it is: hooks may exchange it.
+        vars(self.base_layer).update(weights)
+        try:
+            return self.base_layer(*args, **kwargs)
+        finally:
+            for name in weights:
+                del vars(self.base_layer)[name]
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -294,11 +294,24 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         moved = mask.float() - self.initial_mask(adapter_name).float()
         self.maskpro_theta[adapter_name].copy_(logit_scale(self.maskpro_config[adapter_name]) * moved)
 
-    def set_initial_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
-        """Fill the starting mask, bool `[out_features, m, in_features // m]`."""
-        config = self.maskpro_config[adapter_name]
-        self.maskpro_mask[adapter_name].copy_(pack_codes(codes_of(mask), config.n, config.m))
-        self._unfilled.pop(adapter_name, None)
+    def matrices(self) -> list[torch.Tensor]:
+        """The weight as one matrix `[out_features, in_features]`, or one for each expert; views."""
+        return [self.out_in(self.base_weight)]
+
+    def rows_of(self, matrix: int) -> slice:
+        """The rows of one of [`matrices`] among all."""
+        height = self.out_features // len(self.matrices())
+        return slice(matrix * height, (matrix + 1) * height)
+
+    def set_initial_mask(self, adapter_name: str, mask: torch.Tensor, rows: slice = slice(None)) -> None:
+        """
+        Fill the starting mask, bool `[out_features, m, in_features // m]`, or some rows of it; it is there once the
+        last ones are.
+        """
+        config, packed = self.maskpro_config[adapter_name], self.maskpro_mask[adapter_name]
+        packed[rows].copy_(pack_codes(codes_of(mask), config.n, config.m))
+        if rows.stop in (None, len(packed)):
+            self._unfilled.pop(adapter_name, None)
 
     def _theta(self, adapter_name: str, sampled: bool = False) -> torch.Tensor:
         """

@@ -68,9 +68,11 @@ def test_a_router_that_is_a_linear_layer_stays_dense():
             self.gate, self.shared_expert = nn.Linear(16, 4), nn.ModuleDict({"gate_proj": nn.Linear(16, 16)})
             self.experts = tiny_mixtral(1).model.layers[0].mlp.experts
 
-    model = get_peft_model(nn.ModuleDict({"mlp": Block(), "gate": nn.Linear(16, 4)}), MaskProConfig())
+    model = get_peft_model(
+        nn.ModuleDict({"moe": Block(), "mlp": nn.ModuleDict({"gate": nn.Linear(16, 16)})}), MaskProConfig()
+    )
     model.add_adapter("other", MaskProConfig())
-    expected = {"gate", "mlp.shared_expert.gate_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    expected = {"mlp.gate", "moe.shared_expert.gate_proj", "moe.experts.gate_up_proj", "moe.experts.down_proj"}
     for name in ("default", "other"):
         assert set(masked_layers(model, name)) == expected
 
