@@ -19,6 +19,13 @@ from transformers import (
 VOCABULARY = [f"w{i}" for i in range(32)]
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
