@@ -17,7 +17,7 @@ class MaskProLinear(MaskProLayer):
     def is_plain(self) -> bool:
         base = self.base_layer
         hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        return type(base).forward is self.base_forward and not hooks and "forward" not in vars(base)
+        return type(base).forward is type(self).base_forward and not hooks and "forward" not in vars(base)
 
     def out_in(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
