@@ -1,6 +1,7 @@
 """From an adapter to what runs: merged checkpoints, their check, and the forms that other runtimes take."""
 
 from .check import check_sparsity
+from .flat import flatten_inputs
 from .folders import check_free, new_folder
 from .merge import merge
 from .onnx import to_onnx
@@ -13,6 +14,7 @@ __all__ = [
     "PackedLinear",
     "check_free",
     "check_sparsity",
+    "flatten_inputs",
     "merge",
     "new_folder",
     "to_onnx",

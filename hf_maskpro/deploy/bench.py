@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ..subset import group_members
+from .flat import flatten_inputs
 from .semi_structured import to_semi_structured
 
 
@@ -99,6 +100,7 @@ def _to_fp8(model: PreTrainedModel, packing_format: str) -> dict[str, str]:
         raise ImportError("--fp8 needs torchao: pip install 'hf-maskpro[fp8]'.") from error
     config = Float8DynamicActivationFloat8WeightConfig(version=2, packing_format=packing_format, granularity=PerRow())
     chosen = layers.keys() - left.keys()
+    flatten_inputs(model)
     quantize_(model, config, lambda module, name: f"{name}.weight" in chosen)
     return left
 

@@ -68,7 +68,7 @@ def test_why_a_layer_stays_dense():
     assert "Conv1D" in _why_dense(tiny_gpt2().transformer.h[0].mlp.c_fc)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 def test_semi_structured_layers_give_the_same_outputs(ids):
     model = get_peft_model(tiny_llama(dtype=torch.float16), MaskProConfig()).merge_and_unload().cuda()
     with torch.no_grad():

@@ -99,6 +99,6 @@ def test_compiled_bits_equal_eager_bits():
     assert torch.equal(compiled(0), uniform_bits((3, 1 << 12), 12345, 6))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_bits_on_the_gpu_equal_those_on_the_cpu():
     assert torch.equal(uniform_bits((3, 1 << 16), 12345, 6, "cuda").cpu(), uniform_bits((3, 1 << 16), 12345, 6))

@@ -1,0 +1,151 @@
+"""Sparse layers on CUDA take any input: for real, and on a CPU with weights that refuse what those on CUDA refuse."""
+
+import copy
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from torch import nn
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
+
+from hf_maskpro import MaskProConfig
+from hf_maskpro.deploy import bench as benchmark
+from hf_maskpro.deploy import flatten_inputs, to_semi_structured
+
+from ..conftest import tiny_llama
+
+
+class SemiStructured(SparseSemiStructuredTensorCUSPARSELT):
+    """torch's own, with its table of operations, but for the product: which takes what cuSPARSELt takes."""
+
+    @classmethod
+    def from_dense(cls, weight):
+        nothing = dict.fromkeys(("meta", "packed_t", "meta_t", "compressed_swizzled_bitmask"))
+        return cls(weight.shape, packed=weight.clone(), **nothing)
+
+    def _mm(self, x, *, bias=None, should_transpose_dense=False):
+        assert should_transpose_dense
+        if x.ndim != 2 or not x.is_contiguous():
+            raise RuntimeError(f"cuSPARSELt takes no input of shape {x.shape} and strides {x.stride()}")
+        return F.linear(x, self.packed, bias)
+
+
+class Float8(torch.Tensor):
+    """A weight whose product takes what torchao's 2:4 product takes: scales per row, of as many dimensions as x."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear and args[0].ndim != 2:
+            raise RuntimeError(f"Expected Xq scale argument to be 2D tensor, got {args[0].ndim} dims")
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def merged(dtype=torch.bfloat16):
+    return get_peft_model(tiny_llama(dtype=dtype, attention_bias=True), MaskProConfig()).merge_and_unload()
+
+
+@pytest.fixture
+def semi_structured(monkeypatch):
+    """A model with such weights, and the same one dense."""
+    monkeypatch.setattr("hf_maskpro.deploy.semi_structured._check_device", lambda device: None)
+    monkeypatch.setattr("torch.sparse.to_sparse_semi_structured", SemiStructured.from_dense)
+    dense = merged()
+    sparse = copy.deepcopy(dense)
+    assert to_semi_structured(sparse) == {}
+    assert isinstance(sparse.model.layers[0].mlp.up_proj.weight, SemiStructured)
+    return dense, sparse
+
+
+@pytest.fixture
+def float8(monkeypatch):
+    """Both of a pair for the bench, in what stands in for FP8."""
+
+    def quantize(model, config, chosen):
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and chosen(module, name):
+                module.weight = nn.Parameter(module.weight.detach().as_subclass(Float8), requires_grad=False)
+
+    torchao = SimpleNamespace(
+        Float8DynamicActivationFloat8WeightConfig=lambda **_: None, PerRow=lambda: None, quantize_=quantize
+    )
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(quantization=torchao))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", torchao)
+    model = merged()
+    expected = copy.deepcopy(model)
+    _, sparse, left = benchmark.sparse_pair(model, fp8=True)
+    assert left == {"lm_head.weight": "its shape is no multiple of 16"}
+    return expected, sparse
+
+
+INPUTS = {
+    "a vector": lambda x: x[0, 0],
+    "rows with gaps": lambda x: x[:, 0],
+    "columns for rows": lambda x: x[0, :16].T.contiguous().T,
+    "a batch": lambda x: x,
+    "the last token of each": lambda x: x[:, -1:],
+    "the last token of one": lambda x: x[:1, -1:],
+    "tokens before sequences": lambda x: x.transpose(0, 1),
+    "four dimensions": lambda x: x.view(2, 2, -1, 16).transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", ["semi_structured", "float8"])
+def test_inputs_of_any_shape_and_stride(kind, context, request):
+    dense, sparse = request.getfixturevalue(kind)
+    x = torch.randn(4, 18, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with context():
+        for name in ("self_attn.q_proj", "mlp.up_proj"):  # with a bias and without
+            layers = [model.model.layers[0].get_submodule(name) for model in (dense, sparse)]
+            for strided in INPUTS.values():
+                expected, found = (layer(strided(x)) for layer in layers)
+                torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["semi_structured", "float8"])
+def test_generation_is_that_of_the_dense_model(kind, request, ids):
+    dense, sparse = request.getfixturevalue(kind)
+    tokens = [model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=1) for model in (dense, sparse)]
+    assert tokens[0].equal(tokens[1])
+
+
+@torch.no_grad()
+def test_semi_structured_layers_compile(semi_structured, ids):
+    dense, sparse = semi_structured
+    compiled = torch.compile(sparse, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids).logits, dense(ids).logits, rtol=0.02, atol=0.02)
+
+
+def test_layers_below_a_size_stay_dense(semi_structured):
+    dense, _ = semi_structured
+    left = to_semi_structured(dense, min_weights=512)
+    assert len(left) == 8
+    assert set(left.values()) == {"it has 256 weights, fewer than the 512 asked for"}
+    assert isinstance(dense.model.layers[0].mlp.down_proj.weight, SemiStructured)
+    with pytest.raises(ValueError, match=r"no layer can be converted; .* fewer than the 1,024 asked for"):
+        to_semi_structured(merged(), min_weights=1024)
+
+
+def test_flattening_leaves_other_linear_layers_alone():
+    attention = nn.MultiheadAttention(16, 2)
+    before = type(attention.out_proj)
+    flatten_inputs(attention)
+    assert type(attention.out_proj) is before is not nn.Linear
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_inputs_of_any_shape_and_stride_on_a_gpu(context):
+    dense = merged(torch.float16).cuda()
+    sparse = copy.deepcopy(dense)
+    assert to_semi_structured(sparse) == {}
+    x = torch.randn(4, 18, 16, device="cuda").half()
+    with context():
+        for name in ("self_attn.q_proj", "mlp.up_proj"):
+            layers = [model.model.layers[0].get_submodule(name) for model in (dense, sparse)]
+            for strided in INPUTS.values():
+                expected, found = (layer(strided(x)) for layer in layers)
+                torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
