@@ -1,17 +1,19 @@
 """The masked form of experts that a layer keeps in 3-D parameters, as transformers does."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from .config import MaskProConfig
-from .layer import MaskProLayer
+from .layer import MaskProLayer, onloaded
 
 
 # What decides where tokens go, and how much of a shared expert joins, is a millionth of the weights and is left alone.
 ROUTERS = {"router", "gate", "shared_expert_gate"}
+
+
+OFFLOADED = "its weight is offloaded; add the adapter to the whole model, then offload that"
 
 
 class MaskProExpertWeight(MaskProLayer):
@@ -32,10 +34,6 @@ class MaskProExpertWeight(MaskProLayer):
         # It is the module around this that has the experts; here it would give their parameters a second name.
         del self.base_layer
         object.__setattr__(self, "base_layer", experts)
-
-    @property
-    def base_weight(self) -> torch.Tensor:
-        return getattr(self.get_base_layer(), self.parameter_name)
 
     def out_in(self, weight: torch.Tensor) -> torch.Tensor:
         if weight.ndim == 2:
@@ -77,9 +75,9 @@ class MaskProExperts(nn.Module):
             self.add_module(parameter_name, layer)
         return layer
 
-    def masked(self) -> Iterator[MaskProExpertWeight]:
+    def masked(self) -> list[MaskProExpertWeight]:
         """What masks the parameters."""
-        return (child for child in self.children() if isinstance(child, MaskProExpertWeight))
+        return [child for child in self.children() if isinstance(child, MaskProExpertWeight)]
 
     def matrix(self, parameter_name: str, number: int) -> torch.Tensor:
         """What one expert's tokens are multiplied by, dense, `[out_features, in_features]`; a view."""
@@ -87,14 +85,16 @@ class MaskProExperts(nn.Module):
         return weight.T if is_transposed(self.base_layer) else weight
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        weights = {layer.parameter_name: layer() for layer in self.masked()}
-        # An attribute goes before a parameter of its name, which is left as it is: hooks may exchange it.
-        vars(self.base_layer).update(weights)
-        try:
-            return self.base_layer(*args, **kwargs)
-        finally:
-            for name in weights:
-                del vars(self.base_layer)[name]
+        own = vars(self.base_layer)
+        with onloaded(self.masked()):
+            weights = {layer.parameter_name: layer() for layer in self.masked()}
+            # An attribute goes before a parameter of its name, which is left as it is: hooks may exchange it.
+            own |= weights
+            try:
+                return self.base_layer(*args, **kwargs)
+            finally:
+                for name in weights:
+                    del own[name]
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -122,7 +122,10 @@ def why_not(module: nn.Module, parameter_name: str, config: MaskProConfig) -> st
     """Why a parameter cannot be masked, or `None` if it can."""
     if parameter_name not in expert_parameters(module):
         return "it is not the weights of experts; name linear layers in target_modules, and change target_parameters"
-    in_features = module.get_parameter(parameter_name).shape[1 if is_transposed(module) else 2]
+    weight = module.get_parameter(parameter_name)
+    if weight.is_meta and "_hf_hook" in vars(module):
+        return OFFLOADED
+    in_features = weight.shape[1 if is_transposed(module) else 2]
     if in_features % config.m:
         return f"its experts' in_features {in_features} is not a multiple of m = {config.m}; take it out"
     return None

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -145,3 +146,10 @@ def test_experts_have_fingerprints_and_others_are_refused(tmp_path):
 def test_parameters_that_cannot_be_masked_are_refused(target, message):
     with pytest.raises(ValueError, match=rf"cannot mask model\.layers\.0\..*{target}.*: .*{message}"):
         get_peft_model(tiny_gpt_oss(), MaskProConfig(n=1, m=3, target_modules=[], target_parameters=[target]))
+
+
+def test_offloaded_experts_are_masked_as_they_are_brought(ids):
+    model = get_peft_model(tiny_mixtral(), MaskProConfig(init_mask="random")).eval()
+    expected = logits(model, ids)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(logits(model, ids), expected)
