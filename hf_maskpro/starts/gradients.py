@@ -31,7 +31,7 @@ def gradient_norms(model: nn.Module, adapter_name: str, batches: list[dict[str, 
         `ValueError`: if a layer is quantized.
     """
     layers = masked_layers(model, adapter_name)
-    weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+    weights = {name: layer.base_weight for name, layer in layers.items()}
     if quantized := [name for name, weight in weights.items() if is_quantized(weight)]:
         raise ValueError(f"{quantized[0]} is quantized, and has no gradient; calibrate by wanda, ria or sparsegpt.")
     # Layers may share a weight, which then has one gradient.

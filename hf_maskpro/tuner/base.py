@@ -2,13 +2,13 @@
 
 import hashlib
 import warnings
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft.utils.integrations import dequantize_module_weight
-from torch import nn
+from peft.utils.integrations import dequantize_bnb_weight
 
 from .card import hub_id
 from .config import MaskProConfig
@@ -25,52 +25,63 @@ def fingerprint(weight: torch.Tensor) -> str:
     Args:
         weight (`torch.Tensor`): Of any shape, float32 or bfloat16.
     """
-    values = weight.flatten()
-    sample = values[:: max(1, len(values) // _FINGERPRINTED)].to("cpu", torch.bfloat16).view(torch.int16)
-    return hashlib.blake2b(f"{list(weight.shape)}".encode() + sample.numpy().tobytes(), digest_size=8).hexdigest()
+    return fingerprint_of_sample(weight.shape, weight.flatten()[:: sampled_step(weight.shape)])
 
 
-def is_quantized(weight: Any) -> bool:
-    """Whether a weight is stored in fewer bits than it is computed with, by torchao or bitsandbytes."""
-    kind = type(weight)
-    return kind.__module__.startswith("torchao.") or kind.__name__ in ("Params4bit", "Int8Params")
+def sampled_step(shape: Sequence[int]) -> int:
+    """How far the weights of a fingerprint lie apart in a flattened matrix of a shape."""
+    return max(1, prod(shape) // _FINGERPRINTED)
 
 
-def weight_of(module: nn.Module) -> torch.Tensor:
-    """A layer's weight, outside of any graph; a copy in its full size where it is quantized."""
-    return dequantize_module_weight(module).detach()
+def fingerprint_of_sample(shape: Sequence[int], sample: torch.Tensor) -> str:
+    """[`fingerprint`] of a matrix of a shape, from the weights that it looks at."""
+    values = sample.to("cpu", torch.bfloat16).view(torch.int16)
+    return hashlib.blake2b(f"{list(shape)}".encode() + values.numpy().tobytes(), digest_size=8).hexdigest()
 
 
-def _fingerprint_of(module: nn.Module) -> str:
-    """The fingerprint of a layer's weight; that of a quantized copy begins with its type."""
-    kind = f"{type(module.weight).__name__}:" if is_quantized(module.weight) else ""
-    return kind + fingerprint(weight_of(module))
+def is_quantized(weight: torch.Tensor) -> bool:
+    """Whether a weight is stored in fewer bits than it is computed with, by torchao or in bitsandbytes' 4 bits."""
+    return type(weight).__module__.startswith("torchao.") or type(weight).__name__ == "Params4bit"
+
+
+def plain(weight: torch.Tensor) -> torch.Tensor:
+    """What a weight is computed with: of a quantized one a copy in its full size."""
+    if not is_quantized(weight):
+        return weight
+    values = dequantize_bnb_weight(weight) if type(weight).__name__ == "Params4bit" else weight.dequantize()
+    return values.detach()
+
+
+def _kind(fingerprint: str) -> str:
+    return fingerprint.rpartition(":")[0]
 
 
 def is_other(known: str | None, found: str) -> bool:
     """Whether a fingerprint is of other weights. That of a quantized copy says nothing of weights unlike it."""
-    return known is None or (known != found and known.rpartition(":")[0] == found.rpartition(":")[0])
+    return known is None or (known != found and _kind(known) == _kind(found))
 
 
-def check_base(config: MaskProConfig, modules: dict[str, nn.Module]) -> None:
+def check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
     """
     Record which weights a new mask is for, which are finite; refuse other weights than those that a loaded mask was
     learned for.
     """
-    weights = {name: cast(torch.Tensor, module.weight) for name, module in modules.items()}
     if any(weight.is_meta for weight in weights.values()):
         # A skeleton: there is nothing to compare.
         return
     # A finished mask may well drop such weights; what is learned from now on would compare with them.
     if not config.awaits_file:
-        other = [f"{name}.weight" for name, module in modules.items() if not _is_finite(weight_of(module))]
+        other = [name for name, weight in weights.items() if not _is_finite(plain(weight))]
         if other:
             raise ValueError(f"cannot mask {listed(other)}: the base model has weights there that are not finite.")
     if any(weight.dtype == torch.float16 for weight in weights.values()):
         if config.awaits_file:
             warnings.warn("float16 weights cannot be compared with those that the mask was learned for.", stacklevel=2)
         return
-    found = {name: _fingerprint_of(module) for name, module in modules.items()}
+    found = {
+        name: f"{type(weight).__name__}:" * is_quantized(weight) + fingerprint(plain(weight))
+        for name, weight in weights.items()
+    }
     known = config.base_fingerprint
     if config.awaits_file and known is None:
         warnings.warn("the adapter does not say which weights it was learned for; they are not checked.", stacklevel=2)
@@ -82,9 +93,10 @@ def check_base(config: MaskProConfig, modules: dict[str, nn.Module]) -> None:
                 f"the mask was learned for other weights than this model has, in {len(other)} of {len(found)} layers: "
                 f"{listed(other)}. Load the base model that it names, or pass a config= with check_base = False."
             )
-        if any(known[name].rpartition(":")[0] != value.rpartition(":")[0] for name, value in found.items()):
+        if any(_kind(known[name]) != _kind(value) for name, value in found.items()):
             warnings.warn(
-                "the mask was learned over a quantized copy, or this is one; weights are not checked.", stacklevel=2
+                "the mask was learned over a quantized copy of its base, or this is one: they are not compared.",
+                stacklevel=2,
             )
     config.base_fingerprint = found
 
