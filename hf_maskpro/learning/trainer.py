@@ -19,7 +19,7 @@ from ..tuner.card import PLOT, load_card, save_card
 from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
 from .dataset import rows_of
-from .objectives import Distillation, objective_weights
+from .objectives import Distillation, objective_weights, ranks_of_loss
 from .record import add_to_card, card_path, objective_name, plot_run, record_training
 
 
@@ -161,9 +161,7 @@ class MaskProTrainer(Trainer):
             loss = self.distillation.sequence_losses(model, inputs).sum()
         if not self.model_accepts_loss_kwargs or num_items_in_batch is None:
             return loss / (inputs["labels"][:, 1:] != -100).sum()
-        # Ranks' gradients are averaged, and the items are those of all.
-        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return loss * ranks / num_items_in_batch
+        return loss * ranks_of_loss(self) / num_items_in_batch
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.estimator.settle()
