@@ -30,7 +30,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Dataset to measure perplexity on, its test split: a folder or Hub id, NAME or NAME:CONFIG; repeat it.",
+            help="Dataset to measure perplexity on, its test split: NAME or NAME:CONFIG; repeat it for several.",
             rich_help_panel=TEXT,
         ),
     ] = None,
