@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -13,6 +14,7 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
+    onload_layer,
 )
 from peft.utils.constants import EMBEDDING_LAYER_NAMES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -79,20 +81,26 @@ class MaskProModel(BaseTuner):
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             _refuse_fused_experts(model, inside)
-        _maybe_include_all_linear_layers(peft_config, model)
+            _maybe_include_all_linear_layers(peft_config, model)
+            _keep_layers_to_transform(peft_config)
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         problems: dict[str, list[str]] = {}
         weights: dict[str, torch.Tensor] = {}
+        indivisible: dict[str, int] = {}
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and check_target_module_exists(peft_config, name):
                 problem = _why_not(module, peft_config, embeddings)
+                base = module.get_base_layer() if isinstance(module, MaskProLayer) else module
                 if problem:
                     problems.setdefault(problem, []).append(name)
+                elif _in_features(base) % peft_config.m:
+                    indivisible[name] = base.weight.numel()
                 else:
-                    base = module.get_base_layer() if isinstance(module, MaskProLayer) else module
                     weights[name] = cast(torch.Tensor, base.weight).detach()
         for problem, names in problems.items():
             raise ValueError(f"cannot mask {listed(names)}: {problem}.")
+        if indivisible:
+            _leave_dense(peft_config, indivisible, sum(weight.numel() for weight in weights.values()))
         if isinstance(model, PreTrainedModel) and peft_config.revision is None and not peft_config.awaits_file:
             peft_config.revision = cached_commit(model.name_or_path)
         check_base(peft_config, weights)
@@ -125,6 +133,13 @@ class MaskProModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """`MaskProConfig.logits_dtype` alone decides, and the layers already follow it."""
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge the masks; PEFT's own would first merge another method's adapter that lies over them."""
+        for module in self.model.modules():
+            if isinstance(module, MaskProLayer):
+                with onload_layer(module):
+                    module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(
             "masks cannot be averaged; activate several with set_adapter([...]) to keep what all of them keep."
@@ -147,6 +162,7 @@ class MaskProModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """The packed mode of every layer, or with `save_logits` the starting mask and theta."""
         assert isinstance(config, MaskProConfig)
+        state_dict = {key.replace(f"{_BENEATH}.maskpro_", ".maskpro_"): value for key, value in state_dict.items()}
         result: dict[str, torch.Tensor] = {}
         changed = {}
         thetas = []
@@ -224,13 +240,52 @@ class MaskProModel(BaseTuner):
             elif has_memory(theta):
                 with torch.no_grad():
                     theta.zero_()
+        for name, module in model.named_modules():
+            if module in layers.values() and name.endswith(_BENEATH):
+                for part in ("mask", "theta"):
+                    end = f".maskpro_{part}.{adapter_name}"
+                    result[name + end] = result.pop(name.removesuffix(_BENEATH) + end)
         return result
+
+
+# The end of a masked layer's name once another method's adapter lies over it.
+_BENEATH = ".base_layer"
+
+_peft_checks_merge = BaseTuner._check_merge_allowed
+
+
+def _check_merge_over_masks(tuner: BaseTuner) -> None:
+    """
+    PEFT merges what lies over a mask into the weight beneath it, and drops the mask. Once the mask is merged itself,
+    the dense weights that come of it are asked for.
+    """
+    over = [
+        name
+        for name, module in tuner.model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and isinstance(module.base_layer, MaskProLayer)
+        and not module.base_layer.merged
+    ]
+    if over:
+        raise ValueError(
+            f"cannot merge {listed(over)}: a mask lies beneath, whose zeros it would fill. Keep it unmerged beside the "
+            "merged mask (hf_maskpro.deploy.merge); or, if the model may be dense, call merge_adapter of the mask first."
+        )
+    _peft_checks_merge(tuner)
+
+
+BaseTuner._check_merge_allowed = _check_merge_over_masks
 
 
 def _layers(model: nn.Module, adapter_name: str) -> list[tuple[str, MaskProLayer]]:
     return [
         # A state dict of a wrapped model has no trace of the wrappers.
-        (name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", ""), module)
+        (
+            name.replace("_fsdp_wrapped_module.", "")
+            .replace("_checkpoint_wrapped_module.", "")
+            .removesuffix(_BENEATH),
+            module,
+        )
         for name, module in model.named_modules()
         if isinstance(module, MaskProLayer) and adapter_name in module.maskpro_theta
     ]
@@ -290,7 +345,7 @@ def unmasked(model: nn.Module) -> Iterator[None]:
     Raises:
         `ValueError`: if the model has no mask adapter.
     """
-    wrappers = [module for module in model.modules() if isinstance(module, (MaskProLayer, AuxiliaryTrainingWrapper))]
+    wrappers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     if not any(isinstance(module, MaskProLayer) for module in wrappers):
         raise ValueError("the model has no mask adapter, so there is no dense model to compare it with.")
     before = [module._disable_adapters for module in wrappers]
@@ -360,10 +415,39 @@ def _why_not(module: nn.Module, config: MaskProConfig, embeddings: set[int]) -> 
     assert isinstance(module.weight, torch.Tensor)
     if id(module.weight) in embeddings:
         return "its weight is that of an embedding, which merging would destroy; take it out of target_modules"
-    in_features = module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
-    if in_features % config.m:
-        return f"in_features {in_features} is not a multiple of m = {config.m}; exclude it with exclude_modules"
+    if config.on_indivisible == "error" and (in_features := _in_features(module)) % config.m:
+        return (
+            f"in_features {in_features} is not a multiple of m = {config.m}; exclude it with exclude_modules, or all "
+            "such layers by on_indivisible='dense'"
+        )
     return None
+
+
+def _in_features(module: nn.Module) -> int:
+    assert isinstance(module.weight, torch.Tensor)
+    return module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
+
+
+def _leave_dense(config: MaskProConfig, indivisible: dict[str, int], masked: int) -> None:
+    """Leave layers out by name, so that what is saved says which."""
+    if isinstance(config.exclude_modules, str):
+        config.exclude_modules = "|".join([config.exclude_modules, *map(re.escape, indivisible)])
+    else:
+        config.exclude_modules = {*(config.exclude_modules or []), *indivisible}
+    dense = sum(indivisible.values())
+    warnings.warn(
+        f"{listed(list(indivisible))} stay dense, {dense:,} of {dense + masked:,} weights: m = {config.m} does not "
+        "divide their in_features.",
+        stacklevel=2,
+    )
+
+
+def _keep_layers_to_transform(config: MaskProConfig) -> None:
+    """Of all linear layers those of some decoder layers: PEFT looks at the numbers for endings of names alone."""
+    if config.layers_to_transform is not None:
+        names = cast(set[str], config.target_modules)
+        config.target_modules = {name.rpartition(".")[2] for name in names}
+        config.target_modules = {name for name in names if check_target_module_exists(config, name)}
 
 
 def _refuse_fused_experts(model: nn.Module, inside: tuple[str, ...]) -> None:

@@ -117,7 +117,7 @@ def anonymous_bytes():
 
 
 def test_other_adapters(tmp_path):
-    """What docs/deploy.md says of them; the first two are PEFT's doing."""
+    """What docs/deploy.md says of them; the first is PEFT's doing."""
     masked = get_peft_model(tiny_llama(), MaskProConfig())
     with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
         masked.add_adapter("lora", LoraConfig())
