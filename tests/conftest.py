@@ -28,16 +28,16 @@ def pytest_collection_modifyitems(items):
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=34,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        **options,
-    )
+    sizes = {
+        "vocab_size": 34,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    }
+    config = LlamaConfig(**sizes | options)
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
@@ -46,8 +46,8 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=34, n_embd=16, n_layer=2, n_head=2, n_positions=64)).eval()
 
 
-def save_tiny_model(folder: Path, processor: processors.PostProcessor | None = None) -> None:
-    tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
+def save_tiny_model(folder: Path, processor: processors.PostProcessor | None = None, **options) -> None:
+    tiny_llama(tie_word_embeddings=True, **options).save_pretrained(folder)
     words = {"<unk>": 0, "<pad>": 1} | {word: i + 2 for i, word in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -74,6 +74,9 @@ def initialize_masks(model: nn.Module, dataloader: Iterable[Mapping[str, torch.T
 
 
 def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batches: list[dict[str, Any]]) -> None:
+    for name, layer in masked_layers(model, adapter_name).items():
+        if layer.get_base_layer().weight.is_meta:
+            raise ValueError(f"the weight of {name} is offloaded or not there; load the base model whole.")
     with_data = needs_data(config.init_mask)
     rule, refined = split_init_mask(config.init_mask)
     if rule not in RULES:

@@ -1,7 +1,8 @@
 """The layer that applies a mask to a linear layer's weight, and lets gradients reach the mask's logits."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import comb
 from typing import Any
 
@@ -76,6 +77,13 @@ def has_memory(theta: torch.Tensor) -> bool:
     return 0 not in theta.stride()
 
 
+def _content(*tensors: torch.Tensor) -> tuple[tuple[int, int], ...] | None:
+    """What changes with the contents of tensors; `None` where torch does not say, as of inference tensors."""
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+
+
 def members_first(theta: torch.Tensor) -> torch.Tensor:
     """A copy in which each member of all groups lies in memory from end to end, as the kernels read it."""
     return theta.transpose(0, 1).contiguous().transpose(0, 1)
@@ -115,6 +123,25 @@ def _after_load(layer: "MaskProLayer", incompatible_keys: Any) -> None:
             layer._unfilled[name] = mask
 
 
+@contextmanager
+def _onloaded(layer: "MaskProLayer") -> Iterator[None]:
+    """
+    Have a masked layer's tensors where accelerate computes, if it offloads them: it brings those of a module as that
+    is called, and neither masks nor logits are, nor the base layer before its weight is masked.
+    """
+    parts = (layer.base_layer, layer.maskpro_theta, layer.maskpro_mask)
+    hooked = [(part, vars(part)["_hf_hook"]) for part in parts if "_hf_hook" in vars(part)]
+    for part, hook in hooked:
+        hook.pre_forward(part)
+    try:
+        yield
+    finally:
+        for part, hook in hooked:
+            hook.post_forward(part, None)
+        if hooked:
+            layer.forget_masked_weight()
+
+
 class MaskProLayer(nn.Module, BaseTunerLayer):
     """
     What every masked layer has, per adapter: `maskpro_theta`, the trained offset of the logits, and `maskpro_mask`,
@@ -147,9 +174,9 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         # The masks that wait for data or a file. The digits alone cannot tell, since of 1:4 every byte is a valid
         # word; transformers replaces the tensor without telling, load_state_dict fills it and calls a hook.
         self._unfilled: dict[str, torch.Tensor] = {}
-        self._checked: dict[str, tuple[int, int]] = {}
-        self._finite: dict[str, tuple[int, int]] = {}
-        self._masked_weight: tuple[list[tuple[int, int]], torch.Tensor, list[torch.Tensor]] | None = None
+        self._checked: dict[str, tuple[tuple[int, int], ...]] = {}
+        self._finite: dict[str, tuple[tuple[int, int], ...]] = {}
+        self._masked_weight: tuple[tuple[tuple[int, int], ...], torch.Tensor, list[torch.Tensor]] | None = None
         # The masks that a state dict has for this layer, while it is loaded.
         self._brought: list[str] = []
         self.register_load_state_dict_pre_hook(_before_load)
@@ -161,8 +188,12 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         """The weight as `[out_features, in_features]`, or back; a view."""
         raise NotImplementedError
 
+    def is_plain(self) -> bool:
+        """Whether calling the base layer comes to [`linear`]: no other forward, and nothing that hangs on the call."""
+        raise NotImplementedError
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The base layer's computation with another weight."""
+        """A plain base layer's computation with another weight."""
         raise NotImplementedError
 
     def update_layer(self, adapter_name: str, config: MaskProConfig) -> None:
@@ -261,10 +292,11 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
                 "call initialize_masks(model, dataloader) before using the model, or start from 'magnitude'."
             )
         # Once for every content, since looking at the digits waits for the device.
-        state = (packed.data_ptr(), packed._version)
-        if self._checked.get(adapter_name) != state:
+        state = _content(packed)
+        if state is None or self._checked.get(adapter_name) != state:
             check_packed(packed, self.maskpro_config[adapter_name].n, self.maskpro_config[adapter_name].m, self._width)
-            self._checked[adapter_name] = state
+            if state is not None:
+                self._checked[adapter_name] = state
         return packed
 
     @property
@@ -306,11 +338,12 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         if not has_memory(theta):
             return theta
         # Once for every content, since looking waits for the device; while it is trained, once for all.
-        state, known = (theta.data_ptr(), theta._version), self._finite.get(adapter_name)
-        if known is None or (known != state and not (sampled and known[0] == state[0])):
+        state, known = _content(theta), self._finite.get(adapter_name)
+        if state is None or known is None or (known != state and not (sampled and known[0][0] == state[0][0])):
             if not theta.isfinite().all():
                 raise ValueError(f"adapter {adapter_name!r} has logits that are not finite: {NO_MASK}.")
-            self._finite[adapter_name] = state
+            if state is not None:
+                self._finite[adapter_name] = state
         return theta
 
     def mode_codes(self, adapter_name: str) -> torch.Tensor:
@@ -382,7 +415,12 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         return self._mask_weight(self._masking_adapters())
 
     def _mask_weight(self, names: list[str]) -> torch.Tensor:
-        weight = self.base_layer.weight
+        weight = self.base_layer._parameters.get("weight")
+        if weight is None:
+            raise ValueError(
+                "the weight of a masked layer is computed from others, as by pruning or weight_norm, so a mask over it "
+                "would be lost; make it a parameter again (prune.remove, remove_parametrizations)."
+            )
         if self.training or torch.is_grad_enabled():
             trained = [name for name in names if self.maskpro_theta[name].requires_grad]
             if (self.training and trained) or (torch.is_grad_enabled() and (trained or weight.requires_grad)):
@@ -399,19 +437,22 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
     def _cached_masked_weight(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
         """
         The masked weight, computed again only when something it depends on has changed: `generate` asks for it at
-        every token.
+        every token. Of a change through `.data` torch says nothing, so `train()` and `eval()` forget it.
         """
         tensors, thetas, masks = [weight], self.maskpro_theta, self.maskpro_mask
         for name in names:
             tensors += (thetas[name], masks[name])
-        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-        if self._masked_weight is None or self._masked_weight[0] != state:
+        state = _content(*tensors)
+        if state is None or self._masked_weight is None or self._masked_weight[0] != state:
+            self._masked_weight = None
             with torch.inference_mode(False), torch.no_grad():
                 masked = weight
                 for name in names:
                     masked = self.masked(masked, name)
-            # The tensors are held so that no other can come to lie at their address.
-            self._masked_weight = (state, masked, tensors)
+            if state is None:
+                return masked
+            # Their memory is held so that no other can come to lie at its address.
+            self._masked_weight = (state, masked, [tensor.detach() for tensor in tensors])
         return self._masked_weight[1]
 
     def forget_masked_weight(self) -> None:
@@ -419,8 +460,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self._masked_weight = None
 
     def train(self, mode: bool = True):
-        if mode:
-            self.forget_masked_weight()
+        self.forget_masked_weight()
         return super().train(mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -429,7 +469,15 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         names = self._masking_adapters()
         if self._disable_adapters or self.merged_adapters or self.dense or not names:
             return self.base_layer(x, *args, **kwargs)
-        return self.linear(x, self._mask_weight(names))
+        if self.is_plain() and not args and not kwargs:
+            return self.linear(x, self._mask_weight(names))
+        with _onloaded(self):
+            # An attribute goes before a parameter of its name, which is left as it is: hooks may exchange it.
+            vars(self.base_layer)["weight"] = self._mask_weight(names)
+            try:
+                return self.base_layer(x, *args, **kwargs)
+            finally:
+                vars(self.base_layer).pop("weight", None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep: bool = True) -> None:
         """

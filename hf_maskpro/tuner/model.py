@@ -21,6 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..subset import mode_codes, pack_codes, unpack_codes
 from .base import cached_commit, check_base, listed
@@ -172,10 +173,15 @@ class MaskProModel(BaseTuner):
             theta_key = f"{name}.maskpro_theta.{adapter_name}"
             layer.packed_initial_mask(adapter_name)
             packed, theta = state_dict[mask_key], state_dict[theta_key]
+            if theta.is_meta or packed.is_meta:
+                raise ValueError(
+                    f"the logits of {_bare(name)} are offloaded, so there is nothing to save; bring them back by "
+                    "accelerate's remove_hook_from_submodules(model)."
+                )
             thetas.append(theta)
             _check_finite(_bare(name), theta)
             initial = unpack_codes(packed, config.n, config.m, theta.shape[1] * theta.shape[2])
-            learned = initial if theta.is_meta else mode_codes(theta, packed, logit_scale(config), config.n)
+            learned = mode_codes(theta, packed, logit_scale(config), config.n)
             weights += theta.numel()
             moved += (differ := int((learned != initial).sum()))
             changed[_bare(name)] = round(differ / learned.numel(), 6)
@@ -183,7 +189,7 @@ class MaskProModel(BaseTuner):
                 result |= {mask_key: packed, theta_key: theta.contiguous()}
             else:
                 result[mask_key] = pack_codes(learned, config.n, config.m)
-        if any(has_memory(theta) and not theta.is_meta and theta.any() for theta in thetas):
+        if any(has_memory(theta) and theta.any() for theta in thetas):
             # Moved by a trainer that has no default of its own.
             config.logit_scale = logit_scale(config)
         size = sum(tensor.nbytes for tensor in result.values())
@@ -409,10 +415,17 @@ def _why_not(module: nn.Module, config: MaskProConfig, embeddings: set[int]) -> 
         module = module.get_base_layer()
     if isinstance(module, nn.Embedding):
         return "embeddings are not masked; take them out of target_modules"
+    if isinstance(module, (nn.Linear, Conv1D)) and "weight" not in module._parameters:
+        return (
+            "its weight is computed from others, as by pruning or weight_norm; make it a parameter first "
+            "(prune.remove, remove_parametrizations)"
+        )
     cls = layer_class(module)
     if cls is None:
         return _unsupported(module)
     assert isinstance(module.weight, torch.Tensor)
+    if module.weight.is_meta and "_hf_hook" in vars(module):
+        return "its weight is offloaded; add the adapter to the whole model, then offload that"
     if id(module.weight) in embeddings:
         return "its weight is that of an embedding, which merging would destroy; take it out of target_modules"
     if config.on_indivisible == "error" and (in_features := _in_features(module)) % config.m:
