@@ -45,6 +45,22 @@ for name in names:
 """
 
 
+class _Configs(dict[str, PeftConfig]):
+    """
+    The configurations that PEFT finds at a model with masks when another method's adapter is put over them. It would
+    save the masks with an adapter of the same name, in place of their own.
+    """
+
+    def update(self, added: dict[str, PeftConfig]) -> None:  # type: ignore[override]
+        for name, config in added.items():
+            if name in self and type(self[name]) is not type(config):
+                raise ValueError(
+                    f"{name!r} is the name of an adapter of masks; give the other one a name of its own, as in "
+                    "get_peft_model(model, config, adapter_name='quality')."
+                )
+        super().update(added)
+
+
 class MaskProModel(BaseTuner):
     """
     Learnable N:M masks over the linear layers of a pretrained model, whose weights never change.
@@ -67,6 +83,7 @@ class MaskProModel(BaseTuner):
         if isinstance(peft_config, MaskProConfig):
             peft_config.await_file_if_read()
         super().__init__(model, peft_config, adapter_name, **options)
+        self.model.peft_config = _Configs(self.peft_config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> None:
         names = [*EMBEDDING_LAYER_NAMES, *(name for name, _ in model.named_modules())]
@@ -163,7 +180,7 @@ class MaskProModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """The packed mode of every layer, or with `save_logits` the starting mask and theta."""
         assert isinstance(config, MaskProConfig)
-        state_dict = {key.replace(f"{_BENEATH}.maskpro_", ".maskpro_"): value for key, value in state_dict.items()}
+        state_dict = {_without_place(key): value for key, value in state_dict.items()}
         result: dict[str, torch.Tensor] = {}
         changed = {}
         thetas = []
@@ -205,7 +222,10 @@ class MaskProModel(BaseTuner):
         # PEFT would put the one of two names for the same tensor in the place of the other.
         if named := [key for key in state_dict if re.search(r"\.maskpro_(mask|theta)\.", key)]:
             raise ValueError(f"the adapter file has names that are none of a mask's: {listed(named)}.")
+        beneath = _beneath(model)
+        state_dict = {_with_place(key, beneath): value for key, value in state_dict.items()}
         result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        result = {_without_place(key): value for key, value in result.items()}
         layers = dict(_layers(model, adapter_name))
         known = {f"{name}.maskpro_{part}.{adapter_name}" for name in layers for part in ("mask", "theta")}
         surplus = [key for key in result if re.search(r"\.maskpro_(mask|theta)(\.|$)", key) and key not in known]
@@ -246,16 +266,27 @@ class MaskProModel(BaseTuner):
             elif has_memory(theta):
                 with torch.no_grad():
                     theta.zero_()
-        for name, module in model.named_modules():
-            if module in layers.values() and name.endswith(_BENEATH):
-                for part in ("mask", "theta"):
-                    end = f".maskpro_{part}.{adapter_name}"
-                    result[name + end] = result.pop(name.removesuffix(_BENEATH) + end)
-        return result
+        return {_with_place(key, beneath): value for key, value in result.items()}
 
 
 # The end of a masked layer's name once another method's adapter lies over it.
 _BENEATH = ".base_layer"
+
+
+def _beneath(model: nn.Module) -> set[str]:
+    """The names, as files have them, of the masked layers that lie beneath another adapter."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, MaskProLayer)]
+    return {name.removesuffix(_BENEATH) for name in layers if name.endswith(_BENEATH)}
+
+
+def _with_place(key: str, beneath: set[str]) -> str:
+    name, mark, part = key.partition(".maskpro_")
+    return f"{name}{_BENEATH}{mark}{part}" if name in beneath else key
+
+
+def _without_place(key: str) -> str:
+    return key.replace(f"{_BENEATH}.maskpro_", ".maskpro_")
+
 
 _peft_checks_merge = BaseTuner._check_merge_allowed
 
@@ -274,8 +305,8 @@ def _check_merge_over_masks(tuner: BaseTuner) -> None:
     ]
     if over:
         raise ValueError(
-            f"cannot merge {listed(over)}: a mask lies beneath, whose zeros it would fill. Keep it unmerged beside the "
-            "merged mask (hf_maskpro.deploy.merge); or, if the model may be dense, call merge_adapter of the mask first."
+            f"cannot merge {listed(over)}: a mask lies beneath, whose zeros it would fill. Keep it unmerged beside "
+            "the merged mask (hf_maskpro.deploy.merge), or call merge_adapter of the mask first for a dense model."
         )
     _peft_checks_merge(tuner)
 

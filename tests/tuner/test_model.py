@@ -659,35 +659,38 @@ class TestAlteredFiles:
             self.load("peft", base_folder, saved[0], ids)
 
 
-def lora(model, **options):
+def lora(masked, **options):
     """A LoRA over a masked model, which does something."""
-    return get_peft_model(model.get_base_model(), LoraConfig(init_lora_weights=False, **options)).eval()
+    config = LoraConfig(init_lora_weights=False, **options)
+    return get_peft_model(masked.get_base_model(), config, adapter_name="quality").eval()
 
 
 def test_a_lora_over_a_mask_works_unmerged(saved, base_folder, ids, tmp_path):
     masked = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), saved[0])
+    with pytest.raises(ValueError, match="'default' is the name of an adapter of masks; give the other one a name"):
+        get_peft_model(masked.get_base_model(), LoraConfig())
     model = lora(masked)
     expected = logits(model, ids)
     assert not torch.equal(expected, saved[1])
     with model.disable_adapter():
         assert torch.equal(logits(model, ids), logits(AutoModelForCausalLM.from_pretrained(base_folder), ids))
-    model.save_pretrained(tmp_path / "lora")
-    masked.save_pretrained(tmp_path / "mask")
-    assert (
-        load_file(tmp_path / "mask" / "adapter_model.safetensors").keys()
-        == load_file(saved[0] / "adapter_model.safetensors").keys()
-    )
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "mask")
-    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "lora").eval(), ids), expected)
+    model.save_pretrained(tmp_path / "both")
+    mask, quality = (load_file(tmp_path / "both" / name / "adapter_model.safetensors") for name in (".", "quality"))
+    assert mask.keys() == load_file(saved[0] / "adapter_model.safetensors").keys()
+    assert all(".lora_" in key for key in quality)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+    both = PeftModel.from_pretrained(base, tmp_path / "both" / "quality", adapter_name="quality")
+    assert torch.equal(logits(both.eval(), ids), expected)
     # Served beside the sparse checkpoint, by those who know no masks.
-    merge(base_folder, tmp_path / "mask", tmp_path / "sparse")
-    sparse = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse"), tmp_path / "lora")
-    assert torch.equal(logits(sparse.eval(), ids), expected)
+    merge(base_folder, tmp_path / "both", tmp_path / "sparse")
+    sparse = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    beside = PeftModel.from_pretrained(sparse, tmp_path / "both" / "quality")
+    assert torch.equal(logits(beside.eval(), ids), expected)
 
 
 def test_a_lora_over_a_mask_is_merged_when_asked_for(saved, base_folder, ids):
     masked = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), saved[0])
-    model = lora(masked)
+    model = lora(masked, target_modules="all-linear")
     expected = logits(model, ids)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for merging in (model.merge_adapter, model.merge_and_unload, masked.merge_and_unload):
@@ -702,14 +705,14 @@ def test_a_lora_over_a_mask_is_merged_when_asked_for(saved, base_folder, ids):
         check_sparsity(dense, 2, 4)
 
 
-def test_a_mask_and_a_lora_learn_together(llama, ids, tmp_path):
+def test_a_mask_and_a_lora_learn_together(llama, ids):
     masked = get_peft_model(llama, MaskProConfig(save_logits=True))
     model = lora(masked, target_modules="all-linear").train()
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad.any() for p in learned.values())
-    assert {name.split(".")[-2] for name in learned} == {"default", "maskpro_theta"}
     assert len([name for name in learned if "maskpro_theta" in name]) == 14
+    assert len([name for name in learned if ".lora_" in name]) == 28
     perturb(masked)
     expected = logits(model.eval(), ids)
     state = get_peft_model_state_dict(masked)
