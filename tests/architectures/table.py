@@ -29,6 +29,7 @@ class Architecture:
         exclude (`str`, *optional*): What `exclude_modules` has to say.
         why (`str`): Why it has to, in words of the documentation.
         at_once (`tuple[str, ...]`): The layers that calibration gathers in one pass rather than layer by layer.
+        walked (`bool`): Whether it has a list of layers to walk; else all of them are gathered in one pass.
         with_loss (`dict`): Arguments that make its forward return a loss.
     """
 
@@ -39,6 +40,7 @@ class Architecture:
     exclude: str | None = None
     why: str = ""
     at_once: tuple[str, ...] = ()
+    walked: bool = True
     with_loss: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -136,6 +138,12 @@ ARCHITECTURES = [
     Architecture("GPT-NeoX", transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig(**_TEXT), _CAUSAL),
     Architecture("Falcon", transformers.FalconForCausalLM, transformers.FalconConfig(**_FALCON), _CAUSAL),
     Architecture(
+        "Mixtral, with its experts",
+        transformers.MixtralForCausalLM,
+        transformers.MixtralConfig(**_TEXT, num_local_experts=4),
+        _CAUSAL,
+    ),
+    Architecture(
         "Mamba",
         transformers.MambaForCausalLM,
         transformers.MambaConfig(**_TEXT | {"state_size": 4, "time_step_rank": 4}),
@@ -194,6 +202,13 @@ ARCHITECTURES = [
         at_once=("head.dense",),
     ),
     Architecture(
+        "ALBERT, layers shared",
+        transformers.AlbertForMaskedLM,
+        transformers.AlbertConfig(**_TEXT, embedding_size=16),
+        _CAUSAL,
+        walked=False,
+    ),
+    Architecture(
         "ViT, classifying",
         transformers.ViTForImageClassification,
         transformers.ViTConfig(**_VISION, num_labels=3),
@@ -231,7 +246,7 @@ def markdown() -> str:
     """The table as the documentation shows it."""
     lines = ["| model | class | left dense by `exclude_modules` | calibrated | compared by |", "|---|---|---|---|---|"]
     for known in ARCHITECTURES:
-        calibrated = "layer by layer"
+        calibrated = "layer by layer" if known.walked else "in one pass"
         if known.at_once:
             calibrated += "; in one pass " + ", ".join(f"`{name}`" for name in known.at_once)
         compared = "outputs, `generate`" if known.generates else "outputs"
