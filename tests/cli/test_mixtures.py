@@ -161,7 +161,7 @@ def test_bad_sources_are_named_before_the_model_is_loaded(checkpoint, sources, t
         assert f"{tmp_path / 'lists'} cannot be read: its column 'text' holds a list" in fails(
             *given, "--dataset", tmp_path / "lists"
         )
-        assert f"dataset {a} is a file; pass a text by --text" in fails(*given, "--dataset", a)
+        assert f"dataset {b} is a file; pass a text by --text" in fails(*given, "--dataset", b)
         assert f"{tmp_path / 'empty'} has no text" in fails(*given, "--dataset", tmp_path / "empty")
         assert f"{tmp_path / 'nothing'} cannot be read" in fails(*given, "--dataset", tmp_path / "nothing")
         assert f"{tmp_path / 'blank'} has no text" in fails(*given, "--dataset", tmp_path / "blank")
