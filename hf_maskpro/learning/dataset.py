@@ -37,7 +37,7 @@ class TextWindows(IterableDataset):
         max_length (`int`): Length of a window, in tokens.
 
     Raises:
-        `ValueError`: if the rows fill no window.
+        `ValueError`: if the rows fill no window, or their text is none.
     """
 
     def __init__(self, dataset: Any, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int):
@@ -68,7 +68,10 @@ class TextWindows(IterableDataset):
     def _text(self, rows: list[dict[str, Any]]) -> str:
         if self.column == "messages":
             return "".join(str(self.tokenizer.apply_chat_template(row["messages"], tokenize=False)) for row in rows)
-        return "".join(f"{row['text']}\n\n" for row in rows if row["text"])
+        texts = [row["text"] for row in rows if row["text"]]
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"the dataset's column 'text' holds a {type(wrong[0]).__name__}, not a text.")
+        return "".join(f"{text}\n\n" for text in texts)
 
 
 class Repeated(IterableDataset):

@@ -123,6 +123,7 @@ def test_a_collator_of_ones_own_is_given_the_rows(tmp_path, checkpoint):
     [
         ({"question": TEXTS, "answer": TEXTS}, {}, "the columns question, answer; it needs one of text, messages and"),
         ({"labels": [1], "idx": [1]}, {}, "the columns labels, idx; it needs"),
+        ({"text": [TEXTS]}, {}, "the dataset's column 'text' holds a list, not a text"),
         ({"text": TEXTS}, {"processing_class": None}, "'text' has to be tokenised; pass processing_class=tokenizer"),
         ({"messages": [[]]}, {}, "no chat template"),
         ({"text": ["w1 w2", "", "w3"]}, {}, "has 3 tokens, fewer than one window of 16; lower max_length"),
