@@ -266,7 +266,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def _show(results: dict[str, Any], output: Path) -> None:
     table = Table(title=f"{results['model']} at 2:4")
-    columns = "method", "at home", "times dense", "elsewhere", "times dense", "steps", "seconds", "peak memory"
+    columns = "method", "at home", "x dense", "elsewhere", "x dense", "steps", "seconds", "memory"
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right")
     dense = results["rows"][0]
@@ -279,7 +279,7 @@ def _show(results: dict[str, Any], output: Path) -> None:
             f"{row['elsewhere'] / dense['elsewhere']:,.2f}",
             f"{row['steps']:,}",
             f"{row['seconds']:.0f}",
-            f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+            f"{row['peak_bytes'] / 10**9:.1f} GB",
         )
     console.print(table)
     console.print(f"Perplexity: {results['protocol']}.")
