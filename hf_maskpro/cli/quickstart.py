@@ -266,23 +266,19 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def _show(results: dict[str, Any], output: Path) -> None:
     table = Table(title=f"{results['model']} at 2:4")
-    columns = "method", "at home", "x dense", "elsewhere", "x dense", "steps", "seconds", "memory"
-    for column in columns:
+    for column in ("method", "at home", "elsewhere", "steps", "seconds", "memory"):
         table.add_column(column, justify="left" if column == "method" else "right")
     dense = results["rows"][0]
     for row in results["rows"]:
         table.add_row(
             row["method"],
-            f"{row['perplexity']:.4g}",
-            f"{row['perplexity'] / dense['perplexity']:,.2f}",
-            f"{row['elsewhere']:.4g}",
-            f"{row['elsewhere'] / dense['elsewhere']:,.2f}",
+            *(f"{row[kind]:.4g} ({row[kind] / dense[kind]:,.2f}x)" for kind in ("perplexity", "elsewhere")),
             f"{row['steps']:,}",
             f"{row['seconds']:.0f}",
             f"{row['peak_bytes'] / 10**9:.1f} GB",
         )
     console.print(table)
-    console.print(f"Perplexity: {results['protocol']}.")
+    console.print(f"Perplexity, and how many times the dense one: {results['protocol']}.")
     if any(row["method"] == "residual" for row in results["rows"]):
         console.print(
             "residual needs forward passes alone, and thousands of steps: the paper runs 10,000. "
