@@ -295,6 +295,8 @@ class MaskProTrainer(Trainer):
         finally:
             self._unfinished = ""
             self.config.save_logits, self.args.push_to_hub = save_logits, push
+        # Where one ends, its launcher stops the others.
+        self.accelerator.wait_for_everyone()
         if push:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
