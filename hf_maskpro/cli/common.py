@@ -146,25 +146,30 @@ def read_text(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; pass a text file.")
     try:
-        text = path.read_text(encoding="utf-8")
+        # What a byte-order mark would be is a token that no text begins with.
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}; convert it.") from error
+    if "\0" in text:
+        raise ValueError(f"{path} is no text in UTF-8: it has NUL characters, as UTF-16 does; convert it.")
     if not text.strip():
         raise ValueError(f"{path} is empty; pass a file with text.")
     return text
 
 
-def read_sources(texts: list[Path] | None, datasets: list[str] | None, tokens: int) -> dict[str, str]:
+def read_sources(
+    texts: list[Path] | None, datasets: list[str] | None, tokens: float, split: str = "train"
+) -> dict[str, str]:
     """
-    What all texts hold, and of each dataset what so many tokens are made of, by the names that the user gave. The
-    first thing to ask for, since it tells soon what is empty or cannot be read.
+    What all texts hold, and of a split of each dataset what so many tokens are made of, by the names that the user
+    gave. The first thing to ask for, since it tells soon what is empty or cannot be read.
     """
     given = [*map(str, texts or []), *(datasets or [])]
     if twice := [name for name in given if given.count(name) > 1]:
-        raise ValueError(f"{twice[0]} is named twice; name it once, and give it more of the --weights.")
+        raise ValueError(f"{twice[0]} is named twice; name it once.")
     contents = {str(path): read_text(path) for path in texts or []}
     for dataset in datasets or []:
-        content = "\n\n".join(_documents(dataset, 10 * tokens))
+        content = "\n\n".join(_documents(dataset, split, 10 * tokens))
         if not content.strip():
             raise ValueError(f"dataset {dataset} has no text; pass one with text.")
         contents[dataset] = content
@@ -241,20 +246,24 @@ def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return "".join(str(tokenizer.apply_chat_template(turns, tokenize=False)) for turns in conversations)
 
 
-def _documents(dataset: str, characters: int) -> Iterator[str]:
-    """Documents of a dataset's train split until there are so many characters."""
+def _documents(dataset: str, split: str, characters: float) -> Iterator[str]:
+    """Documents of a dataset's split until there are so many characters."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ValueError("--dataset needs the datasets package: pip install 'hf-maskpro[datasets]'.") from error
     name, _, config = dataset.partition(":")
+    if Path(name).is_file():
+        raise ValueError(f"dataset {dataset} is a file; pass a text by --text, and of a dataset its folder.")
     bar = tqdm(total=characters, desc=f"reading {dataset}", unit=" characters", unit_scale=True)
     try:
-        for row in load_dataset(name, config or None, split="train", streaming=True):
+        for row in load_dataset(name, config or None, split=split, streaming=True):
             if "text" not in row:
                 raise ValueError(f"it has no column 'text', only {', '.join(row)}.")
             if not row["text"]:
                 continue
+            if not isinstance(row["text"], str):
+                raise ValueError(f"its column 'text' holds a {type(row['text']).__name__}, not a text.")
             yield row["text"]
             bar.update(len(row["text"]))
             if bar.n >= characters:

@@ -1,9 +1,10 @@
 """The adapter that is trained: its layers, and the masks that they can apply."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Self
 
 import torch
@@ -58,17 +59,30 @@ class TrainedAdapter:
         """Whether any logit is elsewhere than at the start."""
         return any(bool(theta.any()) for theta in self.thetas())
 
+    def digest(self) -> int:
+        """A hash of the bits of all logits and starting masks, 63 bits."""
+        found = hashlib.blake2b(digest_size=8)
+        for layer, theta in zip(self.layers, self.thetas(), strict=True):
+            for tensor in (theta.detach(), layer.maskpro_mask[self.name]):
+                # One number a row and member, since what cancels out within all of a layer would not be seen.
+                found.update(torch.hash_tensor(tensor, -1).cpu().numpy().tobytes())
+        return int.from_bytes(found.digest()) >> 1
+
     def groups(self) -> int:
         """How many groups the layers have together."""
         return sum(theta.shape[0] * theta.shape[2] for theta in self.thetas())
 
     @contextmanager
-    def masks(self, choose: MaskWeight) -> Iterator[None]:
-        """Let every layer multiply by what `choose` makes of its weight, and keep nothing."""
+    def masks(self, choose: MaskWeight, keep: bool = False) -> Iterator[None]:
+        """
+        Let every layer multiply by what `choose` makes of its weight. To `keep` that until the end takes the memory of
+        another model, and spares choosing again at every token that is generated.
+        """
         modes = [layer.training for layer in self.layers]
         for index, layer in enumerate(self.layers):
             layer.train()
-            layer.choose_mask = partial(choose, index, layer)
+            chosen = partial(choose, index, layer)
+            layer.choose_mask = cache(chosen) if keep else chosen
         try:
             yield
         finally:

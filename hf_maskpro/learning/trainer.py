@@ -1,6 +1,7 @@
 """Trains a mask adapter: a `Trainer` that asks its estimator."""
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.hooks import RemovableHandle
-from transformers import Trainer, default_data_collator
+from transformers import ProgressCallback, Trainer, default_data_collator
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, has_length, rotate_checkpoints
 
@@ -20,7 +21,8 @@ from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
 from .checkpoints import UNFINISHED, EndsWithCheckpoint, newest_checkpoint, place_checkpoint
 from .dataset import Repeated, rows_of
-from .objectives import Distillation, objective_weights
+from .objectives import Distillation, objective_weights, ranks_of_loss
+from .progress import MaskProgress
 from .record import add_to_card, card_path, objective_name, plot_run, record_training
 
 
@@ -48,6 +50,11 @@ class MaskProTrainer(Trainer):
         processing_class (`PreTrainedTokenizerBase`, *optional*): The tokenizer.
         data_collator (`Callable`, *optional*):
             Makes a batch of rows. Without a `processing_class` it is given the rows as they are, whatever they hold.
+        reward_fn (`Callable[[nn.Module, dict], torch.Tensor]`, *optional*):
+            What `estimator="residual"` raises in place of lowering a loss: from the model under a mask and a batch, as
+            the collator made it, a number for each example, of any floating dtype, `[examples]`; higher is better. It
+            needs no gradient, so it may generate, compare or ask somebody else. It is called twice a step, under a
+            sampled and under the starting mask, and takes the memory of the masked weights.
         kwargs: As for `Trainer`.
 
     Raises:
@@ -68,9 +75,16 @@ class MaskProTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         data_collator: Any = None,
+        reward_fn: Callable[[nn.Module, dict[str, Any]], torch.Tensor] | None = None,
         **kwargs: Any,
     ):
         self.adapter = TrainedAdapter.of(model)
+        if reward_fn is not None and (args.estimator, args.objective) != ("residual", "language-modeling"):
+            raise ValueError(
+                f"reward_fn is for estimator='residual' with its objective in place of another, not for "
+                f"{args.estimator!r} and {args.objective!r}; the others need the gradient of a loss."
+            )
+        self.reward_fn = reward_fn
         if processing_class is not None or data_collator is None:
             read = partial(rows_of, model=model, tokenizer=processing_class, max_length=args.max_length)
             rows, eval_rows = read(train_dataset), read(eval_dataset)
@@ -106,6 +120,8 @@ class MaskProTrainer(Trainer):
         self._unfinished = ""
         self._ending = EndsWithCheckpoint(self.accelerator)
         self.add_callback(self._ending)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(MaskProgress)
         self._given_optimizer = self.optimizer
         self._hooks: list[RemovableHandle] = []
         self.estimator = ESTIMATORS[args.estimator](self, self.adapter)
@@ -157,7 +173,10 @@ class MaskProTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         try:
-            return super().get_batch_samples(*args, **kwargs)
+            batches, items = super().get_batch_samples(*args, **kwargs)
+            if not batches and isinstance(self.train_dataset, Repeated):
+                self.control.should_training_stop = True
+            return batches, items
         except Exception as error:
             # Between two steps nothing is half done. Of several ranks the others would wait for this one.
             if self.args.save_strategy == SaveStrategy.NO or self.accelerator.num_processes > 1:
@@ -186,9 +205,7 @@ class MaskProTrainer(Trainer):
             loss = self.distillation.sequence_losses(model, inputs).sum()
         if not self.model_accepts_loss_kwargs or num_items_in_batch is None:
             return loss / (inputs["labels"][:, 1:] != -100).sum()
-        # Ranks' gradients are averaged, and the items are those of all.
-        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return loss * ranks / num_items_in_batch
+        return loss * ranks_of_loss(self) / num_items_in_batch
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.estimator.settle()
@@ -278,6 +295,8 @@ class MaskProTrainer(Trainer):
         finally:
             self._unfinished = ""
             self.config.save_logits, self.args.push_to_hub = save_logits, push
+        # Where one ends, its launcher stops the others.
+        self.accelerator.wait_for_everyone()
         if push:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
@@ -326,7 +345,8 @@ class MaskProTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        self.estimator.save(Path(output_dir))
+        if self.args.should_save:
+            self.estimator.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
