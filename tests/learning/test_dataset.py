@@ -136,3 +136,18 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, checkpoint, kind, 
     with pytest.raises(ValueError, match=message) as caught:
         trainer(tmp_path, as_rows(kind, **columns), **options).train()
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ([], "the dataset has no rows"),
+        ([{"input_ids": [3]}, {"input_ids": [4]}], "rows have fewer than 2 tokens"),
+        ([{"input_ids": [3, 40]}], "the token 40, and the model a vocabulary of 34; tokenise with its tokenizer"),
+        ([{"input_ids": [3, 4], "labels": [3, -100]}] * 9, "labels of the dataset's first 8 rows are -100"),
+    ],
+)
+def test_rows_that_teach_nothing_are_refused_in_one_line(tmp_path, dataset, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        trainer(tmp_path, dataset)
+    assert len(str(caught.value).splitlines()) == 1
