@@ -22,6 +22,7 @@ from ..tuner import (
 )
 from . import blocks, gblm, magnitude, pruner_zero, random, ria, sparsegpt, swaps, wanda
 from .batches import read_batches, sequences_in, tokens_in
+from .blocks import TOWARDS_DENSE
 from .calibration import generated_text, random_windows, start_token_of
 from .gradients import gradient_norms
 from .sources import fill_masks
@@ -31,9 +32,6 @@ from .walk import FEWEST_TOKENS, Calibration, Inputs, walk
 __all__ = ["generated_text", "initialize_masks", "needs_data", "random_windows", "start_token_of"]
 
 logger = logging.getLogger(__name__)
-
-# How far swaps go from the outputs of a layer's own inputs towards those of the dense model.
-TOWARDS_DENSE = 0.3
 
 _SCORES = {
     "magnitude": magnitude.scores,
