@@ -1,6 +1,7 @@
 """Starting masks: one file per rule, the layer-by-layer walk that they share, refinement, and masks from elsewhere."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,22 @@ import torch
 from torch import nn
 
 from ..subset import group_members, mask_of, mode
-from ..tuner import DATA_FREE, RULES, MaskProConfig, MaskProLayer, masked_layers, one_adapter, split_init_mask
+from ..tuner import (
+    DATA_FREE,
+    RULES,
+    MaskProConfig,
+    MaskProLayer,
+    check_calls,
+    masked_layers,
+    one_adapter,
+    split_init_mask,
+)
 from . import gblm, magnitude, pruner_zero, random, ria, sparsegpt, swaps, wanda
 from .batches import read_batches, sequences_in, tokens_in
 from .calibration import generated_text, random_windows, start_token_of
 from .gradients import gradient_norms
 from .sources import fill_masks
-from .walk import Calibration, Inputs, walk
+from .walk import Calibration, Inputs, one_pass, walk
 
 
 __all__ = ["generated_text", "initialize_masks", "needs_data", "random_windows", "start_token_of"]
@@ -87,6 +97,8 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
             config.start["init_mask"] = config.init_mask
     if not with_data:
         return
+    if batches:
+        check_calls(model, partial(one_pass, model, batches[0]))
     gradients = gradient_norms(model, adapter_name, batches) if rule in ("gblm", "pruner-zero") else {}
 
     def choose(name: str, layer: MaskProLayer, inputs: Inputs | None) -> None:

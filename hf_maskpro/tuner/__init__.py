@@ -2,7 +2,7 @@
 
 from .config import DATA_FREE, RULES, MaskProConfig, saved_config, split_init_mask
 from .layer import PLAIN_LOGIT_SCALE, MaskProLayer, logit_scale
-from .model import MaskProModel, evaluating, masked_layers, one_adapter, unmasked
+from .model import MaskProModel, check_calls, evaluating, masked_layers, one_adapter, unmasked
 from .registration import register
 
 
@@ -15,6 +15,7 @@ __all__ = [
     "MaskProConfig",
     "MaskProLayer",
     "MaskProModel",
+    "check_calls",
     "evaluating",
     "logit_scale",
     "masked_layers",

@@ -202,7 +202,11 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         out_features, in_features = weight.shape
         shape = (out_features, config.m, in_features // config.m)
         data_free = not config.awaits_file and config.init_mask in DATA_FREE and not weight.is_meta
-        if data_free:
+        # The configuration of an adapter that is here already, as TRL's trainers give it to their reference.
+        twin = next((name for name, known in self.maskpro_config.items() if known is config), None)
+        if twin is not None:
+            packed = self.maskpro_mask[twin].clone()
+        elif data_free:
             scores = group_members(weight.abs(), config.m) if config.init_mask == "magnitude" else torch.rand(shape)
             packed = pack_codes(codes_of(mode(scores.to(weight.device), config.n)), config.n, config.m)
         else:
@@ -213,7 +217,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self.maskpro_theta[adapter_name] = nn.Parameter(theta, requires_grad=False)
         self.maskpro_mask[adapter_name] = packed
         self.maskpro_config[adapter_name] = config
-        if not data_free:
+        if not data_free if twin is None else self._is_unfilled(twin):
             self._unfilled[adapter_name] = packed
         if config.save_logits or not config.inference_mode:
             self.materialize(adapter_name)
@@ -418,8 +422,8 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         weight = self.base_layer._parameters.get("weight")
         if weight is None:
             raise ValueError(
-                "the weight of a masked layer is computed from others, as by pruning or weight_norm, so a mask over it "
-                "would be lost; make it a parameter again (prune.remove, remove_parametrizations)."
+                "the weight of a masked layer is computed from others, as by pruning or weight_norm, so a mask would "
+                "be lost; make it a parameter again (prune.remove, remove_parametrizations)."
             )
         if self.training or torch.is_grad_enabled():
             trained = [name for name in names if self.maskpro_theta[name].requires_grad]

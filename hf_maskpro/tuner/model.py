@@ -2,7 +2,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -20,13 +20,17 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from ..subset import mode_codes, pack_codes, unpack_codes
 from .base import cached_commit, check_base, listed
+from .calls import tiny_inputs, used_without_a_call
 from .config import MaskProConfig
 from .layer import LOGITS, NO_MASK, MaskProLayer, has_memory, logit_scale, members_first
 from .linear import layer_class
 
+
+logger = logging.get_logger(__name__)
 
 # Of processor time, for all names of a model, which take milliseconds; by the clock ten times as much.
 SECONDS_TO_MATCH = 2
@@ -70,6 +74,20 @@ class MaskProModel(BaseTuner):
         names = [*EMBEDDING_LAYER_NAMES, *(name for name, _ in model.named_modules())]
         _check_patterns(self.peft_config[adapter_name], names)
         super().inject_adapter(model, adapter_name, *args, **options)
+        if isinstance(model, PreTrainedModel):
+            try:
+                check_calls(model, lambda: model(**tiny_inputs(model)))
+            except UncalledError:
+                for name, layer in _layers(model, adapter_name):
+                    parent, _, own = name.rpartition(".")
+                    if len(layer.maskpro_theta) > 1:
+                        layer.delete_adapter(adapter_name)
+                    else:
+                        setattr(model.get_submodule(parent), own, layer.get_base_layer())
+                raise
+            # A model may need other inputs: then its first batch tells, in initialize_masks.
+            except Exception as error:
+                logger.info(f"whether every masked layer is called was not seen: {error}")
 
     def _prepare_adapter_config(self, peft_config: MaskProConfig, model_config: dict) -> MaskProConfig:
         if peft_config.target_modules is None:
@@ -82,11 +100,12 @@ class MaskProModel(BaseTuner):
             _refuse_fused_experts(model, inside)
         _maybe_include_all_linear_layers(peft_config, model)
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        places = _places(model)
         problems: dict[str, list[str]] = {}
         weights: dict[str, torch.Tensor] = {}
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and check_target_module_exists(peft_config, name):
-                problem = _why_not(module, peft_config, embeddings)
+                problem = _why_not(module, peft_config, embeddings, places)
                 if problem:
                     problems.setdefault(problem, []).append(name)
                 else:
@@ -273,6 +292,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.forget_masked_weight()
 
 
+class UncalledError(ValueError):
+    """A masked layer's weight is used without calling the layer."""
+
+
+def check_calls(model: nn.Module, run: Callable[[], Any]) -> None:
+    """
+    Look at one forward pass whether every masked layer sees its mask.
+
+    Args:
+        model (`torch.nn.Module`): A model with a mask adapter.
+        run (`Callable`): The forward pass.
+
+    Raises:
+        `UncalledError`: if the weight of a layer is used without calling the layer.
+    """
+    with evaluating(model):
+        uncalled = used_without_a_call(model, run)
+    if uncalled:
+        raise UncalledError(
+            f"cannot mask {listed([_bare(name) for name in uncalled])}: the model uses the weight without calling the "
+            "layer, so no mask would apply; take it out by exclude_modules."
+        )
+
+
 @contextmanager
 def one_adapter(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """Let no other mask adapter be active, without touching what is trained."""
@@ -349,12 +392,28 @@ def _check_patterns(config: MaskProConfig, names: list[str]) -> None:
 
 
 def _unsupported(module: nn.Module) -> str:
+    if isinstance(module, BaseTunerLayer):
+        return (
+            "another adapter is on it already; merge that one, or mask the base model first and add it over the mask"
+        )
     if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}, and quantized layers are not supported"
     return f"{type(module).__name__} is not nn.Linear or Conv1D; change target_modules"
 
 
-def _why_not(module: nn.Module, config: MaskProConfig, embeddings: set[int]) -> str | None:
+def _places(model: nn.Module) -> dict[int, list[str]]:
+    """The layers that each parameter is in, by the names that they have in the modules that hold them."""
+    places: dict[int, list[str]] = {}
+    for prefix, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            for parameter in child._parameters.values() if child is not None else ():
+                places.setdefault(id(parameter), []).append(f"{prefix}.{name}".removeprefix("."))
+    return places
+
+
+def _why_not(
+    module: nn.Module, config: MaskProConfig, embeddings: set[int], places: dict[int, list[str]]
+) -> str | None:
     """Why a module cannot be masked, or `None` if it can."""
     if isinstance(module, MaskProLayer):
         module = module.get_base_layer()
@@ -373,6 +432,8 @@ def _why_not(module: nn.Module, config: MaskProConfig, embeddings: set[int]) -> 
         return "its weight is offloaded; add the adapter to the whole model, then offload that"
     if id(module.weight) in embeddings:
         return "its weight is that of an embedding, which merging would destroy; take it out of target_modules"
+    if len(shared := places[id(module.weight)]) > 1:
+        return f"{' and '.join(shared)} share one weight, and a mask is for one layer; exclude them by exclude_modules"
     in_features = module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
     if in_features % config.m:
         return f"in_features {in_features} is not a multiple of m = {config.m}; exclude it with exclude_modules"

@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import stat
 import threading
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 from hf_maskpro import MaskProConfig, check_sparsity
 from hf_maskpro.deploy import merge, new_folder
 from hf_maskpro.tuner import masked_layers
+from hf_maskpro.tuner.files import private_folder
 
 from ..conftest import headers, tiny_gpt2, tiny_llama
 
@@ -354,3 +357,13 @@ def test_nothing_on_disk_is_lost(tmp_path):
         (folder / "new").write_text("y")
     assert [path.name for path in output.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="is a file or device"), new_folder(tmp_path / "pipe", overwrite):
+            pass
+    with pytest.raises(ValueError, match="is no file, and would be lost"), private_folder(tmp_path) as folder:
+        (folder / "pipe").write_text("a plot")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
