@@ -282,6 +282,7 @@ def train(
         m=known.m if m is None else m,
         init_mask=known.init_mask if init_mask is None else source_or_rule(init_mask),
         target_modules=known.target_modules if target_modules is None else modules_of(target_modules),
+        target_parameters=known.target_parameters if target_modules is None else None,
         exclude_modules=known.exclude_modules if exclude_modules is None else modules_of(exclude_modules),
         logit_scale=logit_scale,
         logits_dtype=logits_dtype or known.logits_dtype,

@@ -27,6 +27,7 @@ MASKLLM_FILE = "mask_compressed.npz"
 # Gives the mask of a layer, bool `[out_features, m, groups]`, by its name in the base model.
 Reader = Callable[[str, MaskProLayer], torch.Tensor]
 Tensors = dict[str, Callable[[], torch.Tensor]]
+ALL = slice(None)
 
 
 @torch.no_grad()
@@ -144,8 +145,8 @@ def _parameter_reader(
     """Reads what is kept by parameter; `interpret` tells of every weight whether the source keeps it."""
 
     def read(name: str, layer: MaskProLayer) -> torch.Tensor:
-        weight, config = layer.get_base_layer().weight, layer.maskpro_config[adapter_name]
-        key = f"{name}.weight"
+        weight, config = layer.base_weight, layer.maskpro_config[adapter_name]
+        key = f"{name}{layer.parameter_suffix}"
         if key not in known:
             raise ValueError(f"the source has no {what} for {key}.")
         try:
@@ -207,28 +208,32 @@ def _adapter_reader(folder: Path, stack: ExitStack, adapter_name: str) -> Reader
             raise ValueError(
                 f"the source is {config.pattern} and the adapter {own.pattern}; pass the source's n and m."
             )
-        return mask_of(saved_codes(tensors, config, name, layer), config.m).to(layer.get_base_layer().weight.device)
+        return mask_of(saved_codes(tensors, config, name, layer), config.m).to(layer.base_weight.device)
 
     return read
 
 
-def saved_codes(tensors: Tensors, config: MaskProConfig, name: str, layer: MaskProLayer) -> torch.Tensor:
-    """The learned mask of one layer of a saved mask adapter as codes, int32 `[out_features, groups]`."""
-    key = f"base_model.model.{name}.maskpro_"
+def saved_codes(
+    tensors: Tensors, config: MaskProConfig, name: str, layer: MaskProLayer, rows: slice = ALL
+) -> torch.Tensor:
+    """The learned mask of some rows of a layer of a saved mask adapter as codes, int32 `[rows, groups]`."""
+    key, name = f"base_model.model.{name}.maskpro_", f"{name}{layer.parameter_suffix}"
     if f"{key}mask" not in tensors:
-        raise ValueError(f"the source has no mask for {name}.weight.")
+        raise ValueError(f"the source has no mask for {name}.")
     packed = tensors[f"{key}mask"]()
+    if len(packed) != layer.out_features:
+        raise ValueError(f"{name}: the source has {len(packed)} rows, the model {layer.out_features}.")
+    packed = packed[rows]
     try:
         codes = unpack_codes(packed, config.n, config.m, layer.in_features)
     except ValueError as error:
-        raise ValueError(f"{name}.weight: {error}") from error
-    if len(codes) != layer.out_features:
-        raise ValueError(f"{name}.weight: the source has {len(codes)} rows, the model {layer.out_features}.")
+        raise ValueError(f"{name}: {error}") from error
     if f"{key}theta" not in tensors:
         return codes
     theta = tensors[f"{key}theta"]()
-    if theta.shape != (len(codes), config.m, codes.shape[1]):
-        raise ValueError(f"{name}.weight: the source's theta has shape {list(theta.shape)}.")
+    if theta.shape != (layer.out_features, config.m, codes.shape[1]):
+        raise ValueError(f"{name}: the source's theta has shape {list(theta.shape)}.")
+    theta = theta[rows]
     if theta.dtype not in LOGITS or not theta.isfinite().all():
-        raise ValueError(f"{name}.weight: the source's theta is not finite float32 or bfloat16.")
+        raise ValueError(f"{name}: the source's theta is not finite float32 or bfloat16.")
     return mode_codes(theta, packed, logit_scale(config), config.n)

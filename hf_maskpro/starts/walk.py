@@ -2,20 +2,22 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..tuner import MaskProLayer, evaluating, masked_layers
+from ..tuner import MaskProExperts, MaskProExpertWeight, MaskProLayer, evaluating, masked_layers
 from ..tuner.base import listed
+from .batches import sequences_in
 
 
 logger = logging.getLogger(__name__)
@@ -163,7 +165,30 @@ class _StopForward(Exception):
     """Raised where nothing that would still run is wanted."""
 
 
-Choose = Callable[[str, MaskProLayer, Inputs], None]
+class Choose(Protocol):
+    """Sets the mask of a layer by what its inputs add up to; of experts one at a time, and returns it."""
+
+    def __call__(self, name: str, layer: MaskProLayer, inputs: Inputs, number: int = 0) -> torch.Tensor: ...
+
+
+# A masked layer, or experts of which some parameters are masked: what is called.
+Unit = MaskProLayer | MaskProExperts
+
+
+@dataclass
+class Routed:
+    """What experts are given: tokens `[tokens, in_features]`, and which experts each goes to, `[tokens, k]`."""
+
+    tokens: torch.Tensor
+    experts: torch.Tensor
+
+    def without_padding(self, attention_mask: torch.Tensor | None) -> "Routed":
+        """Those that are tokens."""
+        return Routed(_rows(self.tokens, attention_mask), _rows(self.experts, attention_mask))
+
+
+# An expert that saw fewer tokens keeps its largest weights.
+FEWEST_TOKENS = 16
 
 
 @torch.no_grad()
@@ -195,7 +220,7 @@ def walk(
         adapter_name (`str`): The adapter, whose masks are chosen.
         batches (`list[dict]`): Batches for the model's forward.
         with_gram (`bool`): Gather X^T X too.
-        choose (`Callable`): Sets the mask of a layer, given its name and its inputs.
+        choose ([`Choose`]): Sets the mask of a layer, given its name and its inputs.
         in_order (`bool`): Go by stages. The inputs of a decoder layer's dense linear layers, and what they put out,
             are in memory meanwhile.
 
@@ -232,9 +257,11 @@ def _walk_blocks(
         if in_order:
             _choose_in_order(block, index, inside, captured, names, choose)
         else:
-            gathered = _gather(block, index, inside, captured, with_gram)
-            for layer in inside:
-                choose(names[layer], layer, gathered[layer])
+            gathered, routed = _gather(block, index, inside, captured, with_gram)
+            for layer, inputs in gathered.items():
+                choose(names[layer], layer, inputs)
+            for experts, calls in routed.items():
+                _choose_experts(experts, calls, names, with_gram, choose)
         for batch in captured:
             # Of a walk by stages, all but the last are known.
             with batch.remembering(list(batch.known)):
@@ -244,23 +271,90 @@ def _walk_blocks(
             layer.forget_masked_weight()
 
 
-# What every layer is given in one batch, in the order in which they run: a tensor a call.
-_Given = dict[MaskProLayer, list[torch.Tensor]]
+# What every layer is given in one batch, in the order in which they run: a tensor a call, of experts [`Routed`].
+_Given = dict[Any, list[Any]]
+
+
+@dataclass
+class _Call:
+    """A call of experts: what they are given, in how many sequences, and what the dense model gives them there."""
+
+    routed: Routed
+    sequences: int
+    dense: torch.Tensor | None = None
+
+
+def _units(modules: Iterable[nn.Module], layers: Collection[MaskProLayer]) -> list[Unit]:
+    """What is called of some modules if these layers are masked: with them experts, in the place of their weights."""
+    return [
+        module
+        for module in modules
+        if (isinstance(module, MaskProExperts) and any(layer in layers for layer in module.masked()))
+        or (isinstance(module, MaskProLayer) and module in layers and not isinstance(module, MaskProExpertWeight))
+    ]
 
 
 def _gather(
     block: nn.Module, index: int, inside: list[MaskProLayer], batches: list[_Batch], with_gram: bool
-) -> dict[MaskProLayer, Inputs]:
-    """Run a decoder layer dense, and add up the inputs of the masked layers inside."""
+) -> tuple[dict[MaskProLayer, Inputs], dict[MaskProExperts, list[_Call]]]:
+    """Run a decoder layer dense: add up the inputs of the masked layers inside, and keep what experts are given."""
+    units = _units(block.modules(), inside)
     gathered: dict[MaskProLayer, Inputs] = {}
+    calls: dict[MaskProExperts, list[_Call]] = {unit: [] for unit in units if isinstance(unit, MaskProExperts)}
     with _dense(inside):
         for batch in batches:
-            given = _inputs_of(block, index, inside, batch, batch.hidden)[0]
+            given = _inputs_of(block, index, units, batch, batch.hidden)[0]
+            for experts, known in calls.items():
+                for routed in given.pop(experts, []):
+                    known.append(_Call(routed.without_padding(batch.attention_mask), len(batch.hidden)))
             for layers, inputs in _together(gathered, given, with_gram):
                 for tensor in given[layers[0]]:
                     inputs.update(batch.rows(tensor), len(batch.hidden))
     # An expert that no token was sent to has seen nothing.
-    return {layer: gathered.get(layer) or _nothing(layer, with_gram) for layer in inside}
+    alone = [unit for unit in units if isinstance(unit, MaskProLayer)]
+    return {layer: gathered.get(layer) or _nothing(layer, with_gram) for layer in alone}, calls
+
+
+def _choose_experts(
+    experts: MaskProExperts,
+    calls: list[_Call],
+    names: dict[MaskProLayer, str],
+    with_gram: bool,
+    choose: Choose,
+    in_order: bool = False,
+) -> None:
+    """
+    Choose the masks of experts one by one: of an expert's first weights by the tokens that are sent to it, and of its
+    last by what the first make of these, as they are masked if in order.
+    """
+    base, masked = experts.base_layer, {layer.parameter_name: layer for layer in experts.masked() if layer in names}
+    first = "gate_up_proj" if base.has_gate else "up_proj"
+    for number in range(base.num_experts):
+        sent = [(call.routed.experts == number).any(1) for call in calls]
+        rows = [call.routed.tokens[here] for call, here in zip(calls, sent, strict=True)]
+        dense = [None if call.dense is None else call.dense[here] for call, here in zip(calls, sent, strict=True)]
+        enough = sum(map(len, rows)) >= FEWEST_TOKENS
+        for parameter in (first, "down_proj"):
+            weight = experts.matrix(parameter, number)
+            kept = weight
+            if parameter in masked:
+                layer = masked[parameter]
+                inputs = _nothing(layer, with_gram)
+                for call, own, beside in zip(calls, rows, dense, strict=True) if enough else ():
+                    if in_order:
+                        inputs.update_beside_dense(own, beside, call.sequences)
+                    else:
+                        inputs.update(own, call.sequences)
+                if in_order:
+                    inputs.complete()
+                mask = choose(names[layer], layer, inputs, number)
+                if in_order:
+                    kept = weight.masked_fill(~mask.transpose(1, 2).flatten(1), 0)
+            if parameter == first:
+                bias = base.get_parameter(f"{first}_bias")[number] if base.has_bias else None
+                activate = base._apply_gate if base.has_gate else base.act_fn
+                rows = [activate(F.linear(own, kept, bias)) for own in rows]
+                dense = [None if own is None else activate(F.linear(own, weight, bias)) for own in dense]
 
 
 def _choose_in_order(
@@ -273,23 +367,30 @@ def _choose_in_order(
 ) -> None:
     """Choose the masks of a decoder layer stage by stage, and hand on what the dense model makes of the tokens."""
     dense: list[_Given] = []
-    stages: list[list[MaskProLayer]] = []
+    stages: list[list[Unit]] = []
+    units = _units(block.modules(), inside)
     with _dense(inside):
         for batch in batches:
             hidden = batch.hidden if batch.dense_hidden is None else batch.dense_hidden
-            given, batch.dense_hidden = _inputs_of(block, index, inside, batch, hidden)
+            given, batch.dense_hidden = _inputs_of(block, index, units, batch, hidden)
             dense.append(given)
             _add_stages(stages, given)
         chosen: set[MaskProLayer] = set()
-        never = [layer for layer in inside if not any(layer in stage for stage in stages)]
+        # Those that are never called are given nothing.
+        stages += [[unit] for unit in units if not any(unit in stage for stage in stages)]
         for stage in stages:
             gathered: dict[MaskProLayer, Inputs] = {}
+            routed: list[_Call] = []
             finished = _finished(block, chosen)
             for batch, known in zip(batches, dense, strict=True):
-                dense_given = {layer: known.pop(layer, []) for layer in stage}
+                dense_given = {unit: known.pop(unit, []) for unit in stage}
                 calls = sum(map(len, dense_given.values()))
                 with batch.remembering(finished):
                     given, _ = _inputs_of(block, index, stage, batch, batch.hidden, stop_after=calls)
+                if isinstance(stage[0], MaskProExperts):
+                    for call, other in zip(given.pop(stage[0], []), dense_given[stage[0]], strict=True):
+                        own, beside = (each.without_padding(batch.attention_mask) for each in (call, other))
+                        routed.append(_Call(own, len(batch.hidden), beside.tokens))
                 for layers, inputs in _together(gathered, given, True):
                     tensors, others = given[layers[0]], dense_given[layers[0]]
                     # What one expert is sent of the dense model's tokens need not be the same tokens.
@@ -299,12 +400,14 @@ def _choose_in_order(
                         inputs.update_beside_dense(batch.rows(tensor), beside, len(batch.hidden))
             for inputs in set(gathered.values()):
                 inputs.complete()
-            for layer in stage:
-                choose(names[layer], layer, gathered.get(layer) or _nothing(layer, True))
+            for unit in stage:
+                if isinstance(unit, MaskProExperts):
+                    _choose_experts(unit, routed, names, True, choose, in_order=True)
+                else:
+                    choose(names[unit], unit, gathered.get(unit) or _nothing(unit, True))
+            for layer in [layer for unit in stage for layer in unit.modules() if layer in names]:
                 layer.dense = False
-            chosen.update(stage)
-        for layer in never:
-            choose(names[layer], layer, _nothing(layer, True))
+                chosen.add(layer)
 
 
 def _finished(module: nn.Module, chosen: set[MaskProLayer]) -> list[nn.Module]:
@@ -317,7 +420,7 @@ def _finished(module: nn.Module, chosen: set[MaskProLayer]) -> list[nn.Module]:
     return [found for child in module.children() for found in _finished(child, chosen)]
 
 
-def _add_stages(stages: list[list[MaskProLayer]], given: _Given) -> None:
+def _add_stages(stages: list[list[Unit]], given: _Given) -> None:
     """Sort layers that no batch before has reached: those that are given the same tensor are one stage."""
     known = {layer for stage in stages for layer in stage}
     last: torch.Tensor | None = None
@@ -332,7 +435,7 @@ def _add_stages(stages: list[list[MaskProLayer]], given: _Given) -> None:
 def _inputs_of(
     block: nn.Module,
     index: int,
-    wanted: list[MaskProLayer],
+    wanted: list[Unit],
     batch: _Batch,
     hidden: torch.Tensor,
     stop_after: int | None = None,
@@ -344,9 +447,9 @@ def _inputs_of(
     given: _Given = {}
     calls = 0
 
-    def record(layer: MaskProLayer, tensor: torch.Tensor) -> None:
+    def record(unit: Unit, what: Any) -> None:
         nonlocal calls
-        given.setdefault(layer, []).append(tensor)
+        given.setdefault(unit, []).append(what)
         calls += 1
         if calls == stop_after:
             raise _StopForward
@@ -388,7 +491,7 @@ def _dense(layers: list[MaskProLayer]) -> Iterator[None]:
 
 
 def _nothing(layer: MaskProLayer, with_gram: bool) -> Inputs:
-    return Inputs(layer.in_features, layer.get_base_layer().weight.device, with_gram)
+    return Inputs(layer.in_features, layer.base_weight.device, with_gram)
 
 
 def _choose_at_once(
@@ -407,14 +510,20 @@ def _choose_at_once(
             f"are gathered in one pass, which takes up to {most / 2**20:,.0f} MiB."
         )
     gathered: dict[MaskProLayer, Inputs] = {}
+    units = _units(model.modules(), left)
+    routed: dict[MaskProExperts, list[_Call]] = {unit: [] for unit in units if isinstance(unit, MaskProExperts)}
     with _dense(list(left)), _stopping_at_head(model, left):
         for batch in tqdm(batches, desc="calibration"):
-            calls: list[tuple[MaskProLayer, torch.Tensor]] = []
-            with _recording(list(left), lambda *call, calls=calls: calls.append(call)):
+            calls: list[tuple[Unit, Any]] = []
+            with _recording(units, lambda *call, calls=calls: calls.append(call)):
                 arguments = _run(model, batch)
             given: _Given = {}
-            for layer, tensor in calls:
-                given.setdefault(layer, []).append(tensor)
+            for unit, what in calls:
+                if isinstance(unit, MaskProExperts):
+                    tokens = what.without_padding(_attention_mask(model, unit, arguments))
+                    routed[unit].append(_Call(tokens, sequences_in(batch)))
+                else:
+                    given.setdefault(unit, []).append(what)
             for layers, inputs in _together(gathered, given, with_gram):
                 attention_mask = _attention_mask(model, layers[0], arguments)
                 for tensor in given[layers[0]]:
@@ -426,10 +535,13 @@ def _choose_at_once(
     if in_order:
         for inputs in set(gathered.values()):
             inputs.complete()
-    if unseen := [name for layer, name in left.items() if layer not in gathered]:
+    alone = [unit for unit in units if isinstance(unit, MaskProLayer)]
+    if unseen := [left[layer] for layer in alone if layer not in gathered]:
         logger.warning(f"calibration: {listed(unseen)} saw no data and keep their largest weights.")
-    for layer, name in left.items():
-        choose(name, layer, gathered.get(layer) or _nothing(layer, with_gram))
+    for layer in alone:
+        choose(left[layer], layer, gathered.get(layer) or _nothing(layer, with_gram))
+    for experts, known in routed.items():
+        _choose_experts(experts, known, left, with_gram, choose, in_order)
 
 
 def _stacks(model: nn.Module, names: dict[MaskProLayer, str], batch: dict[str, Any]) -> list[list[nn.Module]]:
@@ -520,9 +632,14 @@ def _stopping_at_head(model: nn.Module, names: dict[MaskProLayer, str]) -> Itera
 
 
 @contextmanager
-def _recording(layers: list[MaskProLayer], record: Callable[[MaskProLayer, torch.Tensor], None]) -> Iterator[None]:
-    """Hand on what layers are given, call by call."""
-    handles = [layer.register_forward_pre_hook(lambda layer, args: record(layer, args[0])) for layer in layers]
+def _recording(units: list[Unit], record: Callable[[Unit, Any], None]) -> Iterator[None]:
+    """Hand on what layers and experts are given, call by call."""
+
+    def hand_on(unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [*args, *kwargs.values()]
+        record(unit, Routed(given[0], given[1]) if isinstance(unit, MaskProExperts) else given[0])
+
+    handles = [unit.register_forward_pre_hook(hand_on, with_kwargs=True) for unit in units]
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _ExcludedModule,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
@@ -26,6 +27,7 @@ from ..subset import mode_codes, pack_codes, unpack_codes
 from .base import cached_commit, check_base, listed
 from .calls import tiny_inputs, used_without_a_call
 from .config import MaskProConfig
+from .experts import OFFLOADED, MaskProExperts, expert_parameters, router_names, why_not
 from .layer import LOGITS, NO_MASK, MaskProLayer, has_memory, logit_scale, members_first
 from .linear import layer_class
 
@@ -78,12 +80,10 @@ class MaskProModel(BaseTuner):
             try:
                 check_calls(model, lambda: model(**tiny_inputs(model)))
             except UncalledError:
-                for name, layer in _layers(model, adapter_name):
-                    parent, _, own = name.rpartition(".")
-                    if len(layer.maskpro_theta) > 1:
-                        layer.delete_adapter(adapter_name)
-                    else:
-                        setattr(model.get_submodule(parent), own, layer.get_base_layer())
+                if len(self.peft_config) > 1:
+                    self.delete_adapter(adapter_name)
+                else:
+                    self._unload_and_optionally_merge(merge=False, progressbar=False)
                 raise
             # A model may need other inputs: then its first batch tells, in initialize_masks.
             except Exception as error:
@@ -97,8 +97,7 @@ class MaskProModel(BaseTuner):
     def _prepare_model(self, peft_config: MaskProConfig, model: nn.Module) -> None:
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            _refuse_fused_experts(model, inside)
-        _maybe_include_all_linear_layers(peft_config, model)
+            _include_all_linear(peft_config, model, inside)
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         places = _places(model)
         problems: dict[str, list[str]] = {}
@@ -111,6 +110,12 @@ class MaskProModel(BaseTuner):
                 else:
                     base = module.get_base_layer() if isinstance(module, MaskProLayer) else module
                     weights[name] = cast(torch.Tensor, base.weight).detach()
+        for name, module, parameter in _targeted_parameters(peft_config, model):
+            problem = why_not(module, parameter, peft_config)
+            if problem:
+                problems.setdefault(problem, []).append(name)
+            else:
+                weights[name] = module.get_parameter(parameter).detach()
         for problem, names in problems.items():
             raise ValueError(f"cannot mask {listed(names)}: {problem}.")
         if isinstance(model, PreTrainedModel) and peft_config.revision is None and not peft_config.awaits_file:
@@ -127,6 +132,17 @@ class MaskProModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if parameter_name is not None:
+            # PEFT finds the experts inside of what masks them if another adapter does, and that if another parameter.
+            experts = parent if isinstance(parent, MaskProExperts) else target
+            if not isinstance(experts, MaskProExperts):
+                experts = MaskProExperts(target)
+                experts.train(target.training)
+                setattr(parent, target_name, experts)
+            layer = experts.mask(parameter_name, adapter_name, peft_config)
+            if adapter_name not in self.active_adapters:
+                layer.maskpro_theta[adapter_name].requires_grad_(False)
+            return
         if isinstance(target, MaskProLayer):
             target.update_layer(adapter_name, peft_config)
             return
@@ -243,7 +259,7 @@ class MaskProModel(BaseTuner):
                 result[theta_key] = members_first(result[theta_key])
                 layer.materialize(adapter_name)
             elif theta.is_meta:
-                zeros = torch.zeros((), dtype=theta.dtype, device=layer.get_base_layer().weight.device)
+                zeros = torch.zeros((), dtype=theta.dtype, device=layer.base_weight.device)
                 zeros = zeros.expand(theta.shape)
                 result[theta_key] = zeros if config.inference_mode else members_first(zeros)
             elif has_memory(theta):
@@ -429,7 +445,7 @@ def _why_not(
         return _unsupported(module)
     assert isinstance(module.weight, torch.Tensor)
     if module.weight.is_meta and "_hf_hook" in vars(module):
-        return "its weight is offloaded; add the adapter to the whole model, then offload that"
+        return OFFLOADED
     if id(module.weight) in embeddings:
         return "its weight is that of an embedding, which merging would destroy; take it out of target_modules"
     if len(shared := places[id(module.weight)]) > 1:
@@ -440,12 +456,44 @@ def _why_not(
     return None
 
 
+def _include_all_linear(config: MaskProConfig, model: nn.Module, inside: tuple[str, ...]) -> None:
+    """Name every linear layer, and every expert's weights unless they are named already."""
+    _maybe_include_all_linear_layers(config, model)
+    assert isinstance(config.target_modules, set)
+    config.target_modules -= router_names(model)
+    if config.target_parameters is None:
+        _refuse_fused_experts(model, inside)
+        config.target_parameters = {
+            f"{name}.{parameter}"
+            for name, module in _modules(model)
+            for parameter in expert_parameters(module)
+            if not any(
+                isinstance(check_target_module_exists(config, excluded), _ExcludedModule)
+                for excluded in (name, f"{name}.{parameter}")
+            )
+        } or None
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model, by the names that they have without what masks them."""
+    return ((name.replace(".base_layer", ""), module) for name, module in model.named_modules())
+
+
+def _targeted_parameters(config: MaskProConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """The parameters that `target_parameters` names: full name, module and own name."""
+    for prefix, module in _modules(model):
+        for parameter, _ in module.named_parameters(recurse=False):
+            name = f"{prefix}.{parameter}"
+            if any(f".{name}".endswith(f".{target}") for target in config.target_parameters or ()):
+                yield name, module, parameter
+
+
 def _refuse_fused_experts(model: nn.Module, inside: tuple[str, ...]) -> None:
-    """Mixture-of-experts weights fused into 3-D parameters would stay dense, and they are most of such a model."""
+    """Experts fused into 3-D parameters in a way that is not known would stay dense, as most of such a model."""
     fused = [
         f"{name}.{parameter_name}"
         for name, module in model.named_modules()
-        if not isinstance(module, _ConvNd) and not name.startswith(inside)
+        if not isinstance(module, _ConvNd) and not name.startswith(inside) and not expert_parameters(module)
         for parameter_name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and parameter.shape[0] > 1
     ]

@@ -203,7 +203,7 @@ def mamba():
 def test_layers_whose_weight_is_used_without_calling_them_are_refused(make, name):
     model, config = make()
     before = [(name, type(module)) for name, module in model.named_modules()]
-    with pytest.raises(ValueError, match=rf"^cannot mask [\w.]*{name}.*: the model uses the weight without calling"):
+    with pytest.raises(ValueError, match=rf"^cannot mask .*{name}.*: the model uses the weight without calling"):
         get_peft_model(model, config)
     assert [(name, type(module)) for name, module in model.named_modules()] == before
     get_peft_model(model, MaskProConfig(exclude_modules=[name, "k_proj", "v_proj"]))
