@@ -72,9 +72,10 @@ class Piece:
 
 
 def matrices_of(model: nn.Module) -> dict[str, Matrix]:
-    """The weights of a model's linear layers and experts, by name."""
+    """The weights of a model's linear layers and experts, by name, whatever masks them."""
     found = {}
     for name, module in model.named_modules():
+        name = name.replace(".base_layer", "")
         if isinstance(module, (nn.Linear, Conv1D)):
             found[f"{name}.weight"] = Matrix(tuple(module.weight.shape), isinstance(module, Conv1D))
         for parameter in expert_parameters(module):
@@ -97,7 +98,7 @@ def pieces_of(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> dict[str, 
     What the tensors of a checkpoint hold of a model's linear layers and experts.
 
     Args:
-        model (`PreTrainedModel`): The model, which need not have memory.
+        model (`PreTrainedModel`): The model, which need not have memory, and may be masked.
         shapes (`dict[str, tuple[int, ...]]`): Of the checkpoint's tensors.
 
     Returns:
@@ -106,7 +107,8 @@ def pieces_of(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> dict[str, 
     Raises:
         `ValueError`: if a tensor has another shape than the model says.
     """
-    matrices, parameters = matrices_of(model), model.state_dict()
+    matrices = matrices_of(model)
+    parameters = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -123,7 +125,7 @@ def pieces_of(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> dict[str, 
             matrix, rows = matrices[name], matrices[name].rows
             if shapes[key] != matrix.shape:
                 raise ValueError(
-                    f"{name}: the checkpoint has shape {list(shapes[key])}, its config.json says {list(matrix.shape)}."
+                    f"{name}: the checkpoint has shape {list(shapes[key])}, the model {list(matrix.shape)}."
                 )
             pieces[key] = [
                 Piece(name, slice(i * rows, (i + 1) * rows, 1), i, slice(0, rows, 1), matrix.transposed)
