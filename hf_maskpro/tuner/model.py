@@ -29,7 +29,7 @@ from .calls import tiny_inputs, used_without_a_call
 from .config import MaskProConfig
 from .experts import OFFLOADED, MaskProExperts, expert_parameters, router_names, why_not
 from .layer import LOGITS, NO_MASK, MaskProLayer, has_memory, logit_scale, members_first
-from .linear import layer_class
+from .linear import is_ordinary, layer_class
 
 
 logger = logging.get_logger(__name__)
@@ -232,10 +232,11 @@ class MaskProModel(BaseTuner):
             raise ValueError(f"the adapter file has masks for layers that the model has not: {listed(surplus)}.")
         # PEFT would load them into the base model.
         weights = [key for key in result if key not in known and ".modules_to_save." not in key]
-        if weights:
+        if weights and not (set(weights) <= _embedding_names(model) and _is_resized(model)):
             raise ValueError(
                 f"the adapter file has weights besides its masks: {listed(weights)}. Those that belong to it come by "
-                "modules_to_save; save it without others (save_embedding_layers=False)."
+                "modules_to_save, or with tokens that were added to the model, if they have been to this one; save it "
+                "without others (save_embedding_layers=False)."
             )
         for name, layer in layers.items():
             mask_key, theta_key = f"{name}.maskpro_mask.{adapter_name}", f"{name}.maskpro_theta.{adapter_name}"
@@ -372,6 +373,37 @@ def _bare(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
+def _embedding_names(model: nn.Module) -> set[str]:
+    """The parameters of a model's embeddings and of its head, which PEFT saves too if tokens were added."""
+    base = _pretrained(model)
+    if base is None:
+        return set()
+    embeddings = {base.get_input_embeddings(), base.get_output_embeddings()} - {None}
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if module in embeddings
+        for name in module.state_dict()
+    }
+
+
+def _is_resized(model: nn.Module) -> bool:
+    """Whether tokens were added to a model after it was loaded."""
+    base = _pretrained(model)
+    if base is None:
+        return False
+    try:
+        loaded = type(base.config).from_pretrained(base.name_or_path)
+    # It was not loaded from anywhere, or what it was loaded from is gone.
+    except (OSError, ValueError):
+        return False
+    return loaded.get_text_config().vocab_size != base.config.get_text_config().vocab_size
+
+
+def _pretrained(model: nn.Module) -> PreTrainedModel | None:
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+
+
 def _check_finite(name: str, theta: torch.Tensor) -> None:
     if has_memory(theta) and not theta.is_meta and not theta.isfinite().all():
         raise ValueError(f"{name} has logits that are not finite: {NO_MASK}.")
@@ -412,8 +444,9 @@ def _unsupported(module: nn.Module) -> str:
         return (
             "another adapter is on it already; merge that one, or mask the base model first and add it over the mask"
         )
-    if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
-        return f"its weight is {module.weight.dtype}, and quantized layers are not supported"
+    if isinstance(module, nn.Linear) and not is_ordinary(module.weight):
+        kind = module.weight.dtype if type(module.weight.data) is torch.Tensor else type(module.weight.data).__name__
+        return f"its weight is {kind}, and quantized or sharded layers are not supported; mask what it was made from"
     return f"{type(module).__name__} is not nn.Linear or Conv1D; change target_modules"
 
 
@@ -462,7 +495,7 @@ def _include_all_linear(config: MaskProConfig, model: nn.Module, inside: tuple[s
     assert isinstance(config.target_modules, set)
     config.target_modules -= router_names(model)
     if config.target_parameters is None:
-        _refuse_fused_experts(model, inside)
+        _refuse_other_matrices(model)
         config.target_parameters = {
             f"{name}.{parameter}"
             for name, module in _modules(model)
@@ -488,17 +521,20 @@ def _targeted_parameters(config: MaskProConfig, model: nn.Module) -> Iterator[tu
                 yield name, module, parameter
 
 
-def _refuse_fused_experts(model: nn.Module, inside: tuple[str, ...]) -> None:
-    """Experts fused into 3-D parameters in a way that is not known would stay dense, as most of such a model."""
-    fused = [
-        f"{name}.{parameter_name}"
-        for name, module in model.named_modules()
-        if not isinstance(module, _ConvNd) and not name.startswith(inside) and not expert_parameters(module)
-        for parameter_name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and parameter.shape[0] > 1
-    ]
+def _refuse_other_matrices(model: nn.Module) -> None:
+    """Matrices that are no layers, as experts that are kept in a way of their own, would stay dense."""
+    layers = (nn.Linear, Conv1D, nn.Embedding, _ConvNd, BaseTunerLayer, MaskProExperts)
+    inside = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, layers) or expert_parameters(module)
+    )
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+    others = {name: parameter for name, parameter in parameters if not name.startswith(inside)}
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)))
+    fused = [name for name, parameter in others.items() if parameter.ndim == 3 and parameter.shape[0] > 1]
+    if not fused and sum(parameter.numel() for parameter in others.values()) > linear:
+        fused = sorted(others, key=lambda name: -others[name].numel())
     if fused:
         raise ValueError(
-            f"cannot mask {listed(fused)}: fused expert parameters would stay dense; "
-            "name target_modules to mask the linear layers alone."
+            f"cannot mask {listed(fused)}: what is no linear layer would stay dense, as experts fused in an unknown "
+            "way; name target_modules to mask the linear layers alone."
         )
