@@ -1,7 +1,9 @@
 import json
 import os
+import runpy
 import shutil
 import stat
+import sys
 import threading
 from pathlib import Path
 
@@ -120,7 +122,7 @@ def anonymous_bytes():
 
 
 def test_other_adapters(tmp_path):
-    """What docs/deploy.md says of them; the first two are PEFT's doing."""
+    """What docs/deploy.md says of them; the first is PEFT's doing."""
     masked = get_peft_model(tiny_llama(), MaskProConfig())
     with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
         masked.add_adapter("lora", LoraConfig())
@@ -367,3 +369,19 @@ def test_a_pipe_is_not_replaced(tmp_path):
     with pytest.raises(ValueError, match="is no file, and would be lost"), private_folder(tmp_path) as folder:
         (folder / "pipe").write_text("a plot")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_fine_tuning_keeps_zeros(tmp_path, checkpoint, text, monkeypatch, capsys):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), MaskProConfig()).save_pretrained(tmp_path / "a")
+    merge(checkpoint, tmp_path / "a", tmp_path / "sparse")
+    script = Path(__file__).parents[2] / "examples" / "sparse_finetune.py"
+    command = [script, "--model", tmp_path / "sparse", "--text", text, "--output", tmp_path / "tuned"]
+    command += ["--max-steps", "3", "--learning-rate", "0.01", "--seq-len", "16"]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "14 layers are still 2:4" in capsys.readouterr().out
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("sparse", "tuned"))
+    for name in check_sparsity(tmp_path / "tuned", 2, 4):
+        dropped = before[name] == 0
+        assert not after[name][dropped].any()
+        assert (after[name] != before[name])[~dropped].float().mean() > 0.9
