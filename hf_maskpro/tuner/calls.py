@@ -43,7 +43,7 @@ def used_without_a_call(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     """
     The masked layers whose weight a forward pass uses without calling the layer, so that no mask applies.
 
-    The pass is that of the dense model. It leaves torch's generators as they were, and runs no hooks.
+    The pass is that of the dense model. It leaves torch's generators as they were.
 
     Args:
         model (`torch.nn.Module`): A model with a mask adapter, in eval mode.
@@ -73,7 +73,7 @@ def used_without_a_call(model: nn.Module, run: Callable[[], Any]) -> list[str]:
             called.pop()
 
     devices = [model.device] if isinstance(model, PreTrainedModel) and model.device.type == "cuda" else []
-    with _without_hooks(model), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), Watch():
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), Watch():
         handles = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)
         for layer in layers:
             layer.dense = True
@@ -88,7 +88,7 @@ def used_without_a_call(model: nn.Module, run: Callable[[], Any]) -> list[str]:
 
 
 @contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
+def without_hooks(model: nn.Module) -> Iterator[None]:
     """Let hooks of a model's modules rest: whoever counts or gathers by them is not to hear of this pass."""
     before = [(module, module._forward_hooks, module._forward_pre_hooks) for module in model.modules()]
     for module, *_ in before:

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from ..subset import mode_codes, pack_codes, unpack_codes
 from .base import cached_commit, check_base, listed
-from .calls import tiny_inputs, used_without_a_call
+from .calls import tiny_inputs, used_without_a_call, without_hooks
 from .config import MaskProConfig
 from .experts import OFFLOADED, MaskProExperts, expert_parameters, router_names, why_not
 from .layer import LOGITS, NO_MASK, MaskProLayer, has_memory, logit_scale, members_first
@@ -97,7 +97,8 @@ class MaskProModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **options)
         if isinstance(model, PreTrainedModel):
             try:
-                check_calls(model, lambda: model(**tiny_inputs(model)))
+                with without_hooks(model):
+                    check_calls(model, lambda: model(**tiny_inputs(model)))
             except UncalledError:
                 if len(self.peft_config) > 1:
                     self.delete_adapter(adapter_name)
