@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from .base import is_quantized
 from .layer import MaskProLayer
 
 
@@ -56,7 +57,7 @@ def layer_class(module: nn.Module) -> type[MaskProLinear] | None:
     # nn.MultiheadAttention reads the weight of its output projection and never calls it.
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return None
-    if isinstance(module, nn.Linear) and is_ordinary(module.weight):
+    if isinstance(module, nn.Linear) and (is_ordinary(module.weight) or is_quantized(module.weight)):
         return MaskProLinear
     if isinstance(module, Conv1D):
         return MaskProConv1DLinear

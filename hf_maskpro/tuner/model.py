@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..subset import mode_codes, pack_codes, unpack_codes
-from .base import cached_commit, check_base, listed
+from .base import cached_commit, check_base, listed, plain
 from .calls import tiny_inputs, used_without_a_call, without_hooks
 from .config import MaskProConfig
 from .experts import OFFLOADED, MaskProExperts, expert_parameters, router_names, why_not
@@ -133,7 +133,7 @@ class MaskProModel(BaseTuner):
                 elif _in_features(base) % peft_config.m:
                     indivisible[name] = base.weight.numel()
                 else:
-                    weights[name] = cast(torch.Tensor, base.weight).detach()
+                    weights[name] = cast(torch.Tensor, base.weight)
         for name, module, parameter in _targeted_parameters(peft_config, model):
             problem = why_not(module, parameter, peft_config)
             if problem:
@@ -533,7 +533,7 @@ def _unsupported(module: nn.Module) -> str:
         )
     if isinstance(module, nn.Linear) and not is_ordinary(module.weight):
         kind = module.weight.dtype if type(module.weight.data) is torch.Tensor else type(module.weight.data).__name__
-        return f"its weight is {kind}, and quantized or sharded layers are not supported; mask what it was made from"
+        return f"its weight is {kind}; of quantized layers, torchao's and 4-bit ones can be masked"
     return f"{type(module).__name__} is not nn.Linear or Conv1D; change target_modules"
 
 
@@ -580,7 +580,7 @@ def _why_not(
 
 def _in_features(module: nn.Module) -> int:
     assert isinstance(module.weight, torch.Tensor)
-    return module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
+    return plain(module.weight).shape[1 if isinstance(module, nn.Linear) else 0]
 
 
 def _leave_dense(config: MaskProConfig, indivisible: dict[str, int], masked: int) -> None:
