@@ -214,7 +214,11 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         out_features, in_features = weight.shape
         shape = (out_features, config.m, in_features // config.m)
         data_free = not config.awaits_file and config.init_mask in DATA_FREE and not weight.is_meta
-        if data_free:
+        # The configuration of an adapter that is here already, as TRL's trainers give it to their reference.
+        twin = next((name for name, known in self.maskpro_config.items() if known is config), None)
+        if twin is not None:
+            packed = self.maskpro_mask[twin].clone()
+        elif data_free:
             scores = group_members(weight.abs(), config.m) if config.init_mask == "magnitude" else torch.rand(shape)
             packed = pack_codes(codes_of(mode(scores.to(weight.device), config.n)), config.n, config.m)
         else:
@@ -225,7 +229,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self.maskpro_theta[adapter_name] = nn.Parameter(theta, requires_grad=False)
         self.maskpro_mask[adapter_name] = packed
         self.maskpro_config[adapter_name] = config
-        if not data_free:
+        if not data_free if twin is None else self._is_unfilled(twin):
             self._unfilled[adapter_name] = packed
         if config.save_logits or not config.inference_mode:
             self.materialize(adapter_name)
