@@ -89,6 +89,8 @@ class MaskProTrainer(Trainer):
             raise ValueError("fp16 scales gradients, which moves the logits by the scale; use bf16.")
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed partitions the logits, which masks need whole; train without it.")
+        if args.fsdp or self.is_fsdp_enabled:
+            self._check_fsdp()
         weights = objective_weights(args.objective)
         # Of the plain language-model loss a model's own is the best implementation.
         self.distillation = None
@@ -100,11 +102,35 @@ class MaskProTrainer(Trainer):
                     f"objective='distillation' runs in one process a GPU, and this one has {args.n_gpu}; "
                     "start it with torchrun or accelerate launch, or show it one GPU by CUDA_VISIBLE_DEVICES."
                 )
+            if self.is_fsdp_enabled:
+                raise ValueError("objective='distillation' runs the head by itself, which FSDP has split; drop fsdp.")
             self.distillation = Distillation(model, weights, args.distillation_temperature)
         self._given_optimizer = self.optimizer
         self._hooks: list[RemovableHandle] = []
         self.estimator = ESTIMATORS[args.estimator](self, self.adapter)
         self.estimator.check()
+
+    def _check_fsdp(self) -> None:
+        if not self.is_fsdp_enabled:
+            raise ValueError("accelerate ignores fsdp on CPUs; drop fsdp, or drop use_cpu where there are GPUs.")
+        plugin = self.accelerator.state.fsdp_plugin
+        for wrong, reason in (
+            (plugin.fsdp_version != 2, "version 1 splits within groups of logits; set version to 2"),
+            (
+                "FULL" not in str(plugin.state_dict_type),
+                "an adapter is saved whole; set state_dict_type to FULL_STATE_DICT",
+            ),
+            (
+                plugin.cpu_ram_efficient_loading,
+                "starting masks are buffers, which cpu_ram_efficient_loading loses; drop it",
+            ),
+            (
+                self.accelerator.mixed_precision != "no",
+                "masks would be drawn from rounded logits; load the model in bfloat16 instead of bf16=True",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"fsdp: {reason}.")
 
     @property
     def config(self) -> MaskProConfig:
@@ -115,6 +141,10 @@ class MaskProTrainer(Trainer):
         # What an earlier run of this trainer left behind is not this run's.
         self.estimator = ESTIMATORS[self.args.estimator](self, self.adapter)
         self.optimizer = self._given_optimizer
+        if self.is_fsdp_enabled:
+            for theta in self.adapter.thetas():
+                # FSDP takes no other layout.
+                theta.data = theta.data.contiguous()
         self.estimator.begin()
         try:
             output = super().train(*args, **kwargs)
