@@ -1,7 +1,8 @@
 """
-Peak anonymous memory of `hf-maskpro merge` and of `check_sparsity` on a Llama-shaped checkpoint of random bfloat16
-weights, once in one file and once in shards. Files are mapped, and what is mapped is the system's to drop: it does not
-count. Writes three times the checkpoint's size to `--folder`, and deletes it again. Linux only.
+Peak anonymous memory of `hf-maskpro merge` and of `check_sparsity` on a checkpoint of random bfloat16 weights, once in
+one file and once in shards: shaped as a Llama, or with `--experts` as a mixture that stores its experts one by one.
+Files are mapped, and what is mapped is the system's to drop: it does not count. Writes three times the checkpoint's
+size to `--folder`, and deletes it again. Linux only.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from hf_maskpro import MaskProConfig
@@ -44,17 +45,50 @@ def config_of(gigabytes: float) -> LlamaConfig:
     )
 
 
-def write_checkpoint(folder: Path, config: LlamaConfig, shards: bool) -> int:
+def mixture_of(gigabytes: float) -> Qwen3MoeConfig:
+    """Qwen3-30B-A3B's layers, as many as it takes; with fewer experts below a gigabyte."""
+    experts = 128 if gigabytes >= 1 else 8
+    layers = max(1, round(gigabytes * 1e9 / 2 / (experts * 3 * 2048 * 768)))
+    return Qwen3MoeConfig(
+        vocab_size=32_000,
+        num_hidden_layers=layers,
+        num_experts=experts,
+        num_experts_per_tok=8,
+        hidden_size=2048,
+        moe_intermediate_size=768,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+
+
+def stored(name: str, shape: torch.Size) -> dict[str, torch.Size]:
+    """The tensors that a parameter is stored as: of experts one or two for each."""
+    prefix, _, parameter = name.rpartition(".")
+    if not prefix.endswith(".experts"):
+        return {name: shape}
+    parts = ["gate_proj", "up_proj"] if parameter == "gate_up_proj" else [parameter]
+    rows = shape[1] // len(parts)
+    return {
+        f"{prefix}.{number}.{part}.weight": torch.Size([rows, shape[2]])
+        for number in range(shape[0])
+        for part in parts
+    }
+
+
+def write_checkpoint(folder: Path, config: PreTrainedConfig, shards: bool) -> int:
     """Write a checkpoint tensor by tensor, every layer a shard of its own or all in one file; its size in bytes."""
     folder.mkdir()
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {
-            name: tensor.shape
-            for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()
-            if name != "lm_head.weight"
-        }
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    shapes: dict[str, torch.Size] = {}
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":
+            shapes |= stored(name, tensor.shape)
     files: dict[str, list[str]] = {}
     for name in shapes:
         part = name.split(".")[2] if shards and name.startswith("model.layers.") else "rest"
@@ -80,7 +114,7 @@ def write_safetensors(file: Path, shapes: dict[str, torch.Size]) -> None:
             out.write((torch.randn(shape, dtype=torch.bfloat16) / 50).flatten().view(torch.uint8).numpy())
 
 
-def write_adapter(folder: Path, config: LlamaConfig) -> None:
+def write_adapter(folder: Path, config: PreTrainedConfig) -> None:
     """A random 2:4 mask adapter."""
     with torch.device("meta"):
         model = get_peft_model(AutoModelForCausalLM.from_config(config), MaskProConfig())
@@ -93,7 +127,7 @@ def write_adapter(folder: Path, config: LlamaConfig) -> None:
     folder.mkdir()
     save_file(masks, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     saved = model.peft_config["default"]
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, MaskProLayer))
+    weights = sum(module.base_weight.numel() for module in model.modules() if isinstance(module, MaskProLayer))
     saved.record_stage({}, 0.0, weights, sum(mask.nbytes for mask in masks.values()))
     saved.save_pretrained(str(folder))
 
@@ -119,10 +153,11 @@ def peak_of(command: list[str]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=8)
+    parser.add_argument("--experts", action="store_true", help="a mixture of experts")
     parser.add_argument("--folder", help="where to write; the system's temporary folder unless given")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    config = config_of(args.gigabytes)
+    config = mixture_of(args.gigabytes) if args.experts else config_of(args.gigabytes)
     rows = []
     idle, _ = peak_of([sys.executable, "-c", "import hf_maskpro"])
     for layout in ("one file", "shards"):

@@ -9,8 +9,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -28,16 +32,16 @@ def pytest_collection_modifyitems(items):
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=34,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        **options,
-    )
+    sizes = {
+        "vocab_size": 34,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    }
+    config = LlamaConfig(**sizes | options)
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
@@ -46,8 +50,34 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=34, n_embd=16, n_layer=2, n_head=2, n_positions=64)).eval()
 
 
-def save_tiny_model(folder: Path, processor: processors.PostProcessor | None = None) -> None:
-    tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
+_EXPERTS = {
+    "vocab_size": 34,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+def tiny_mixtral(layers: int = 2) -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**_EXPERTS, num_hidden_layers=layers)).eval()
+
+
+def tiny_gpt_oss(layers: int = 2) -> GptOssForCausalLM:
+    """Its experts are stored transposed, with biases, gates and others in turn."""
+    torch.manual_seed(0)
+    tokens = {"pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    sizes = {"head_dim": 8, "max_position_embeddings": 64}
+    config = GptOssConfig(**_EXPERTS, **tokens, **sizes, num_hidden_layers=layers, rope_parameters=rope)
+    return GptOssForCausalLM(config).eval()
+
+
+def save_tiny_model(folder: Path, processor: processors.PostProcessor | None = None, **options) -> None:
+    tiny_llama(tie_word_embeddings=True, **options).save_pretrained(folder)
     words = {"<unk>": 0, "<pad>": 1} | {word: i + 2 for i, word in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

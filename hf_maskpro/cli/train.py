@@ -243,11 +243,11 @@ def train(
     from peft import get_peft_model
     from transformers import EarlyStoppingCallback
     from transformers.integrations import get_reporting_integration_callbacks
-    from transformers.trainer_utils import get_last_checkpoint
 
     from ..deploy import check_free
     from ..evaluation import check_length, mixed_windows, windows
     from ..learning import MaskProTrainer
+    from ..learning.checkpoints import newest_checkpoint
     from ..starts import generated_text, start_token_of
     from ..starts.calibration import SAMPLES, SEQ_LEN
     from ..tuner import MaskProConfig, saved_config
@@ -269,7 +269,7 @@ def train(
     )
     from .common import init_mask as source_or_rule
 
-    checkpoint = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
+    checkpoint = newest_checkpoint(output) if resume else None
     if resume and checkpoint is None:
         raise ValueError(f"{output} has no checkpoint to resume from; drop --resume.")
     if checkpoint is not None and max_steps < int(checkpoint.rpartition("-")[2]):
@@ -282,6 +282,7 @@ def train(
         m=known.m if m is None else m,
         init_mask=known.init_mask if init_mask is None else source_or_rule(init_mask),
         target_modules=known.target_modules if target_modules is None else modules_of(target_modules),
+        target_parameters=known.target_parameters if target_modules is None else None,
         exclude_modules=known.exclude_modules if exclude_modules is None else modules_of(exclude_modules),
         logit_scale=logit_scale,
         logits_dtype=logits_dtype or known.logits_dtype,
@@ -381,7 +382,7 @@ def train(
             result = trainer.train(resume_from_checkpoint=checkpoint)
             masked.save_pretrained(output)
         except BaseException:
-            if get_last_checkpoint(str(output)) is None:
+            if newest_checkpoint(output) is None:
                 put_back(output)
             raise
     forget_previous(output)

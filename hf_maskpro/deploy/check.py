@@ -1,19 +1,19 @@
 """The check that a model has a pattern of sparsity."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from ..starts.checkpoints import Matrix, matrices_of, pieces_of, shapes_of
 from ..starts.sources import open_tensors
 from ..subset import group_members
 from ..tuner import MaskProLayer
+from ..tuner.experts import router_names
 from ..tuner.files import json_object, weight_files
 
 
@@ -38,11 +38,11 @@ def check_sparsity(
 
     Args:
         model (`torch.nn.Module`, `dict` or `str`): A model, a state dict, or the folder of a safetensors checkpoint.
-            In a state dict the weight of a `Conv1D` cannot be told from that of a linear layer: pass the model.
+            In a state dict experts and the weight of a `Conv1D` cannot be told from others: pass the model.
         n (`int`): Non-zeros allowed per group.
         m (`int`): Size of a group.
-        names (`Iterable[str]`, *optional*): Parameters to check. By default the weight of every linear layer except
-            the output head.
+        names (`Iterable[str]`, *optional*): Parameters to check. By default the weights of every linear layer and
+            expert, except the output head and routers.
 
     Returns:
         `dict[str, float]`: Share of zeros by parameter.
@@ -53,18 +53,21 @@ def check_sparsity(
     if not 1 <= n <= m:
         raise ValueError(f"{n}:{m} is no pattern; n is at least 1 and m no less.")
     wanted = None if names is None else set(names)
-    report = {}
+    zeros: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for name, weight in _linear_weights(model):
         if wanted is not None and name not in wanted:
             continue
         if problem := violation(weight, n, m):
             raise ValueError(f"{name}: {problem}.")
-        report[name] = 1 - torch.count_nonzero(weight).item() / weight.numel()
-    if missing := (wanted or set()) - set(report):
+        # Of experts the matrices come one by one.
+        zeros[name] = zeros.get(name, 0) + weight.numel() - int(torch.count_nonzero(weight))
+        sizes[name] = sizes.get(name, 0) + weight.numel()
+    if missing := (wanted or set()) - set(sizes):
         raise ValueError(f"{sorted(missing)[0]} is not a linear weight of the model.")
-    if not report:
+    if not sizes:
         raise ValueError("there is no linear weight to check.")
-    return report
+    return {name: zeros[name] / size for name, size in sizes.items()}
 
 
 def violation(weight: torch.Tensor, n: int, m: int) -> str | None:
@@ -80,16 +83,21 @@ def violation(weight: torch.Tensor, n: int, m: int) -> str | None:
 
 def sparse_weights(model: nn.Module | Mapping[str, torch.Tensor], n: int, m: int) -> list[str]:
     """The linear weights of a model or state dict that have a pattern."""
-    return [name for name, weight in _linear_weights(model) if violation(weight, n, m) is None]
+    found: dict[str, bool] = {}
+    for name, weight in _linear_weights(model):
+        found[name] = found.get(name, True) and violation(weight, n, m) is None
+    return [name for name, sparse in found.items() if sparse]
 
 
 def _linear_weights(model: nn.Module | Mapping[str, torch.Tensor] | str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of linear layers as `[out_features, in_features]`, one at a time."""
+    """The weights of linear layers as `[out_features, in_features]`, one at a time: of experts many by one name."""
     if isinstance(model, nn.Module):
         if any(isinstance(module, MaskProLayer) for module in model.modules()):
             raise ValueError("the model has a mask adapter that is not merged; call merge_and_unload first.")
-        for name in linear_names(model):
-            yield name, _rows(model, name)(model.get_parameter(name).detach())
+        for name, matrix in _checked(model).items():
+            weight = model.get_parameter(name).detach()
+            for one in weight if weight.ndim == 3 else [weight]:
+                yield name, one.T if matrix.transposed else one
     elif isinstance(model, Mapping):
         for name, weight in model.items():
             if name.endswith(".weight") and weight.ndim == 2 and not _NOT_MASKED & set(name.split(".")):
@@ -98,14 +106,14 @@ def _linear_weights(model: nn.Module | Mapping[str, torch.Tensor] | str | Path) 
         folder = Path(model)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} has no config.json; pass the folder of a checkpoint.")
-        skeleton = skeleton_of(folder)
-        names = set(linear_names(skeleton))
-        for file in weight_files(folder):
+        skeleton, files = skeleton_of(folder), weight_files(folder)
+        names, pieces = _checked(skeleton), pieces_of(skeleton, shapes_of(files))
+        for file in files:
             with ExitStack() as stack:
-                tensors = open_tensors([file], stack)
-                for key, name in parameter_names(skeleton, tensors).items():
-                    if name in names:
-                        yield name, _rows(skeleton, name)(tensors[key]())
+                for key, get in open_tensors([file], stack).items():
+                    for piece in pieces.get(key, []):
+                        if piece.parameter in names:
+                            yield piece.parameter, piece.matrix_of(get())[piece.source]
 
 
 def skeleton_of(folder: Path) -> PreTrainedModel:
@@ -125,21 +133,12 @@ def skeleton_of(folder: Path) -> PreTrainedModel:
         raise ValueError(f"{folder / 'config.json'} describes no causal language model: {reason:.300}") from error
 
 
-def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """
-    The parameters that tensors of a checkpoint become as transformers loads them; without those that it converts, such
-    as experts that it fuses.
-    """
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    parameters = model.state_dict()
-    names = {}
-    for key in keys:
-        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
-        if converted is None:
-            names[key] = name
-    return names
+def _checked(model: nn.Module) -> dict[str, Matrix]:
+    """What is checked by default: the weights of linear layers and experts, without the output head and routers."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    left = {f"{name}.weight" for name in router_names(model)}
+    left |= {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    return {name: matrix for name, matrix in matrices_of(model).items() if name not in left}
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -150,8 +149,3 @@ def linear_names(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     ]
-
-
-def _rows(model: nn.Module, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    transposed = isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D)
-    return lambda weight: weight.T if transposed else weight

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 
 import torch
@@ -13,14 +14,15 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..starts.sources import Tensors, locate, open_adapter, open_tensors, saved_codes
+from ..starts.checkpoints import Matrix, Piece, matrices_of, pieces_of, shapes_of
+from ..starts.sources import Tensors, locate, open_adapter, saved_codes
 from ..subset import keep_of
 from ..tuner import masked_layers, saved_config
-from ..tuner.base import fingerprint
+from ..tuner.base import fingerprint_of_sample, sampled_step
 from ..tuner.files import inside, json_object, weight_files
 from ..tuner.layer import MaskProLayer
 from .card import write_merged_card
-from .check import check_sparsity, parameter_names, skeleton_of
+from .check import check_sparsity, skeleton_of
 from .folders import check_free, new_folder
 
 
@@ -60,28 +62,45 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
     config, skeleton = saved_config(masks), skeleton_of(base)
     files = weight_files(base)
     with ExitStack() as stack:
-        keys = list(open_tensors(files, stack))
-        names = parameter_names(skeleton, keys)
+        shapes = shapes_of(files)
+        pieces, matrices = pieces_of(skeleton, shapes), matrices_of(skeleton)
         # Only the tuner knows which layers the adapter is for, and which it cannot mask.
-        layers = masked_layers(inject_adapter_in_model(config, skeleton))
+        layers = {
+            f"{name}{layer.parameter_suffix}": (name, layer)
+            for name, layer in masked_layers(inject_adapter_in_model(config, skeleton)).items()
+        }
         saved = open_adapter(masks, stack)
-        _check_fit(layers, saved, set(names.values()))
+        _check_fit(layers, saved, pieces)
+        prints = {
+            parameter: _Fingerprint(config.base_fingerprint.get(name), matrices[parameter])
+            for parameter, (name, _) in layers.items()
+            if config.base_fingerprint is not None
+        }
 
         def masked(key: str, weight: torch.Tensor) -> torch.Tensor:
-            name = names.get(key, "").removesuffix(".weight")
-            if name not in layers or not key.endswith(".weight"):
+            wanted = [piece for piece in pieces.get(key, []) if piece.parameter in layers]
+            if not wanted:
                 return weight
-            known = config.base_fingerprint
-            if known is not None and known.get(name) != fingerprint(weight):
-                raise ValueError(f"the mask was learned for other weights than {key}; pass the base that it names.")
-            return _masked(weight, name, layers[name], saved_codes(saved, config, name, layers[name]))
+            if not weight.is_floating_point():
+                raise ValueError(f"{key} is {weight.dtype}, and quantized weights are not supported.")
+            weight = weight.clone()
+            for piece in wanted:
+                name, layer = layers[piece.parameter]
+                matrix = piece.matrix_of(weight)
+                if prints and not prints[piece.parameter].fits(piece, matrix):
+                    raise ValueError(
+                        f"the mask was learned for other weights than {key}; pass the base that it names."
+                    )
+                if not _mask(matrix[piece.source], saved_codes(saved, config, name, layer, piece.rows)):
+                    raise ValueError(f"{key}: a kept weight is not finite.")
+            return weight
 
-        with new_folder(output, overwrite) as folder, tqdm(total=len(keys), desc="merging", disable=None) as bar:
+        with new_folder(output, overwrite) as folder, tqdm(total=len(shapes), desc="merging", disable=None) as bar:
             for file in files:
                 _rewrite(file, folder / file.name, masked, bar)
             copy_companions(base, folder, files)
             write_merged_card(folder, config.to_dict())
-            return check_sparsity(folder, config.n, config.m, [f"{name}.weight" for name in layers])
+            return check_sparsity(folder, config.n, config.m, layers)
 
 
 def copy_companions(base: Path, folder: Path, files: list[Path]) -> None:
@@ -116,33 +135,55 @@ def checkpoint_folder(model: str | Path) -> Path:
     return folder
 
 
-def _check_fit(layers: dict[str, MaskProLayer], saved: Tensors, parameters: set[str]) -> None:
-    """Refuse an adapter that holds more than masks for these layers, and a checkpoint without weights of their own."""
+def _check_fit(layers: dict[str, tuple[str, MaskProLayer]], saved: Tensors, pieces: dict[str, list[Piece]]) -> None:
+    """Refuse an adapter that holds more than masks for these layers, and a checkpoint that lacks rows of theirs."""
+    names = {name for name, _ in layers.values()}
     for key in saved:
         name, _, kind = key.removeprefix("base_model.model.").partition(".maskpro_")
         if not kind:
             raise ValueError(f"the adapter also holds {name}, from modules_to_save; merge it with {_IN_MEMORY}.")
-        if name not in layers:
+        if name not in names:
             raise ValueError(f"the adapter file has masks for layers that the model has not: {name}.")
-    for name in layers:
-        if f"{name}.weight" not in parameters:
+    held = dict.fromkeys(layers, 0)
+    for found in pieces.values():
+        for piece in found:
+            if piece.parameter in layers:
+                held[piece.parameter] += len(range(piece.rows.start, piece.rows.stop, piece.rows.step))
+    for parameter, (name, layer) in layers.items():
+        if held[parameter] < layer.out_features:
             raise ValueError(f"{name} has no tensor of its own in the checkpoint; merge it with {_IN_MEMORY}.")
 
 
-def _masked(weight: torch.Tensor, name: str, layer: MaskProLayer, codes: torch.Tensor) -> torch.Tensor:
-    """A copy of a weight in the checkpoint's layout with its dropped entries at +0."""
-    if weight.shape != layer.get_base_layer().weight.shape:
-        shapes = list(weight.shape), list(layer.get_base_layer().weight.shape)
-        raise ValueError(f"{name}.weight: the checkpoint has shape {shapes[0]}, its config.json says {shapes[1]}.")
-    if not weight.is_floating_point():
-        raise ValueError(f"{name}.weight is {weight.dtype}, and quantized weights are not supported.")
-    weight = weight.clone()
-    m = layer.in_features // codes.shape[1]
-    for rows, kept in zip(layer.out_in(weight).split(_ROWS), codes.split(_ROWS), strict=True):
-        rows.masked_fill_(~keep_of(kept, m), 0)
-        if not rows.isfinite().all():
-            raise ValueError(f"{name}.weight: a kept weight is not finite.")
-    return weight
+class _Fingerprint:
+    """The fingerprint of a parameter, from the rows that the tensors of a checkpoint hold of it."""
+
+    def __init__(self, known: str | None, matrix: Matrix) -> None:
+        self.known, self.shape = known, matrix.shape
+        places = torch.unravel_index(torch.arange(0, prod(self.shape), sampled_step(self.shape)), self.shape)
+        self.rows, self.columns = places[-2:] if not matrix.transposed else places[:-3:-1]
+        if len(places) == 3:
+            self.rows = self.rows + matrix.rows * places[0]
+        self.sample = torch.zeros(len(self.rows), dtype=torch.bfloat16)
+        self.missing = len(self.sample)
+
+    def fits(self, piece: Piece, matrix: torch.Tensor) -> bool:
+        """Look at the rows of a piece; whether all is as it was, once all is known."""
+        steps = self.rows - piece.rows.start
+        here = (steps >= 0) & (self.rows < piece.rows.stop) & (steps % piece.rows.step == 0)
+        source = piece.source.start + steps[here] // piece.rows.step * piece.source.step
+        self.sample[here] = matrix[source, self.columns[here]].bfloat16()
+        self.missing -= int(here.sum())
+        return self.missing > 0 or fingerprint_of_sample(self.shape, self.sample) == self.known
+
+
+def _mask(rows: torch.Tensor, codes: torch.Tensor) -> bool:
+    """Put +0 in the place of what is dropped; whether what is kept is finite."""
+    m = rows.shape[1] // codes.shape[1]
+    for part, kept in zip(rows.split(_ROWS), codes.split(_ROWS), strict=True):
+        part.masked_fill_(~keep_of(kept, m), 0)
+        if not part.isfinite().all():
+            return False
+    return True
 
 
 def _rewrite(source: Path, target: Path, change: Callable[[str, torch.Tensor], torch.Tensor], bar: tqdm) -> None:

@@ -47,6 +47,8 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
             Of both distributions of the divergence, which is multiplied by its square.
         modules_to_save_learning_rate (`float`, defaults to 5e-5):
             Learning rate of `MaskProConfig.modules_to_save`, a parameter group of their own.
+        max_skipped (`int`, defaults to 5):
+            An update that is not finite is skipped; so many in a row stop the run.
         learning_rate (`float`, *optional*):
             Default 0.2 logits for `residual`, 50 with `advantage="raw"` (the paper's). For `simple` 0.2 in a run of
             120 steps; in shorter ones more, in longer ones less, by the square root of the ratio: in few steps each
@@ -80,6 +82,7 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
     max_length: int = field(default=512, metadata={"help": "Length of the windows of text, in tokens."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "Of the divergence's distributions."})
     modules_to_save_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of modules_to_save."})
+    max_skipped: int = field(default=5, metadata={"help": "Updates in a row that are not finite before a run stops."})
     learning_rate: float | None = field(default=None, metadata={"help": "The estimator's own unless given."})
     lr_scheduler_type: str | None = field(default=None, metadata={"help": "The estimator's own unless given."})
     warmup_steps: float | None = field(default=None, metadata={"help": "The estimator's own unless given."})
@@ -96,6 +99,8 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
             raise ValueError(f"optimizer_in_backward=True is for estimator='simple', not {self.estimator!r}; drop it.")
         if self.max_length < 2:
             raise ValueError(f"max_length is {self.max_length}; a window needs at least 2 tokens.")
+        if self.max_skipped < 1:
+            raise ValueError(f"max_skipped is {self.max_skipped}; the run would not begin. 5 is usual.")
         if not self.distillation_temperature > 0:
             raise ValueError(f"distillation_temperature is {self.distillation_temperature}; it has to be positive.")
         common = {

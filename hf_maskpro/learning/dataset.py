@@ -1,7 +1,7 @@
 """What a trainer is given to learn from, as rows that the model's forward takes."""
 
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -66,6 +66,31 @@ class TextWindows(IterableDataset):
         if self.column == "messages":
             return "".join(str(self.tokenizer.apply_chat_template(row["messages"], tokenize=False)) for row in rows)
         return "".join(f"{row['text']}\n\n" for row in rows if row["text"])
+
+
+class Repeated(IterableDataset):
+    """
+    A stream without an end: when the dataset is through it is begun again, so that a place in it is a number of rows.
+    One that gives nothing the next time ends.
+
+    Args:
+        dataset (`torch.utils.data.IterableDataset`): The rows.
+    """
+
+    def __init__(self, dataset: IterableDataset):
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        for epoch in count():
+            # As a trainer would, for those that shuffle.
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(epoch)
+            is_empty = True
+            for row in self.dataset:
+                is_empty = False
+                yield row
+            if is_empty:
+                return
 
 
 def rows_of(dataset: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> Any:

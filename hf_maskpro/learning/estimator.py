@@ -20,8 +20,6 @@ from .adapter import TrainedAdapter
 
 # Steps after which processes compare their logits, besides the first.
 STEPS_BETWEEN_HASHES = 100
-# A single bad batch is skipped; so many in a row are no accident.
-MOST_SKIPPED = 5
 
 TrainingStep = Callable[[nn.Module, dict[str, Any], torch.Tensor | int | None], torch.Tensor]
 
@@ -220,9 +218,10 @@ class Estimator:
             return True
         self.skipped += 1
         self._skipped_in_a_row += 1
-        if self._skipped_in_a_row == MOST_SKIPPED:
+        most = self.trainer.args.max_skipped
+        if self._skipped_in_a_row >= most:
             raise FloatingPointError(
-                f"{MOST_SKIPPED} updates in a row were not finite, the last at step {self.trainer.state.global_step}; "
+                f"{most} updates in a row were not finite, the last at step {self.trainer.state.global_step}; "
                 "what they would have moved is as before. Look for batches without labels, or lower the learning rate."
             )
         return False

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.hooks import RemovableHandle
-from transformers import Trainer, TrainerState, default_data_collator
+from transformers import Trainer, default_data_collator
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, has_length, rotate_checkpoints
 
 from ..tuner import MaskProConfig, saved_config
 from ..tuner.card import PLOT, load_card, save_card
 from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
-from .dataset import rows_of
+from .checkpoints import UNFINISHED, EndsWithCheckpoint, newest_checkpoint, place_checkpoint
+from .dataset import Repeated, rows_of
 from .objectives import Distillation, objective_weights, ranks_of_loss
 from .record import add_to_card, card_path, objective_name, plot_run, record_training
 
@@ -57,6 +58,7 @@ class MaskProTrainer(Trainer):
 
     args: MaskProTrainingArguments
     optimizer: Any
+    train_dataset: Any
 
     def __init__(
         self,
@@ -105,6 +107,9 @@ class MaskProTrainer(Trainer):
             if self.is_fsdp_enabled:
                 raise ValueError("objective='distillation' runs the head by itself, which FSDP has split; drop fsdp.")
             self.distillation = Distillation(model, weights, args.distillation_temperature)
+        self._unfinished = ""
+        self._ending = EndsWithCheckpoint(self.accelerator)
+        self.add_callback(self._ending)
         self._given_optimizer = self.optimizer
         self._hooks: list[RemovableHandle] = []
         self.estimator = ESTIMATORS[args.estimator](self, self.adapter)
@@ -137,7 +142,11 @@ class MaskProTrainer(Trainer):
         """The adapter's configuration."""
         return self.adapter.config
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from; start a new run.")
         # What an earlier run of this trainer left behind is not this run's.
         self.estimator = ESTIMATORS[self.args.estimator](self, self.adapter)
         self.optimizer = self._given_optimizer
@@ -146,9 +155,14 @@ class MaskProTrainer(Trainer):
                 # FSDP takes no other layout.
                 theta.data = theta.data.contiguous()
         self.estimator.begin()
+        dataset = self.train_dataset
+        if isinstance(dataset, IterableDataset) and not has_length(dataset):
+            self.train_dataset = Repeated(dataset)
         try:
-            output = super().train(*args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            self.train_dataset = dataset
+            self._ending.restore_handlers()
             # Another run over these logits may be another trainer's.
             for hook in self._hooks:
                 hook.remove()
@@ -170,6 +184,17 @@ class MaskProTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         return self.estimator.train_dataloader(super().get_train_dataloader)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        except Exception as error:
+            # Between two steps nothing is half done. Of several ranks the others would wait for this one.
+            if self.args.save_strategy == SaveStrategy.NO or self.accelerator.num_processes > 1:
+                raise
+            self._ending.reason = error
+            self.control.should_training_stop = True
+            return [], None
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -250,22 +275,41 @@ class MaskProTrainer(Trainer):
             self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._unfinished or super()._get_output_dir(trial)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        # It is written last, and so tells whether the checkpoint is whole; an earlier run's would tell of that run.
-        state = folder / TRAINER_STATE_NAME
+        run = Path(self._get_output_dir(trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        unfinished = run / UNFINISHED
         if self.args.should_save:
-            state.unlink(missing_ok=True)
+            # A process that was killed may have left some of its last.
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         save_logits, self.config.save_logits = self.config.save_logits, True
+        # What is pushed lies where it stays.
+        push, self.args.push_to_hub = self.args.push_to_hub, False
+        self._unfinished = str(unfinished)
         try:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            best = folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            if best == folder or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                self.state.save_to_json(str(unfinished / folder.name / TRAINER_STATE_NAME))
+                place_checkpoint(unfinished / folder.name, folder)
         except BaseException:
-            if self.args.should_save and not _is_whole(state):
-                # The last checkpoint is what a run is resumed from.
-                shutil.rmtree(folder, ignore_errors=True)
+            if self.args.should_save:
+                shutil.rmtree(unfinished, ignore_errors=True)
             raise
         finally:
-            self.config.save_logits = save_logits
+            self._unfinished = ""
+            self.config.save_logits, self.args.push_to_hub = save_logits, push
+        if push:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Where PEFT saves the adapter, and so its card.
@@ -310,17 +354,10 @@ class MaskProTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        self.estimator.save(Path(output_dir))
+        if self.args.should_save:
+            self.estimator.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.estimator.load(Path(checkpoint))
-
-
-def _is_whole(state: Path) -> bool:
-    try:
-        TrainerState.load_from_json(str(state))
-    except (OSError, ValueError):
-        return False
-    return True

@@ -1,5 +1,6 @@
 """Starting masks: one file per rule, the layer-by-layer walk that they share, refinement, and masks from elsewhere."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,27 @@ import torch
 from torch import nn
 
 from ..subset import group_members, mask_of, mode
-from ..tuner import DATA_FREE, RULES, MaskProConfig, MaskProLayer, masked_layers, one_adapter, split_init_mask
+from ..tuner import (
+    DATA_FREE,
+    RULES,
+    MaskProConfig,
+    MaskProExpertWeight,
+    MaskProLayer,
+    masked_layers,
+    one_adapter,
+    split_init_mask,
+)
 from . import gblm, magnitude, pruner_zero, random, ria, sparsegpt, swaps, wanda
 from .batches import read_batches, sequences_in, tokens_in
 from .calibration import generated_text, random_windows, start_token_of
 from .gradients import gradient_norms
 from .sources import fill_masks
-from .walk import Calibration, Inputs, walk
+from .walk import FEWEST_TOKENS, Calibration, Inputs, walk
 
 
 __all__ = ["generated_text", "initialize_masks", "needs_data", "random_windows", "start_token_of"]
+
+logger = logging.getLogger(__name__)
 
 # How far swaps go from the outputs of a layer's own inputs towards those of the dense model.
 TOWARDS_DENSE = 0.3
@@ -74,6 +86,9 @@ def initialize_masks(model: nn.Module, dataloader: Iterable[Mapping[str, torch.T
 
 
 def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batches: list[dict[str, Any]]) -> None:
+    for name, layer in masked_layers(model, adapter_name).items():
+        if layer.base_weight.is_meta:
+            raise ValueError(f"the weight of {name} is offloaded or not there; load the base model whole.")
     with_data = needs_data(config.init_mask)
     rule, refined = split_init_mask(config.init_mask)
     if rule not in RULES:
@@ -86,29 +101,43 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
         return
     gradients = gradient_norms(model, adapter_name, batches) if rule in ("gblm", "pruner-zero") else {}
 
-    def choose(name: str, layer: MaskProLayer, inputs: Inputs | None) -> None:
+    by_magnitude: set[tuple[str, int]] = set()
+
+    def choose(name: str, layer: MaskProLayer, inputs: Inputs | None, number: int = 0) -> torch.Tensor:
         if inputs is not None and not inputs.squares.isfinite().all():
             raise ValueError(f"{name}: its inputs are not finite; load the model in bfloat16 or float32.")
-        weight = layer.out_in(layer.get_base_layer().weight.detach()).float()
-        calibration = Calibration(inputs, gradients.pop(name, None))
+        weight, rows = layer.matrices()[number].detach().float(), layer.rows_of(number)
+        calibration = Calibration(inputs, gradients[name][rows] if name in gradients else None)
         if calibration.gradient is not None and not calibration.gradient.isfinite().all():
             raise ValueError(f"{name}: its gradients are not finite; load the model in bfloat16 or float32.")
-        mask = _mask_by_rule(rule, weight, calibration, config, name)
+        blind = inputs is not None and not inputs.sequences
+        if blind and isinstance(layer, MaskProExpertWeight):
+            by_magnitude.add((name.rpartition(".")[0], number))
+        mask = _mask_by_rule("magnitude" if blind and rule in RULES else rule, weight, calibration, config, name)
         if mask is None:
-            mask = mask_of(layer.initial_codes(adapter_name), config.m)
-        if refined:
+            mask = mask_of(layer.initial_codes(adapter_name)[rows], config.m)
+        if refined and not blind:
             assert inputs is not None
             assert inputs.gram is not None
             shift = None if inputs.lost is None else TOWARDS_DENSE * weight @ inputs.lost
             mask = swaps.refine(weight, mask, inputs.gram, shift)
-        layer.set_initial_mask(adapter_name, mask)
+        layer.set_initial_mask(adapter_name, mask, rows)
+        return mask
 
     if rule == "pruner-zero" and not refined:
         # It looks at no inputs.
         for name, layer in masked_layers(model, adapter_name).items():
-            choose(name, layer, None)
+            for number in range(len(layer.matrices())):
+                choose(name, layer, None, number)
     else:
         walk(model, adapter_name, batches, rule == "sparsegpt", choose, in_order=refined)
+    if by_magnitude:
+        count = f"{len(by_magnitude):,} expert{'s' * (len(by_magnitude) > 1)}"
+        kept = "largest weights" if rule in RULES else "masks of the source"
+        logger.warning(
+            f"calibration: {count} saw fewer than {FEWEST_TOKENS} tokens, for which their {kept} are kept; pass more "
+            "text to calibrate them."
+        )
     config.start["calibration"] = {
         "sequences": sum(map(sequences_in, batches)),
         "tokens": sum(map(tokens_in, batches)),
@@ -133,6 +162,6 @@ def _mask_by_rule(
         seen = group_members(calibration.inputs.squares.unsqueeze(0), config.m).any(1, keepdim=True)
         return torch.where(seen, mask, mode(size, config.n))
     scores = group_members(_SCORES[rule](weight, calibration), config.m)
-    # Of what has seen nothing, as an expert that no token was sent to or features that are always zero, a rule knows
-    # nothing but the weights: they come after all others, the largest first.
+    # Of features that are always zero a rule knows nothing but the weights: they come after all others, the largest
+    # first.
     return mode(torch.where(scores == 0, -1 / size, scores), config.n)

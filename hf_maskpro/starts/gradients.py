@@ -27,7 +27,7 @@ def gradient_norms(model: nn.Module, adapter_name: str, batches: list[dict[str, 
         `dict[str, torch.Tensor]`: float32 `[out_features, in_features]` by layer.
     """
     layers = masked_layers(model, adapter_name)
-    weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+    weights = {name: layer.base_weight for name, layer in layers.items()}
     # Layers may share a weight, which then has one gradient.
     squares = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights.values()}
     every_layer = [module for module in model.modules() if isinstance(module, MaskProLayer)]

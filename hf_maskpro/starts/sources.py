@@ -15,11 +15,13 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..subset import group_members, mask_of, mode, mode_codes, pack, unpack, unpack_codes
 from ..tuner import MaskProConfig, MaskProLayer, logit_scale, masked_layers, saved_config
 from ..tuner.files import weight_files
 from ..tuner.layer import LOGITS
+from .checkpoints import Piece, pieces_of, shapes_of
 
 
 MASKLLM_FILE = "mask_compressed.npz"
@@ -27,6 +29,7 @@ MASKLLM_FILE = "mask_compressed.npz"
 # Gives the mask of a layer, bool `[out_features, m, groups]`, by its name in the base model.
 Reader = Callable[[str, MaskProLayer], torch.Tensor]
 Tensors = dict[str, Callable[[], torch.Tensor]]
+ALL = slice(None)
 
 
 @torch.no_grad()
@@ -47,7 +50,7 @@ def fill_masks(model: nn.Module, adapter_name: str, source: str) -> None:
     """
     layers = masked_layers(model, adapter_name)
     with ExitStack() as stack:
-        read = _reader(locate(source), stack, layers, adapter_name)
+        read = _reader(locate(source), stack, model, adapter_name)
         # Packed, since all of them are held until the last one is known to fit.
         config = next(iter(layers.values())).maskpro_config[adapter_name]
         packed = {name: pack(read(name, layer), config.n, config.m) for name, layer in layers.items()}
@@ -66,13 +69,13 @@ def locate(source: str) -> Path:
     return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", MASKLLM_FILE]))
 
 
-def _reader(path: Path, stack: ExitStack, layers: dict[str, MaskProLayer], adapter_name: str) -> Reader:
+def _reader(path: Path, stack: ExitStack, model: nn.Module, adapter_name: str) -> Reader:
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
             return _adapter_reader(path, stack, adapter_name)
         if (path / MASKLLM_FILE).is_file():
-            return _reader(path / MASKLLM_FILE, stack, layers, adapter_name)
-        return _parameter_reader(open_tensors(weight_files(path), stack), adapter_name, _of_zeros, "weight")
+            return _reader(path / MASKLLM_FILE, stack, model, adapter_name)
+        return _checkpoint_reader(weight_files(path), stack, model, adapter_name)
     if path.suffix == ".npz":
         file = stack.enter_context(path.open("rb"))
         try:
@@ -81,10 +84,10 @@ def _reader(path: Path, stack: ExitStack, layers: dict[str, MaskProLayer], adapt
         except BadZipFile as error:
             raise ValueError(f"{path} is not a whole .npz file: {error}.") from error
         masks = _by_parameter({key: partial(_array, arrays, key) for key in arrays.files}, path)
-        return _parameter_reader(masks, adapter_name, _of_bits, "mask")
+        return _mask_reader(masks, adapter_name, _of_bits)
     if path.suffix == ".safetensors":
         masks = _by_parameter(open_tensors([path], stack), path)
-        return _parameter_reader(masks, adapter_name, _of_numbers, "mask")
+        return _mask_reader(masks, adapter_name, _of_numbers)
     raise ValueError(f"{path} is neither .npz nor .safetensors; convert it, since pickled files are not read.")
 
 
@@ -135,46 +138,73 @@ def _array(arrays: Any, key: str) -> torch.Tensor:
         raise ValueError(f"the source's entry cannot be read: {error}.") from error
 
 
-def _parameter_reader(
-    known: Tensors,
-    adapter_name: str,
-    interpret: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    what: str,
+def _mask_reader(
+    known: Tensors, adapter_name: str, interpret: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> Reader:
-    """Reads what is kept by parameter; `interpret` tells of every weight whether the source keeps it."""
+    """Reads masks by parameter; `interpret` tells of every weight whether one keeps it."""
 
     def read(name: str, layer: MaskProLayer) -> torch.Tensor:
-        weight, config = layer.get_base_layer().weight, layer.maskpro_config[adapter_name]
-        key = f"{name}.weight"
+        key = f"{name}{layer.parameter_suffix}"
         if key not in known:
-            raise ValueError(f"the source has no {what} for {key}.")
+            raise ValueError(f"the source has no mask for {key}.")
         try:
-            keeps = group_members(layer.out_in(interpret(known[key](), weight)), config.m).to(weight.device)
+            keeps = layer.out_in(interpret(known[key](), layer.base_weight))
+            return _whole(keeps, layer, layer.maskpro_config[adapter_name], exactly=True)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
-        kept = keeps.sum(1)
-        fits = kept == config.n if what == "mask" else kept <= config.n
-        if not fits.all():
-            raise ValueError(
-                f"{key}: {int((~fits).sum()):,} of {kept.numel():,} groups do not keep {config.n} of {config.m}; "
-                "pass the n and m that the source was pruned to."
-            )
-        # Where a pruned group has fewer weights left, it may have kept a zero; else the largest of the dropped joins.
-        size = group_members(layer.out_in(weight.detach()), config.m).float().abs()
-        size = size.masked_fill(size == 0, torch.finfo(torch.float32).max)
-        return mode(size.masked_fill(keeps, torch.inf), config.n)
 
     return read
+
+
+def _checkpoint_reader(files: list[Path], stack: ExitStack, model: nn.Module, adapter_name: str) -> Reader:
+    """Reads what a pruned checkpoint keeps, whose tensors are named and stored in any way that transformers loads."""
+    tensors = open_tensors(files, stack)
+    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if base is None:
+        raise ValueError("checkpoints are read as transformers loads them, and the model is none of its models.")
+    held: dict[str, list[tuple[str, Piece]]] = {}
+    for key, pieces in pieces_of(base, shapes_of(files)).items():
+        for piece in pieces:
+            held.setdefault(piece.parameter, []).append((key, piece))
+
+    def read(name: str, layer: MaskProLayer) -> torch.Tensor:
+        parameter = f"{name}{layer.parameter_suffix}"
+        keeps = torch.zeros(layer.out_features, layer.in_features, dtype=torch.bool)
+        rows = 0
+        for key, piece in held.get(parameter, []):
+            keeps[piece.rows] = piece.matrix_of(tensors[key]())[piece.source] != 0
+            rows += len(keeps[piece.rows])
+        if rows < len(keeps):
+            raise ValueError(f"the source has no weight for {parameter}.")
+        try:
+            return _whole(keeps, layer, layer.maskpro_config[adapter_name], exactly=False)
+        except ValueError as error:
+            raise ValueError(f"{parameter}: {error}") from error
+
+    return read
+
+
+def _whole(keeps: torch.Tensor, layer: MaskProLayer, config: MaskProConfig, exactly: bool) -> torch.Tensor:
+    """
+    A mask of a layer, from what a source keeps, bool `[out_features, in_features]`. Where a pruned group has fewer
+    weights left, it may have kept a zero; else the largest of the dropped joins.
+    """
+    keeps = group_members(keeps, config.m).to(layer.base_weight.device)
+    kept = keeps.sum(1)
+    fits = kept == config.n if exactly else kept <= config.n
+    if not fits.all():
+        raise ValueError(
+            f"{int((~fits).sum()):,} of {kept.numel():,} groups do not keep {config.n} of {config.m}; pass the n and "
+            "m that the source was pruned to."
+        )
+    size = group_members(layer.out_in(layer.base_weight.detach()), config.m).float().abs()
+    size = size.masked_fill(size == 0, torch.finfo(torch.float32).max)
+    return mode(size.masked_fill(keeps, torch.inf), config.n)
 
 
 def _check_shape(tensor: torch.Tensor, weight: torch.Tensor) -> None:
     if tensor.shape != weight.shape:
         raise ValueError(f"the source has shape {list(tensor.shape)}, the model {list(weight.shape)}.")
-
-
-def _of_zeros(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    _check_shape(tensor, weight)
-    return tensor != 0
 
 
 def _of_numbers(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -207,28 +237,32 @@ def _adapter_reader(folder: Path, stack: ExitStack, adapter_name: str) -> Reader
             raise ValueError(
                 f"the source is {config.pattern} and the adapter {own.pattern}; pass the source's n and m."
             )
-        return mask_of(saved_codes(tensors, config, name, layer), config.m).to(layer.get_base_layer().weight.device)
+        return mask_of(saved_codes(tensors, config, name, layer), config.m).to(layer.base_weight.device)
 
     return read
 
 
-def saved_codes(tensors: Tensors, config: MaskProConfig, name: str, layer: MaskProLayer) -> torch.Tensor:
-    """The learned mask of one layer of a saved mask adapter as codes, int32 `[out_features, groups]`."""
-    key = f"base_model.model.{name}.maskpro_"
+def saved_codes(
+    tensors: Tensors, config: MaskProConfig, name: str, layer: MaskProLayer, rows: slice = ALL
+) -> torch.Tensor:
+    """The learned mask of some rows of a layer of a saved mask adapter as codes, int32 `[rows, groups]`."""
+    key, name = f"base_model.model.{name}.maskpro_", f"{name}{layer.parameter_suffix}"
     if f"{key}mask" not in tensors:
-        raise ValueError(f"the source has no mask for {name}.weight.")
+        raise ValueError(f"the source has no mask for {name}.")
     packed = tensors[f"{key}mask"]()
+    if len(packed) != layer.out_features:
+        raise ValueError(f"{name}: the source has {len(packed)} rows, the model {layer.out_features}.")
+    packed = packed[rows]
     try:
         codes = unpack_codes(packed, config.n, config.m, layer.in_features)
     except ValueError as error:
-        raise ValueError(f"{name}.weight: {error}") from error
-    if len(codes) != layer.out_features:
-        raise ValueError(f"{name}.weight: the source has {len(codes)} rows, the model {layer.out_features}.")
+        raise ValueError(f"{name}: {error}") from error
     if f"{key}theta" not in tensors:
         return codes
     theta = tensors[f"{key}theta"]()
-    if theta.shape != (len(codes), config.m, codes.shape[1]):
-        raise ValueError(f"{name}.weight: the source's theta has shape {list(theta.shape)}.")
+    if theta.shape != (layer.out_features, config.m, codes.shape[1]):
+        raise ValueError(f"{name}: the source's theta has shape {list(theta.shape)}.")
+    theta = theta[rows]
     if theta.dtype not in LOGITS or not theta.isfinite().all():
-        raise ValueError(f"{name}.weight: the source's theta is not finite float32 or bfloat16.")
+        raise ValueError(f"{name}: the source's theta is not finite float32 or bfloat16.")
     return mode_codes(theta, packed, logit_scale(config), config.n)

@@ -1,18 +1,26 @@
 """The calibration walk: decoder layer by decoder layer, each seeing what the masked layers before it produce."""
 
 import copy
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from ..tuner import MaskProLayer, evaluating, masked_layers
+from ..tuner import MaskProExperts, MaskProExpertWeight, MaskProLayer, evaluating, masked_layers
+from ..tuner.base import listed
+from .batches import sequences_in
+
+
+logger = logging.getLogger(__name__)
 
 
 class Inputs:
@@ -115,14 +123,18 @@ class _Batch:
         )
 
     def rows(self, inputs: torch.Tensor) -> torch.Tensor:
-        """A layer's inputs without padding; what is no longer one row a token, as in an expert, is left as it is."""
-        rows = inputs.flatten(0, -2)
-        if self.attention_mask is None or len(rows) != self.attention_mask.numel():
-            return rows
-        return rows[self.attention_mask.flatten() != 0]
+        return _rows(inputs, self.attention_mask)
 
     def is_row_a_token(self, inputs: torch.Tensor) -> bool:
         return inputs[..., 0].numel() == self.hidden[..., 0].numel()
+
+
+def _rows(inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """A layer's inputs without padding; what is no longer one row a token, as in an expert, is left as it is."""
+    rows = inputs.flatten(0, -2)
+    if attention_mask is None or len(rows) != attention_mask.numel():
+        return rows
+    return rows[attention_mask.flatten() != 0]
 
 
 def _remember(forward: Callable[..., Any], known: list[Any], calls: Iterator[int], *args: Any, **kwargs: Any) -> Any:
@@ -153,7 +165,30 @@ class _StopForward(Exception):
     """Raised where nothing that would still run is wanted."""
 
 
-Choose = Callable[[str, MaskProLayer, Inputs], None]
+class Choose(Protocol):
+    """Sets the mask of a layer by what its inputs add up to; of experts one at a time, and returns it."""
+
+    def __call__(self, name: str, layer: MaskProLayer, inputs: Inputs, number: int = 0) -> torch.Tensor: ...
+
+
+# A masked layer, or experts of which some parameters are masked: what is called.
+Unit = MaskProLayer | MaskProExperts
+
+
+@dataclass
+class Routed:
+    """What experts are given: tokens `[tokens, in_features]`, and which experts each goes to, `[tokens, k]`."""
+
+    tokens: torch.Tensor
+    experts: torch.Tensor
+
+    def without_padding(self, attention_mask: torch.Tensor | None) -> "Routed":
+        """Those that are tokens."""
+        return Routed(_rows(self.tokens, attention_mask), _rows(self.experts, attention_mask))
+
+
+# An expert that saw fewer tokens keeps its largest weights.
+FEWEST_TOKENS = 16
 
 
 @torch.no_grad()
@@ -176,56 +211,150 @@ def walk(
     the masks before it make of the tokens, and what the dense model would have made of them. What has all its
     masks is computed once.
 
+    A model may have several lists of such layers, as an encoder and a decoder: they are walked in the order in which
+    they run. Layers outside of them, and all layers of a model without such a list, come last and in one pass over the
+    whole model: what all of them gather is in memory together, for X^T X the square of their `in_features`.
+
     Args:
         model (`torch.nn.Module`): A model with one active mask adapter.
         adapter_name (`str`): The adapter, whose masks are chosen.
         batches (`list[dict]`): Batches for the model's forward.
         with_gram (`bool`): Gather X^T X too.
-        choose (`Callable`): Sets the mask of a layer, given its name and its inputs.
+        choose ([`Choose`]): Sets the mask of a layer, given its name and its inputs.
         in_order (`bool`): Go by stages. The inputs of a decoder layer's dense linear layers, and what they put out,
             are in memory meanwhile.
 
     Raises:
-        `ValueError`: if there is no batch, or a masked layer lies outside the decoder layers.
+        `ValueError`: if there is no batch, or batches take different ways through the model.
     """
     names = {layer: name for name, layer in masked_layers(model, adapter_name).items()}
-    blocks = _decoder_layers(model, names)
+    if not batches:
+        raise ValueError("the calibration data is empty; pass at least one batch.")
+    left = dict(names)
     with evaluating(model):
-        captured = _capture(model, blocks, batches)
-        for index, block in enumerate(tqdm(blocks, desc="calibration")):
-            inside = [layer for layer in block.modules() if layer in names]
-            if in_order:
-                _choose_in_order(block, index, inside, captured, names, choose)
-            else:
-                gathered = _gather(block, index, inside, captured, with_gram)
-                for layer in inside:
-                    choose(names[layer], layer, gathered[layer])
-            for batch in captured:
-                # Of a walk by stages, all but the last are known.
-                with batch.remembering(list(batch.known)):
-                    batch.hidden = batch.run(block, index, batch.hidden)
-                batch.known.clear()
-            for layer in inside:
-                layer.forget_masked_weight()
+        for blocks in _stacks(model, names, batches[0]):
+            inside = [layer for block in blocks for layer in block.modules() if layer in left]
+            captured = _capture(model, blocks, batches, list(left))
+            _walk_blocks(blocks, captured, names, with_gram, choose, in_order)
+            left = {layer: name for layer, name in left.items() if layer not in inside}
+        if left:
+            _choose_at_once(model, left, batches, with_gram or in_order, choose, in_order)
+        for layer in names:
+            layer.forget_masked_weight()
 
 
-# What every layer is given in one batch, in the order in which they run: a tensor a call.
-_Given = dict[MaskProLayer, list[torch.Tensor]]
+def _walk_blocks(
+    blocks: list[nn.Module],
+    captured: list[_Batch],
+    names: dict[MaskProLayer, str],
+    with_gram: bool,
+    choose: Choose,
+    in_order: bool,
+) -> None:
+    """Choose the masks of layers that run one after the other."""
+    for index, block in enumerate(tqdm(blocks, desc="calibration")):
+        inside = [layer for layer in block.modules() if layer in names]
+        if in_order:
+            _choose_in_order(block, index, inside, captured, names, choose)
+        else:
+            gathered, routed = _gather(block, index, inside, captured, with_gram)
+            for layer, inputs in gathered.items():
+                choose(names[layer], layer, inputs)
+            for experts, calls in routed.items():
+                _choose_experts(experts, calls, names, with_gram, choose)
+        for batch in captured:
+            # Of a walk by stages, all but the last are known.
+            with batch.remembering(list(batch.known)):
+                batch.hidden = batch.run(block, index, batch.hidden)
+            batch.known.clear()
+        for layer in inside:
+            layer.forget_masked_weight()
+
+
+# What every layer is given in one batch, in the order in which they run: a tensor a call, of experts [`Routed`].
+_Given = dict[Any, list[Any]]
+
+
+@dataclass
+class _Call:
+    """A call of experts: what they are given, in how many sequences, and what the dense model gives them there."""
+
+    routed: Routed
+    sequences: int
+    dense: torch.Tensor | None = None
+
+
+def _units(modules: Iterable[nn.Module], layers: Collection[MaskProLayer]) -> list[Unit]:
+    """What is called of some modules if these layers are masked: with them experts, in the place of their weights."""
+    return [
+        module
+        for module in modules
+        if (isinstance(module, MaskProExperts) and any(layer in layers for layer in module.masked()))
+        or (isinstance(module, MaskProLayer) and module in layers and not isinstance(module, MaskProExpertWeight))
+    ]
 
 
 def _gather(
     block: nn.Module, index: int, inside: list[MaskProLayer], batches: list[_Batch], with_gram: bool
-) -> dict[MaskProLayer, Inputs]:
-    """Run a decoder layer dense, and add up the inputs of the masked layers inside."""
+) -> tuple[dict[MaskProLayer, Inputs], dict[MaskProExperts, list[_Call]]]:
+    """Run a decoder layer dense: add up the inputs of the masked layers inside, and keep what experts are given."""
+    units = _units(block.modules(), inside)
     gathered: dict[MaskProLayer, Inputs] = {}
+    calls: dict[MaskProExperts, list[_Call]] = {unit: [] for unit in units if isinstance(unit, MaskProExperts)}
     with _dense(inside):
         for batch in batches:
-            given = _inputs_of(block, index, inside, batch, batch.hidden)[0]
+            given = _inputs_of(block, index, units, batch, batch.hidden)[0]
+            for experts, known in calls.items():
+                for routed in given.pop(experts, []):
+                    known.append(_Call(routed.without_padding(batch.attention_mask), len(batch.hidden)))
             for layers, inputs in _together(gathered, given, with_gram):
                 for tensor in given[layers[0]]:
                     inputs.update(batch.rows(tensor), len(batch.hidden))
     # An expert that no token was sent to has seen nothing.
-    return {layer: gathered.get(layer) or _nothing(layer, with_gram) for layer in inside}
+    alone = [unit for unit in units if isinstance(unit, MaskProLayer)]
+    return {layer: gathered.get(layer) or _nothing(layer, with_gram) for layer in alone}, calls
+
+
+def _choose_experts(
+    experts: MaskProExperts,
+    calls: list[_Call],
+    names: dict[MaskProLayer, str],
+    with_gram: bool,
+    choose: Choose,
+    in_order: bool = False,
+) -> None:
+    """
+    Choose the masks of experts one by one: of an expert's first weights by the tokens that are sent to it, and of its
+    last by what the first make of these, as they are masked if in order.
+    """
+    base, masked = experts.base_layer, {layer.parameter_name: layer for layer in experts.masked() if layer in names}
+    first = "gate_up_proj" if base.has_gate else "up_proj"
+    for number in range(base.num_experts):
+        sent = [(call.routed.experts == number).any(1) for call in calls]
+        rows = [call.routed.tokens[here] for call, here in zip(calls, sent, strict=True)]
+        dense = [None if call.dense is None else call.dense[here] for call, here in zip(calls, sent, strict=True)]
+        enough = sum(map(len, rows)) >= FEWEST_TOKENS
+        for parameter in (first, "down_proj"):
+            weight = experts.matrix(parameter, number)
+            kept = weight
+            if parameter in masked:
+                layer = masked[parameter]
+                inputs = _nothing(layer, with_gram)
+                for call, own, beside in zip(calls, rows, dense, strict=True) if enough else ():
+                    if in_order:
+                        inputs.update_beside_dense(own, beside, call.sequences)
+                    else:
+                        inputs.update(own, call.sequences)
+                if in_order:
+                    inputs.complete()
+                mask = choose(names[layer], layer, inputs, number)
+                if in_order:
+                    kept = weight.masked_fill(~mask.transpose(1, 2).flatten(1), 0)
+            if parameter == first:
+                bias = base.get_parameter(f"{first}_bias")[number] if base.has_bias else None
+                activate = base._apply_gate if base.has_gate else base.act_fn
+                rows = [activate(F.linear(own, kept, bias)) for own in rows]
+                dense = [None if own is None else activate(F.linear(own, weight, bias)) for own in dense]
 
 
 def _choose_in_order(
@@ -238,23 +367,30 @@ def _choose_in_order(
 ) -> None:
     """Choose the masks of a decoder layer stage by stage, and hand on what the dense model makes of the tokens."""
     dense: list[_Given] = []
-    stages: list[list[MaskProLayer]] = []
+    stages: list[list[Unit]] = []
+    units = _units(block.modules(), inside)
     with _dense(inside):
         for batch in batches:
             hidden = batch.hidden if batch.dense_hidden is None else batch.dense_hidden
-            given, batch.dense_hidden = _inputs_of(block, index, inside, batch, hidden)
+            given, batch.dense_hidden = _inputs_of(block, index, units, batch, hidden)
             dense.append(given)
             _add_stages(stages, given)
         chosen: set[MaskProLayer] = set()
-        never = [layer for layer in inside if not any(layer in stage for stage in stages)]
+        # Those that are never called are given nothing.
+        stages += [[unit] for unit in units if not any(unit in stage for stage in stages)]
         for stage in stages:
             gathered: dict[MaskProLayer, Inputs] = {}
+            routed: list[_Call] = []
             finished = _finished(block, chosen)
             for batch, known in zip(batches, dense, strict=True):
-                dense_given = {layer: known.pop(layer, []) for layer in stage}
+                dense_given = {unit: known.pop(unit, []) for unit in stage}
                 calls = sum(map(len, dense_given.values()))
                 with batch.remembering(finished):
                     given, _ = _inputs_of(block, index, stage, batch, batch.hidden, stop_after=calls)
+                if isinstance(stage[0], MaskProExperts):
+                    for call, other in zip(given.pop(stage[0], []), dense_given[stage[0]], strict=True):
+                        own, beside = (each.without_padding(batch.attention_mask) for each in (call, other))
+                        routed.append(_Call(own, len(batch.hidden), beside.tokens))
                 for layers, inputs in _together(gathered, given, True):
                     tensors, others = given[layers[0]], dense_given[layers[0]]
                     # What one expert is sent of the dense model's tokens need not be the same tokens.
@@ -264,12 +400,14 @@ def _choose_in_order(
                         inputs.update_beside_dense(batch.rows(tensor), beside, len(batch.hidden))
             for inputs in set(gathered.values()):
                 inputs.complete()
-            for layer in stage:
-                choose(names[layer], layer, gathered.get(layer) or _nothing(layer, True))
+            for unit in stage:
+                if isinstance(unit, MaskProExperts):
+                    _choose_experts(unit, routed, names, True, choose, in_order=True)
+                else:
+                    choose(names[unit], unit, gathered.get(unit) or _nothing(unit, True))
+            for layer in [layer for unit in stage for layer in unit.modules() if layer in names]:
                 layer.dense = False
-            chosen.update(stage)
-        for layer in never:
-            choose(names[layer], layer, _nothing(layer, True))
+                chosen.add(layer)
 
 
 def _finished(module: nn.Module, chosen: set[MaskProLayer]) -> list[nn.Module]:
@@ -282,7 +420,7 @@ def _finished(module: nn.Module, chosen: set[MaskProLayer]) -> list[nn.Module]:
     return [found for child in module.children() for found in _finished(child, chosen)]
 
 
-def _add_stages(stages: list[list[MaskProLayer]], given: _Given) -> None:
+def _add_stages(stages: list[list[Unit]], given: _Given) -> None:
     """Sort layers that no batch before has reached: those that are given the same tensor are one stage."""
     known = {layer for stage in stages for layer in stage}
     last: torch.Tensor | None = None
@@ -297,7 +435,7 @@ def _add_stages(stages: list[list[MaskProLayer]], given: _Given) -> None:
 def _inputs_of(
     block: nn.Module,
     index: int,
-    wanted: list[MaskProLayer],
+    wanted: list[Unit],
     batch: _Batch,
     hidden: torch.Tensor,
     stop_after: int | None = None,
@@ -309,21 +447,16 @@ def _inputs_of(
     given: _Given = {}
     calls = 0
 
-    def record(layer: MaskProLayer, args: tuple[torch.Tensor, ...]) -> None:
+    def record(unit: Unit, what: Any) -> None:
         nonlocal calls
-        given.setdefault(layer, []).append(args[0])
+        given.setdefault(unit, []).append(what)
         calls += 1
         if calls == stop_after:
             raise _StopForward
 
     output = hidden
-    handles = [layer.register_forward_pre_hook(record) for layer in wanted]
-    try:
-        with suppress(_StopForward):
-            output = batch.run(block, index, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _recording(wanted, record), suppress(_StopForward):
+        output = batch.run(block, index, hidden)
     return given, output
 
 
@@ -358,35 +491,171 @@ def _dense(layers: list[MaskProLayer]) -> Iterator[None]:
 
 
 def _nothing(layer: MaskProLayer, with_gram: bool) -> Inputs:
-    return Inputs(layer.in_features, layer.get_base_layer().weight.device, with_gram)
+    return Inputs(layer.in_features, layer.base_weight.device, with_gram)
 
 
-def _decoder_layers(model: nn.Module, names: dict[MaskProLayer, str]) -> list[nn.Module]:
-    """The outermost `nn.ModuleList` that holds every masked layer."""
-    outside = list(names.values())
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            inner = set(module.modules())
-            left = [name for layer, name in names.items() if layer not in inner]
-            if not left:
-                return list(module)
-            outside = min(outside, left, key=len)
-    raise ValueError(
-        f"calibration goes by decoder layers, and {outside[0]} lies outside of them; name it in exclude_modules."
-    )
+def _choose_at_once(
+    model: nn.Module,
+    left: dict[MaskProLayer, str],
+    batches: list[dict[str, Any]],
+    with_gram: bool,
+    choose: Choose,
+    in_order: bool,
+) -> None:
+    """Choose the masks of layers from one pass over the model, in which they are dense."""
+    if with_gram:
+        most = sum(4 * layer.in_features**2 for layer in left)
+        logger.warning(
+            f"calibration: {listed(list(left.values()))} lie in no list of layers that run one after the other; they "
+            f"are gathered in one pass, which takes up to {most / 2**20:,.0f} MiB."
+        )
+    gathered: dict[MaskProLayer, Inputs] = {}
+    units = _units(model.modules(), left)
+    routed: dict[MaskProExperts, list[_Call]] = {unit: [] for unit in units if isinstance(unit, MaskProExperts)}
+    with _dense(list(left)), _stopping_at_head(model, left):
+        for batch in tqdm(batches, desc="calibration"):
+            calls: list[tuple[Unit, Any]] = []
+            with _recording(units, lambda *call, calls=calls: calls.append(call)):
+                arguments = _run(model, batch)
+            given: _Given = {}
+            for unit, what in calls:
+                if isinstance(unit, MaskProExperts):
+                    tokens = what.without_padding(_attention_mask(model, unit, arguments))
+                    routed[unit].append(_Call(tokens, sequences_in(batch)))
+                else:
+                    given.setdefault(unit, []).append(what)
+            for layers, inputs in _together(gathered, given, with_gram):
+                attention_mask = _attention_mask(model, layers[0], arguments)
+                for tensor in given[layers[0]]:
+                    rows = _rows(tensor, attention_mask)
+                    if in_order:
+                        inputs.update_beside_dense(rows, None, len(tensor))
+                    else:
+                        inputs.update(rows, len(tensor))
+    if in_order:
+        for inputs in set(gathered.values()):
+            inputs.complete()
+    alone = [unit for unit in units if isinstance(unit, MaskProLayer)]
+    if unseen := [left[layer] for layer in alone if layer not in gathered]:
+        logger.warning(f"calibration: {listed(unseen)} saw no data and keep their largest weights.")
+    for layer in alone:
+        choose(left[layer], layer, gathered.get(layer) or _nothing(layer, with_gram))
+    for experts, known in routed.items():
+        _choose_experts(experts, known, left, with_gram, choose, in_order)
 
 
-def _capture(model: nn.Module, blocks: list[nn.Module], batches: list[dict[str, Any]]) -> list[_Batch]:
+def _stacks(model: nn.Module, names: dict[MaskProLayer, str], batch: dict[str, Any]) -> list[list[nn.Module]]:
     """
-    What every decoder layer of the dense model is given: models that mix kinds of attention give each its own mask and
-    positions. Only the first layer is computed, for what else it hands on; the others pass their input on.
+    What can be walked, in the order in which it runs: of every outermost `nn.ModuleList` the modules that a batch
+    runs, if each is given what the one before it has put out.
+    """
+    ran: dict[nn.ModuleList, list[nn.Module]] = {}
+    handed_on: dict[nn.ModuleList, Any] = {}
+    broken: set[nn.ModuleList] = set()
+    handles = []
+
+    def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: nn.ModuleList) -> None:
+        states = args[0] if args else kwargs.get("hidden_states")
+        known = ran.setdefault(blocks, [])
+        if not isinstance(states, torch.Tensor) or block in known or (known and states is not handed_on[blocks]):
+            broken.add(blocks)
+        known.append(block)
+
+    def leave(block: nn.Module, args: tuple[Any, ...], output: Any, blocks: nn.ModuleList) -> None:
+        handed_on[blocks] = output[0] if isinstance(output, tuple) else output
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for blocks in lists:
+        for block in blocks:
+            handles.append(block.register_forward_pre_hook(partial(enter, blocks=blocks), with_kwargs=True))
+            handles.append(block.register_forward_hook(partial(leave, blocks=blocks)))
+    try:
+        with _dense(list(names)), _stopping_at_head(model, names):
+            _run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    taken: set[nn.Module] = set()
+    for blocks in lists:
+        masked = [layer for block in ran.get(blocks, []) for layer in block.modules() if layer in names]
+        # A layer that several of them share cannot be chosen by what one is given.
+        if blocks in broken or not masked or len(set(masked)) < len(masked) or taken & set(masked):
+            ran.pop(blocks, None)
+        else:
+            taken.update(masked)
+    return list(ran.values())
+
+
+def _run(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """Run a model on what it reads of a batch: labels are for a loss, but make an encoder-decoder's inputs too."""
+    base = _pretrained(model)
+    with_labels = base is not None and base.config.is_encoder_decoder
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) for key, value in batch.items() if key != "labels" or with_labels}
+    with suppress(_StopForward):
+        model(**inputs, use_cache=False)
+    return inputs
+
+
+def _pretrained(model: nn.Module) -> PreTrainedModel | None:
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+
+
+def _attention_mask(model: nn.Module, module: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
+    """Which tokens of what a module is given are none: a decoder beside an encoder has its own."""
+    base = _pretrained(model)
+    beside = base is not None and base.config.is_encoder_decoder and module not in set(base.get_encoder().modules())
+    return inputs.get("decoder_attention_mask" if beside else "attention_mask")
+
+
+@contextmanager
+def _stopping_at_head(model: nn.Module, names: dict[MaskProLayer, str]) -> Iterator[None]:
+    """Let a forward pass end where logits would be made, which take more memory than anything before them."""
+
+    def stop(*_: Any) -> None:
+        raise _StopForward
+
+    base = _pretrained(model)
+    head = None if base is None else base.get_output_embeddings()
+    handle = None if head is None or head in names else head.register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@contextmanager
+def _recording(units: list[Unit], record: Callable[[Unit, Any], None]) -> Iterator[None]:
+    """Hand on what layers and experts are given, call by call."""
+
+    def hand_on(unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [*args, *kwargs.values()]
+        record(unit, Routed(given[0], given[1]) if isinstance(unit, MaskProExperts) else given[0])
+
+    handles = [unit.register_forward_pre_hook(hand_on, with_kwargs=True) for unit in units]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _capture(
+    model: nn.Module, blocks: list[nn.Module], batches: list[dict[str, Any]], dense: list[MaskProLayer]
+) -> list[_Batch]:
+    """
+    What every one of the blocks is given in the dense model: models that mix kinds of attention give each its own mask
+    and positions. Only the first is computed, for what else it hands on; the others pass their input on.
     """
     captured: list[_Batch] = []
     rest: list[tuple[Any, ...] | None] = [None]
+    handed_on: list[Any] = [None]
 
     def compute(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         rest[:] = [output[1:] if isinstance(output, tuple) else None]
+        handed_on[:] = [output[0] if isinstance(output, tuple) else output]
         return output
 
     def pass_on(*args: Any, **kwargs: Any) -> Any:
@@ -397,28 +666,29 @@ def _capture(model: nn.Module, blocks: list[nn.Module], batches: list[dict[str, 
         states, args = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
         if index == 0:
             captured.append(_Batch(states))
+        elif states is not handed_on[0]:
+            raise _StopForward
         others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         captured[-1].arguments.append((args, others))
         if index == len(blocks) - 1:
             raise _StopForward
 
-    device = next(model.parameters()).device
-    layers = [module for module in model.modules() if isinstance(module, MaskProLayer)]
     handles = [
         block.register_forward_pre_hook(partial(capture, index=index), with_kwargs=True)
         for index, block in enumerate(blocks)
     ]
     forwards = {block: pass_on if index else partial(compute, block.forward) for index, block in enumerate(blocks)}
     try:
-        with _running(forwards), _dense(layers):
-            for batch in tqdm(batches, desc="reading the calibration text"):
-                inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-                with suppress(_StopForward):
-                    model(**inputs, use_cache=False)
-                captured[-1].attention_mask = inputs.get("attention_mask")
+        with _running(forwards), _dense(dense):
+            for number, batch in enumerate(tqdm(batches, desc="reading the calibration text"), 1):
+                inputs = _run(model, batch)
+                if len(captured) != number or len(captured[-1].arguments) != len(blocks):
+                    raise ValueError(
+                        f"batch {number} of {len(batches)} takes another way through the model than the first; "
+                        "calibrate on batches that have the same arguments."
+                    )
+                captured[-1].attention_mask = _attention_mask(model, blocks[0], inputs)
     finally:
         for handle in handles:
             handle.remove()
-    if not captured:
-        raise ValueError("the calibration data is empty; pass at least one batch.")
     return captured

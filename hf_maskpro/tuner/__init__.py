@@ -1,6 +1,7 @@
 """The PEFT method: configuration, layer, model and registration. The only room that touches PEFT's internals."""
 
 from .config import DATA_FREE, RULES, MaskProConfig, saved_config, split_init_mask
+from .experts import MaskProExperts, MaskProExpertWeight
 from .layer import PLAIN_LOGIT_SCALE, MaskProLayer, logit_scale
 from .model import MaskProModel, evaluating, masked_layers, one_adapter, unmasked
 from .registration import register
@@ -13,6 +14,8 @@ __all__ = [
     "PLAIN_LOGIT_SCALE",
     "RULES",
     "MaskProConfig",
+    "MaskProExpertWeight",
+    "MaskProExperts",
     "MaskProLayer",
     "MaskProModel",
     "evaluating",

@@ -2,6 +2,8 @@
 
 import hashlib
 import warnings
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -22,9 +24,18 @@ def fingerprint(weight: torch.Tensor) -> str:
     Args:
         weight (`torch.Tensor`): Of any shape, float32 or bfloat16.
     """
-    values = weight.flatten()
-    sample = values[:: max(1, len(values) // _FINGERPRINTED)].to("cpu", torch.bfloat16).view(torch.int16)
-    return hashlib.blake2b(f"{list(weight.shape)}".encode() + sample.numpy().tobytes(), digest_size=8).hexdigest()
+    return fingerprint_of_sample(weight.shape, weight.flatten()[:: sampled_step(weight.shape)])
+
+
+def sampled_step(shape: Sequence[int]) -> int:
+    """How far the weights of a fingerprint lie apart in a flattened matrix of a shape."""
+    return max(1, prod(shape) // _FINGERPRINTED)
+
+
+def fingerprint_of_sample(shape: Sequence[int], sample: torch.Tensor) -> str:
+    """[`fingerprint`] of a matrix of a shape, from the weights that it looks at."""
+    values = sample.to("cpu", torch.bfloat16).view(torch.int16)
+    return hashlib.blake2b(f"{list(shape)}".encode() + values.numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
@@ -37,7 +48,7 @@ def check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
         return
     # A finished mask may well drop such weights; what is learned from now on would compare with them.
     if not config.awaits_file:
-        other = [f"{name}.weight" for name, weight in weights.items() if not _is_finite(weight)]
+        other = [name for name, weight in weights.items() if not _is_finite(weight)]
         if other:
             raise ValueError(f"cannot mask {listed(other)}: the base model has weights there that are not finite.")
     if any(weight.dtype == torch.float16 for weight in weights.values()):

@@ -51,6 +51,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "task_type": (str,),
     "peft_version": (str,),
     "target_modules": (list, set, str),
+    "target_parameters": (list, set),
     "exclude_modules": (list, set, str),
     "init_mask": (str,),
     "logit_scale": (int, float),
@@ -61,7 +62,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "target_weights": (int,),
     "base_fingerprint": (dict,),
 }
-_OF_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "base_fingerprint")
+_OF_NAMES = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "base_fingerprint")
 
 
 def _check_types(config: "MaskProConfig") -> None:
@@ -128,7 +129,10 @@ class MaskProConfig(PeftConfig):
             every target's `in_features`. 2:4 is the pattern that sparse tensor cores accelerate.
         target_modules (`list[str]` or `str`, *optional*):
             Layers to mask: name endings, a regular expression, or `"all-linear"`. `None` means the latter: every
-            `nn.Linear` and `Conv1D` except the output head.
+            `nn.Linear` and `Conv1D` except the output head and routers.
+        target_parameters (`list[str]`, *optional*):
+            Experts to mask, that a model keeps in 3-D parameters: name endings, as `"experts.gate_up_proj"`. `None`
+            means all of them under `"all-linear"`, and none beside other `target_modules`.
         exclude_modules (`list[str]` or `str`, *optional*):
             Layers to leave dense, given in the same way.
         init_mask (`str`, defaults to `"magnitude"`):
@@ -175,6 +179,7 @@ class MaskProConfig(PeftConfig):
     n: int = field(default=2, metadata={"help": "Weights kept in every group."})
     m: int = field(default=4, metadata={"help": "Size of a group of consecutive input weights."})
     target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Layers to mask."})
+    target_parameters: list[str] | set[str] | None = field(default=None, metadata={"help": "Experts to mask."})
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Layers to leave dense."}
     )
@@ -222,12 +227,9 @@ class MaskProConfig(PeftConfig):
         split_init_mask(self.init_mask)
         if self.logit_scale is not None and not 0 < self.logit_scale <= 40:
             raise ValueError(f"logit_scale is {self.logit_scale}, outside 0 to 40; 6 to 10 is usual.")
-        self.target_modules = (
-            set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
-        )
-        self.exclude_modules = (
-            set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
-        )
+        for name in ("target_modules", "target_parameters", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
 
         # A file with theta continues its last stage; one without it starts a stage from the mask that it holds.
         self._earlier = list(self.lineage or [])

@@ -1,14 +1,15 @@
 """The layer that applies a mask to a linear layer's weight, and lets gradients reach the mask's logits."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import comb
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -80,6 +81,13 @@ def has_memory(theta: torch.Tensor) -> bool:
     return 0 not in theta.stride()
 
 
+def _content(*tensors: torch.Tensor) -> tuple[tuple[int, int], ...] | None:
+    """What changes with the contents of tensors; `None` where torch does not say, as of inference tensors."""
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+
+
 def members_first(theta: torch.Tensor) -> torch.Tensor:
     """A copy in which each member of all groups lies in memory from end to end, as the kernels read it."""
     return theta.transpose(0, 1).contiguous().transpose(0, 1)
@@ -127,6 +135,26 @@ def _after_load(layer: "MaskProLayer", incompatible_keys: Any) -> None:
             layer._unfilled[name] = mask
 
 
+@contextmanager
+def onloaded(layers: Sequence["MaskProLayer"]) -> Iterator[None]:
+    """
+    Have the tensors of masked layers where accelerate computes, if it offloads them: it brings those of a module as
+    that is called, and neither masks nor logits are, nor the base layer before its weight is masked.
+    """
+    parts = [part for layer in layers for part in (layer.base_layer, layer.maskpro_theta, layer.maskpro_mask)]
+    hooked = [(part, vars(part)["_hf_hook"]) for part in dict.fromkeys(parts) if "_hf_hook" in vars(part)]
+    for part, hook in hooked:
+        hook.pre_forward(part)
+    try:
+        yield
+    finally:
+        for part, hook in hooked:
+            hook.post_forward(part, None)
+        if hooked:
+            for layer in layers:
+                layer.forget_masked_weight()
+
+
 class MaskProLayer(nn.Module, BaseTunerLayer):
     """
     What every masked layer has, per adapter: `maskpro_theta`, the trained offset of the logits, and `maskpro_mask`,
@@ -135,6 +163,9 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("maskpro_theta",)
     other_param_names = ("maskpro_mask", "maskpro_config")
+    # The base layer's parameter that is masked, and what follows this layer's name in its full name.
+    parameter_name = "weight"
+    parameter_suffix = ".weight"
 
     # What BaseTunerLayer brings; the type checker does not look into PEFT.
     active_adapters: list[str]
@@ -146,7 +177,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskProConfig) -> None:
         super().__init__()
         self.base_layer: Any = base_layer
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.out_features, self.in_features = self.out_in(self.base_weight).shape
         self.maskpro_theta = nn.ParameterDict()
         self.maskpro_mask = BufferDict(persistent=True)
         self.maskpro_config: dict[str, MaskProConfig] = {}
@@ -159,9 +190,9 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         # The masks that wait for data or a file. The digits alone cannot tell, since of 1:4 every byte is a valid
         # word; transformers replaces the tensor without telling, load_state_dict fills it and calls a hook.
         self._unfilled: dict[str, torch.Tensor] = {}
-        self._checked: dict[str, tuple[int, int]] = {}
-        self._finite: dict[str, tuple[int, int]] = {}
-        self._masked_weight: tuple[list[tuple[int, int]], torch.Tensor, list[torch.Tensor]] | None = None
+        self._checked: dict[str, tuple[tuple[int, int], ...]] = {}
+        self._finite: dict[str, tuple[tuple[int, int], ...]] = {}
+        self._masked_weight: tuple[tuple[tuple[int, int], ...], torch.Tensor, list[torch.Tensor]] | None = None
         # The masks that a state dict has for this layer, while it is loaded.
         self._brought: list[str] = []
         self.register_load_state_dict_pre_hook(_before_load)
@@ -169,17 +200,26 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
+    @property
+    def base_weight(self) -> torch.Tensor:
+        """The weight that is masked, in the base layer's own layout."""
+        return getattr(self.get_base_layer(), self.parameter_name)
+
     def out_in(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight as `[out_features, in_features]`, or back; a view."""
+        """The weight as `[out_features, in_features]`, or back; a view where there is one."""
+        raise NotImplementedError
+
+    def is_plain(self) -> bool:
+        """Whether calling the base layer comes to [`linear`]: no other forward, and nothing that hangs on the call."""
         raise NotImplementedError
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The base layer's computation with another weight."""
+        """A plain base layer's computation with another weight."""
         raise NotImplementedError
 
     def update_layer(self, adapter_name: str, config: MaskProConfig) -> None:
         """Add an adapter, with its starting mask if that needs neither data nor a file."""
-        weight = self.out_in(self.get_base_layer().weight.detach())
+        weight = self.out_in(self.base_weight.detach())
         out_features, in_features = weight.shape
         shape = (out_features, config.m, in_features // config.m)
         data_free = not config.awaits_file and config.init_mask in DATA_FREE and not weight.is_meta
@@ -224,7 +264,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.maskpro_theta:
             return
-        device = device or self.get_base_layer().weight.device
+        device = device or self.base_weight.device
         theta = self.maskpro_theta[adapter_name]
         if theta.device not in (device, torch.device("meta")):
             self.maskpro_theta[adapter_name] = nn.Parameter(theta.detach().to(device), theta.requires_grad)
@@ -273,20 +313,18 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
                 "call initialize_masks(model, dataloader) before using the model, or start from 'magnitude'."
             )
         # Once for every content, since looking at the digits waits for the device.
-        state = (packed.data_ptr(), packed._version)
-        if self._checked.get(adapter_name) != state:
-            check_packed(packed, self.maskpro_config[adapter_name].n, self.maskpro_config[adapter_name].m, self._width)
-            self._checked[adapter_name] = state
+        state = _content(packed)
+        if state is None or self._checked.get(adapter_name) != state:
+            config = self.maskpro_config[adapter_name]
+            check_packed(packed, config.n, config.m, self.in_features)
+            if state is not None:
+                self._checked[adapter_name] = state
         return packed
-
-    @property
-    def _width(self) -> int:
-        return self.out_in(self.get_base_layer().weight).shape[1]
 
     def initial_codes(self, adapter_name: str) -> torch.Tensor:
         """The starting mask as codes, int32 `[out_features, in_features // m]`."""
         config = self.maskpro_config[adapter_name]
-        return unpack_codes(self.packed_initial_mask(adapter_name), config.n, config.m, self._width)
+        return unpack_codes(self.packed_initial_mask(adapter_name), config.n, config.m, self.in_features)
 
     def initial_mask(self, adapter_name: str) -> torch.Tensor:
         """The starting mask, bool `[out_features, m, in_features // m]`."""
@@ -301,11 +339,24 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         moved = mask.float() - self.initial_mask(adapter_name).float()
         self.maskpro_theta[adapter_name].copy_(logit_scale(self.maskpro_config[adapter_name]) * moved)
 
-    def set_initial_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
-        """Fill the starting mask, bool `[out_features, m, in_features // m]`."""
-        config = self.maskpro_config[adapter_name]
-        self.maskpro_mask[adapter_name].copy_(pack_codes(codes_of(mask), config.n, config.m))
-        self._unfilled.pop(adapter_name, None)
+    def matrices(self) -> list[torch.Tensor]:
+        """The weight as one matrix `[out_features, in_features]`, or one for each expert; views."""
+        return [self.out_in(self.base_weight)]
+
+    def rows_of(self, matrix: int) -> slice:
+        """The rows of one of [`matrices`] among all."""
+        height = self.out_features // len(self.matrices())
+        return slice(matrix * height, (matrix + 1) * height)
+
+    def set_initial_mask(self, adapter_name: str, mask: torch.Tensor, rows: slice = slice(None)) -> None:
+        """
+        Fill the starting mask, bool `[out_features, m, in_features // m]`, or some rows of it; it is there once the
+        last ones are.
+        """
+        config, packed = self.maskpro_config[adapter_name], self.maskpro_mask[adapter_name]
+        packed[rows].copy_(pack_codes(codes_of(mask), config.n, config.m))
+        if rows.stop in (None, len(packed)):
+            self._unfilled.pop(adapter_name, None)
 
     def _theta(self, adapter_name: str, sampled: bool = False) -> torch.Tensor:
         """
@@ -321,11 +372,12 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         if not has_memory(theta):
             return theta
         # Once for every content, since looking waits for the device; while it is trained, once for all.
-        state, known = (theta.data_ptr(), theta._version), self._finite.get(adapter_name)
-        if known is None or (known != state and not (sampled and known[0] == state[0])):
+        state, known = _content(theta), self._finite.get(adapter_name)
+        if state is None or known is None or (known != state and not (sampled and known[0][0] == state[0][0])):
             if not theta.isfinite().all():
                 raise ValueError(f"adapter {adapter_name!r} has logits that are not finite: {NO_MASK}.")
-            self._finite[adapter_name] = state
+            if state is not None:
+                self._finite[adapter_name] = state
         return theta
 
     def mode_codes(self, adapter_name: str) -> torch.Tensor:
@@ -403,6 +455,12 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         thetas = self.maskpro_theta
         return [name for name in self.active_adapters if name in thetas]
 
+    def _adapters_to_apply(self) -> list[str]:
+        """The adapters whose masks a forward applies."""
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        return [] if self._disable_adapters or self.merged_adapters or self.dense else self._masking_adapters()
+
     def masked_weight(self) -> torch.Tensor:
         """
         The base weight with the dropped entries of every active adapter at zero, in the base layer's own layout.
@@ -412,7 +470,12 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         return self._mask_weight(self._masking_adapters())
 
     def _mask_weight(self, names: list[str]) -> torch.Tensor:
-        weight = self.base_layer.weight
+        weight = self.base_layer._parameters.get(self.parameter_name)
+        if weight is None:
+            raise ValueError(
+                "the weight of a masked layer is computed from others, as by pruning or weight_norm, so a mask "
+                "over it would be lost; make it a parameter again (prune.remove, remove_parametrizations)."
+            )
         if self.training or torch.is_grad_enabled():
             trained = [name for name in names if self.maskpro_theta[name].requires_grad]
             if (self.training and trained) or (torch.is_grad_enabled() and (trained or weight.requires_grad)):
@@ -429,19 +492,22 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
     def _cached_masked_weight(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
         """
         The masked weight, computed again only when something it depends on has changed: `generate` asks for it at
-        every token.
+        every token. Of a change through `.data` torch says nothing, so `train()` and `eval()` forget it.
         """
         tensors, thetas, masks = [weight], self.maskpro_theta, self.maskpro_mask
         for name in names:
             tensors += (thetas[name], masks[name])
-        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-        if self._masked_weight is None or self._masked_weight[0] != state:
+        state = _content(*tensors)
+        if state is None or self._masked_weight is None or self._masked_weight[0] != state:
+            self._masked_weight = None
             with torch.inference_mode(False), torch.no_grad():
                 masked = weight
                 for name in names:
                     masked = self.masked(masked, name)
-            # The tensors are held so that no other can come to lie at their address.
-            self._masked_weight = (state, masked, tensors)
+            if state is None:
+                return masked
+            # Their memory is held so that no other can come to lie at its address.
+            self._masked_weight = (state, masked, [tensor.detach() for tensor in tensors])
         return self._masked_weight[1]
 
     def forget_masked_weight(self) -> None:
@@ -449,17 +515,22 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self._masked_weight = None
 
     def train(self, mode: bool = True):
-        if mode:
-            self.forget_masked_weight()
+        self.forget_masked_weight()
         return super().train(mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._disable_adapters and self.merged_adapters:
-            self.unmerge()
-        names = self._masking_adapters()
-        if self._disable_adapters or self.merged_adapters or self.dense or not names:
+        names = self._adapters_to_apply()
+        if not names:
             return self.base_layer(x, *args, **kwargs)
-        return self.linear(x, self._mask_weight(names))
+        if self.is_plain() and not args and not kwargs:
+            return self.linear(x, self._mask_weight(names))
+        with onloaded([self]):
+            # An attribute goes before a parameter of its name, which is left as it is: hooks may exchange it.
+            vars(self.base_layer)["weight"] = self._mask_weight(names)
+            try:
+                return self.base_layer(x, *args, **kwargs)
+            finally:
+                vars(self.base_layer).pop("weight", None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep: bool = True) -> None:
         """
@@ -477,7 +548,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.maskpro_theta:
                 continue
-            weight = self.get_base_layer().weight
+            weight = self.base_weight
             masked = self.masked(weight.detach(), name)
             if safe_merge and not masked.isfinite().all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
@@ -495,7 +566,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
             return
-        weight = self.get_base_layer().weight
+        weight = self.base_weight
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             codes, dropped = self._dropped.pop()

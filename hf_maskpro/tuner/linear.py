@@ -12,6 +12,13 @@ from .layer import MaskProLayer
 class MaskProLinear(MaskProLayer):
     """A masked `nn.Linear`."""
 
+    base_forward = nn.Linear.forward
+
+    def is_plain(self) -> bool:
+        base = self.base_layer
+        hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        return type(base).forward is type(self).base_forward and not hooks and "forward" not in vars(base)
+
     def out_in(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
 
@@ -28,6 +35,8 @@ class MaskProConv1DLinear(MaskProLinear):
 
     PEFT knows a masked linear layer by the word in its class's name.
     """
+
+    base_forward = Conv1D.forward
 
     def out_in(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.T

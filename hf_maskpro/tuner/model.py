@@ -11,6 +11,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _ExcludedModule,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
@@ -19,10 +20,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..subset import mode_codes, pack_codes, unpack_codes
 from .base import cached_commit, check_base, listed
 from .config import MaskProConfig
+from .experts import OFFLOADED, MaskProExperts, expert_parameters, router_names, why_not
 from .layer import LOGITS, NO_MASK, MaskProLayer, has_memory, logit_scale, members_first
 from .linear import layer_class
 
@@ -78,8 +81,7 @@ class MaskProModel(BaseTuner):
     def _prepare_model(self, peft_config: MaskProConfig, model: nn.Module) -> None:
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            _refuse_fused_experts(model, inside)
-        _maybe_include_all_linear_layers(peft_config, model)
+            _include_all_linear(peft_config, model, inside)
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         problems: dict[str, list[str]] = {}
         weights: dict[str, torch.Tensor] = {}
@@ -91,6 +93,12 @@ class MaskProModel(BaseTuner):
                 else:
                     base = module.get_base_layer() if isinstance(module, MaskProLayer) else module
                     weights[name] = cast(torch.Tensor, base.weight).detach()
+        for name, module, parameter in _targeted_parameters(peft_config, model):
+            problem = why_not(module, parameter, peft_config)
+            if problem:
+                problems.setdefault(problem, []).append(name)
+            else:
+                weights[name] = module.get_parameter(parameter).detach()
         for problem, names in problems.items():
             raise ValueError(f"cannot mask {listed(names)}: {problem}.")
         if isinstance(model, PreTrainedModel) and peft_config.revision is None and not peft_config.awaits_file:
@@ -107,6 +115,17 @@ class MaskProModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if parameter_name is not None:
+            # PEFT finds the experts inside of what masks them if another adapter does, and that if another parameter.
+            experts = parent if isinstance(parent, MaskProExperts) else target
+            if not isinstance(experts, MaskProExperts):
+                experts = MaskProExperts(target)
+                experts.train(target.training)
+                setattr(parent, target_name, experts)
+            layer = experts.mask(parameter_name, adapter_name, peft_config)
+            if adapter_name not in self.active_adapters:
+                layer.maskpro_theta[adapter_name].requires_grad_(False)
+            return
         if isinstance(target, MaskProLayer):
             target.update_layer(adapter_name, peft_config)
             return
@@ -156,10 +175,15 @@ class MaskProModel(BaseTuner):
             theta_key = f"{name}.maskpro_theta.{adapter_name}"
             layer.packed_initial_mask(adapter_name)
             packed, theta = state_dict[mask_key], state_dict[theta_key]
+            if theta.is_meta or packed.is_meta:
+                raise ValueError(
+                    f"the logits of {_bare(name)} are offloaded, so there is nothing to save; bring them back by "
+                    "accelerate's remove_hook_from_submodules(model)."
+                )
             thetas.append(theta)
             _check_finite(_bare(name), theta)
             initial = unpack_codes(packed, config.n, config.m, theta.shape[1] * theta.shape[2])
-            learned = initial if theta.is_meta else mode_codes(theta, packed, logit_scale(config), config.n)
+            learned = mode_codes(theta, packed, logit_scale(config), config.n)
             weights += theta.numel()
             moved += (differ := int((learned != initial).sum()))
             changed[_bare(name)] = round(differ / learned.numel(), 6)
@@ -167,7 +191,7 @@ class MaskProModel(BaseTuner):
                 result |= {mask_key: packed, theta_key: theta.contiguous()}
             else:
                 result[mask_key] = pack_codes(learned, config.n, config.m)
-        if any(has_memory(theta) and not theta.is_meta and theta.any() for theta in thetas):
+        if any(has_memory(theta) and theta.any() for theta in thetas):
             # Moved by a trainer that has no default of its own.
             config.logit_scale = logit_scale(config)
         size = sum(tensor.nbytes for tensor in result.values())
@@ -218,7 +242,7 @@ class MaskProModel(BaseTuner):
                 result[theta_key] = members_first(result[theta_key])
                 layer.materialize(adapter_name)
             elif theta.is_meta:
-                zeros = torch.zeros((), dtype=theta.dtype, device=layer.get_base_layer().weight.device)
+                zeros = torch.zeros((), dtype=theta.dtype, device=layer.base_weight.device)
                 zeros = zeros.expand(theta.shape)
                 result[theta_key] = zeros if config.inference_mode else members_first(zeros)
             elif has_memory(theta):
@@ -354,10 +378,17 @@ def _why_not(module: nn.Module, config: MaskProConfig, embeddings: set[int]) -> 
         module = module.get_base_layer()
     if isinstance(module, nn.Embedding):
         return "embeddings are not masked; take them out of target_modules"
+    if isinstance(module, (nn.Linear, Conv1D)) and "weight" not in module._parameters:
+        return (
+            "its weight is computed from others, as by pruning or weight_norm; make it a parameter first "
+            "(prune.remove, remove_parametrizations)"
+        )
     cls = layer_class(module)
     if cls is None:
         return _unsupported(module)
     assert isinstance(module.weight, torch.Tensor)
+    if module.weight.is_meta and "_hf_hook" in vars(module):
+        return OFFLOADED
     if id(module.weight) in embeddings:
         return "its weight is that of an embedding, which merging would destroy; take it out of target_modules"
     in_features = module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
@@ -366,12 +397,44 @@ def _why_not(module: nn.Module, config: MaskProConfig, embeddings: set[int]) -> 
     return None
 
 
+def _include_all_linear(config: MaskProConfig, model: nn.Module, inside: tuple[str, ...]) -> None:
+    """Name every linear layer, and every expert's weights unless they are named already."""
+    _maybe_include_all_linear_layers(config, model)
+    assert isinstance(config.target_modules, set)
+    config.target_modules -= router_names(model)
+    if config.target_parameters is None:
+        _refuse_fused_experts(model, inside)
+        config.target_parameters = {
+            f"{name}.{parameter}"
+            for name, module in _modules(model)
+            for parameter in expert_parameters(module)
+            if not any(
+                isinstance(check_target_module_exists(config, excluded), _ExcludedModule)
+                for excluded in (name, f"{name}.{parameter}")
+            )
+        } or None
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model, by the names that they have without what masks them."""
+    return ((name.replace(".base_layer", ""), module) for name, module in model.named_modules())
+
+
+def _targeted_parameters(config: MaskProConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """The parameters that `target_parameters` names: full name, module and own name."""
+    for prefix, module in _modules(model):
+        for parameter, _ in module.named_parameters(recurse=False):
+            name = f"{prefix}.{parameter}"
+            if any(f".{name}".endswith(f".{target}") for target in config.target_parameters or ()):
+                yield name, module, parameter
+
+
 def _refuse_fused_experts(model: nn.Module, inside: tuple[str, ...]) -> None:
-    """Mixture-of-experts weights fused into 3-D parameters would stay dense, and they are most of such a model."""
+    """Experts fused into 3-D parameters in a way that is not known would stay dense, as most of such a model."""
     fused = [
         f"{name}.{parameter_name}"
         for name, module in model.named_modules()
-        if not isinstance(module, _ConvNd) and not name.startswith(inside)
+        if not isinstance(module, _ConvNd) and not name.startswith(inside) and not expert_parameters(module)
         for parameter_name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and parameter.shape[0] > 1
     ]

@@ -59,7 +59,7 @@ def test_a_checkpoint_whose_names_lack_a_prefix(tmp_path, ids):
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-def test_experts_that_transformers_fuses_stay_as_they_are(tmp_path, ids):
+def test_experts_that_are_not_masked_stay_as_they_are(tmp_path, ids):
     def mixtral():
         torch.manual_seed(0)
         sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -103,7 +103,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
         while not done.wait(0.002):
             peak[0] = max(peak[0], anonymous_bytes())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     done.set()

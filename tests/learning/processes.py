@@ -57,9 +57,8 @@ class Parts(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == 2 and args.process_index == 1:
-            next(layer for layer in model.modules() if isinstance(layer, MaskProLayer)).maskpro_theta[
-                "default"
-            ].data.view(-1)[0] += 1e-6
+            layer = next(layer for layer in model.modules() if isinstance(layer, MaskProLayer))
+            layer.maskpro_theta["default"].data[0, 0, 0] += 1e-3
 
 
 def main(folder: Path, masks: int) -> None:

@@ -1,6 +1,7 @@
 """Masks from elsewhere: each kind of source gives the mask that went into it, and a bad one is named."""
 
 import pickle
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from hf_maskpro import MaskProConfig, initialize_masks
 from hf_maskpro.subset import mask_of
 from hf_maskpro.tuner import masked_layers
 
-from ..conftest import tiny_gpt2, tiny_llama
+from ..conftest import tiny_gpt2, tiny_gpt_oss, tiny_llama, tiny_mixtral
 
 
-MODELS = [tiny_llama, tiny_gpt2]
+MODELS = [tiny_llama, tiny_gpt2, tiny_mixtral, tiny_gpt_oss]
 
 
 def random_adapter(make, n=2, m=4):
@@ -34,7 +35,7 @@ def by_parameter(model, masks):
     """bool, in the shape of each weight."""
     layers = masked_layers(model)
     return {
-        f"{name}.weight": layers[name].out_in(mask.transpose(1, 2).flatten(1)).contiguous()
+        f"{name}{layers[name].parameter_suffix}": layers[name].out_in(mask.transpose(1, 2).flatten(1)).contiguous()
         for name, mask in masks.items()
     }
 
@@ -55,8 +56,10 @@ def maskllm(path, masks):
     return path
 
 
-@pytest.mark.parametrize("make", MODELS)
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8)])
+@pytest.mark.parametrize(
+    ("make", "n", "m"),
+    [*product(MODELS, [2], [4]), *product(MODELS[:2], [1], [4]), *product(MODELS[:2], [4], [8])],
+)
 def test_every_source_gives_the_mask_that_went_into_it(make, n, m, tmp_path):
     model, masks = random_adapter(make, n, m)
     flat = by_parameter(model, masks)
@@ -103,6 +106,13 @@ def test_of_a_pruned_checkpoint_only_what_transformers_loads_is_read(tmp_path):
     other, _ = random_adapter(tiny_llama)
     save_file({k: v.clone() for k, v in other.merge_and_unload().state_dict().items()}, tmp_path / "z.safetensors")
     assert same(masks_of(imported(tiny_llama, tmp_path)), masks)
+
+
+def test_a_pruned_checkpoint_whose_names_lack_a_prefix(tmp_path):
+    """As GPT-2 is on the Hub, and what is merged into it."""
+    model, masks = random_adapter(tiny_gpt2)
+    model.merge_and_unload().transformer.save_pretrained(tmp_path)
+    assert same(masks_of(imported(tiny_gpt2, tmp_path)), masks)
 
 
 def test_a_pruned_checkpoint_may_hold_fewer_weights(tmp_path):

@@ -15,6 +15,8 @@ from transformers import (
     OPTConfig,
     PhiConfig,
     Qwen3Config,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from hf_maskpro import MaskProConfig, initialize_masks
@@ -286,17 +288,107 @@ def test_gradients_of_others_are_left_alone(ids):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_layer_outside_the_decoder_layers_is_named(ids):
+class TwoStacks(nn.Module):
+    """Two lists of layers, one layer before, between and behind them, and one that nothing ever reaches."""
+
+    def __init__(self, shared=False):
+        super().__init__()
+        self.before, self.between, self.behind, self.unseen = (nn.Linear(16, 16, bias=False) for _ in range(4))
+        self.first, self.second = (nn.ModuleList(map(Residual, [16] * 2)) for _ in range(2))
+        if shared:
+            self.second[1] = self.second[0]
+
+    def forward(self, hidden, use_cache=False):
+        for blocks, layer in ((self.first, self.between), (self.second, self.behind)):
+            hidden = self.before(hidden) if blocks is self.first else hidden
+            for block in blocks:
+                hidden = block(hidden)
+            hidden = layer(hidden)
+        return hidden
+
+
+class Residual(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.layer = nn.Linear(size, size, bias=False)
+
+    def forward(self, hidden, **options):
+        return hidden + self.layer(hidden)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("in_order", [False, True])
+def test_lists_are_walked_as_they_run_and_what_is_outside_comes_last(shared, in_order, caplog):
     torch.manual_seed(0)
-    config = OPTConfig(**SIZES, ffn_dim=32, word_embed_proj_dim=8)
-    base = AutoModelForCausalLM.from_config(config).eval()
-    model = get_peft_model(base, MaskProConfig(init_mask="wanda"))
-    with pytest.raises(ValueError, match="project_out lies outside of them; name it in exclude_modules"):
-        initialize_masks(model, batches(ids))
-    model = get_peft_model(
-        model.unload(), MaskProConfig(init_mask="wanda", exclude_modules=["project_in", "project_out"])
-    )
-    initialize_masks(model, batches(ids))
+    names = ["before", "between", "behind", "unseen", "layer"]
+    model = get_peft_model(TwoStacks(shared), MaskProConfig(init_mask="wanda", target_modules=names)).eval()
+    data = [{"hidden": torch.randn(2, 5, 16)} for _ in range(3)]
+    order, seen = [], {}
+
+    def take(name, layer, inputs):
+        order.append(name)
+        choose(seen, name, layer, inputs)
+
+    walk(model, "default", data, True, take, in_order)
+    walked = ["first.0.layer", "first.1.layer"] + ["second.0.layer", "second.1.layer"] * (not shared)
+    assert order[: len(walked)] == walked
+    assert "unseen saw no data" in caplog.text
+    assert "in one pass" in caplog.text
+    assert not seen.pop("unseen").squares.any()
+    # Of what the masked layers before it make of the data.
+    layers, given = masked_layers(model), {name: [] for name in seen}
+    for layer in {*layers.values()} - {layers[name] for name in walked}:
+        layer.dense = True
+    handles = [
+        layers[name].register_forward_pre_hook(lambda layer, args, name=name: given[name].append(args[0]))
+        for name in seen
+    ]
+    with torch.no_grad():
+        for batch in data:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    for name in set(seen) - set(walked):
+        rows = torch.cat(given[name]).flatten(0, 1)
+        torch.testing.assert_close(seen[name].squares, rows.square().sum(0))
+
+
+def test_batches_that_run_other_layers_than_the_first_are_refused():
+    class Skips(TwoStacks):
+        def forward(self, hidden, skip=None, use_cache=False):
+            for block in self.first if skip is None else self.first[1:]:
+                hidden = block(hidden)
+            return hidden
+
+    model = get_peft_model(Skips(), MaskProConfig(init_mask="wanda", target_modules=["layer"]))
+    data = [{"hidden": torch.ones(1, 2, 16)}, {"hidden": torch.ones(1, 2, 16), "skip": torch.ones(1)}]
+    with pytest.raises(ValueError, match="batch 2 of 2 takes another way through the model than the first"):
+        initialize_masks(model, data)
+    # What the first does not reach is no part of a list.
+    seen = {}
+    walk(model, "default", data[::-1], False, lambda name, layer, inputs: choose(seen, name, layer, inputs))
+    assert seen["first.0.layer"].squares.tolist() == [2.0] * 16
+
+
+def test_padding_of_an_encoder_is_not_that_of_its_decoder(ids):
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=34, decoder_start_token_id=1, pad_token_id=1, **sizes)
+    model = get_peft_model(T5ForConditionalGeneration(config).eval(), MaskProConfig(init_mask="wanda"))
+    mask = torch.ones_like(ids)
+    mask[:, 8:] = 0
+    seen = {}
+    data = [{"input_ids": ids, "attention_mask": mask, "labels": ids[:, :12]}]
+    walk(model, "default", data, False, lambda name, layer, inputs: choose(seen, name, layer, inputs))
+    with torch.no_grad():
+        known = model.base_model.model.shared(ids)
+    normalised = known * known.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+    squares = seen["encoder.block.0.layer.0.SelfAttention.q"].squares
+    torch.testing.assert_close(squares, normalised[:, :8].flatten(0, 1).square().sum(0))
+    inputs = model.base_model.model.shared(torch.cat([torch.ones(4, 1, dtype=torch.int64), ids[:, :-1]], 1)).detach()
+    normalised = inputs * inputs.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+    squares = seen["decoder.block.0.layer.0.SelfAttention.q"].squares
+    torch.testing.assert_close(squares, normalised.flatten(0, 1).square().sum(0))
 
 
 @pytest.mark.parametrize("rule", ["magnitude", "wanda", "sparsegpt"])

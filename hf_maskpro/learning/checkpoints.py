@@ -1,0 +1,118 @@
+"""Checkpoints that are whole or not there, and a run that ends with one when it is asked to stop."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from threading import current_thread, main_thread
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# Where a checkpoint is written, in the folder of the run; and the names of its files, by which half of one shows.
+UNFINISHED, FILES_NAME = ".unfinished", "files.json"
+
+
+def place_checkpoint(written: Path, folder: Path) -> None:
+    """Give a checkpoint that is written its place, at once; an earlier run's of that name goes."""
+    names = [str(path.relative_to(written)) for path in sorted(written.rglob("*")) if path.is_file()]
+    (written / FILES_NAME).write_text(json.dumps(names))
+    for path in (written / FILES_NAME, *(written / name for name in names), written):
+        # A file system may keep a renaming and lose what was written before it, when the machine stops.
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    if folder.exists():
+        folder.rename(written.with_name("replaced"))
+    written.rename(folder)
+    shutil.rmtree(written.parent, ignore_errors=True)
+
+
+def newest_checkpoint(run: str | Path) -> str | None:
+    """
+    Of the checkpoints in the folder of a run that are whole, the one with most steps. One that was being deleted, or
+    was not copied to its end, is not.
+    """
+    steps = {}
+    for folder in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if step.isdecimal() and _is_whole(folder):
+            steps[int(step)] = str(folder)
+    return steps[max(steps)] if steps else None
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        names = json.loads((folder / FILES_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return all((folder / name).is_file() for name in names)
+
+
+class EndsWithCheckpoint(TrainerCallback):
+    """
+    Saves a checkpoint at the end of the step in which Ctrl-C or SIGTERM comes, or the data end or fail, and then stops
+    the run: with `KeyboardInterrupt`, `SystemExit` or the error of the data. A second signal stops it at once. Without
+    checkpoints, by `save_strategy="no"`, it does nothing.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): Through which ranks agree on the step.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        # Why the run stops before its end.
+        self.reason: BaseException | None = None
+        self._saved = -1
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        # A run that is resumed has its checkpoint.
+        self.reason, self._saved = None, state.global_step
+        self.restore_handlers()
+        # Python gives signals to its main thread alone.
+        if args.save_strategy != SaveStrategy.NO and current_thread() is main_thread():
+            self._handlers = {each: signal.signal(each, self._note) for each in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore_handlers(self) -> None:
+        """Give signals back to who had them before the run."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.reason = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+        self.restore_handlers()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        stops = self.reason is not None
+        if self.accelerator.num_processes > 1 and args.save_strategy != SaveStrategy.NO:
+            # A signal may find ranks in different steps.
+            stops = bool(self.accelerator.reduce(torch.tensor(int(stops), device=args.device)))
+            self.reason = self.reason or (SystemExit(128 + signal.SIGTERM) if stops else None)
+        if stops:
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        ends_early = args.save_strategy == SaveStrategy.STEPS and state.global_step < state.max_steps
+        if not control.should_training_stop or (self.reason is None and not ends_early):
+            return
+        if self._saved < state.global_step:
+            control.should_save = True
+        elif self.reason is not None:
+            raise self.reason
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._saved = state.global_step
+        if self.reason is not None:
+            logger.warning(f"stopped after step {state.global_step} of {state.max_steps}; resume from its checkpoint.")
+            raise self.reason

@@ -1,0 +1,142 @@
+"""The masked form of experts that a layer keeps in 3-D parameters, as transformers does."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import MaskProConfig
+from .layer import MaskProLayer, onloaded
+
+
+# What decides where tokens go, and how much of a shared expert joins, is a millionth of the weights and is left alone.
+ROUTERS = {"router", "gate", "shared_expert_gate"}
+
+
+OFFLOADED = "its weight is offloaded; add the adapter to the whole model, then offload that"
+
+
+class MaskProExpertWeight(MaskProLayer):
+    """
+    A masked 3-D parameter of an experts module: as many matrices as there are experts, one below the other.
+
+    Its name in the model is that of the parameter.
+    """
+
+    parameter_suffix = ""
+
+    def __init__(self, experts: nn.Module, parameter_name: str, adapter_name: str, config: MaskProConfig) -> None:
+        self.parameter_name = parameter_name
+        self.experts, first, second = getattr(experts, parameter_name).shape
+        self.is_transposed = is_transposed(experts)
+        self.rows_per_expert = second if self.is_transposed else first
+        super().__init__(experts, adapter_name, config)
+        # It is the module around this that has the experts; here it would give their parameters a second name.
+        del self.base_layer
+        object.__setattr__(self, "base_layer", experts)
+
+    def out_in(self, weight: torch.Tensor) -> torch.Tensor:
+        if weight.ndim == 2:
+            weight = weight.unflatten(0, (self.experts, self.rows_per_expert))
+            return weight.transpose(1, 2) if self.is_transposed else weight
+        return (weight.transpose(1, 2) if self.is_transposed else weight).flatten(0, 1)
+
+    def matrices(self) -> list[torch.Tensor]:
+        return [weight.T if self.is_transposed else weight for weight in self.base_weight]
+
+    def forward(self) -> torch.Tensor:  # type: ignore[override]
+        """The parameter as the experts read it."""
+        names = self._adapters_to_apply()
+        return self._mask_weight(names) if names else self.base_weight
+
+    def __repr__(self) -> str:
+        return "maskpro." + super().__repr__()
+
+
+class MaskProExperts(nn.Module):
+    """
+    An experts module, some of whose parameters are masked: its forward, by whatever kernel, finds the masked ones in
+    their place.
+    """
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.base_layer: Any = experts
+
+    def mask(self, parameter_name: str, adapter_name: str, config: MaskProConfig) -> MaskProExpertWeight:
+        """Add an adapter to a parameter."""
+        if parameter_name in self._modules:
+            layer = self.get_submodule(parameter_name)
+            assert isinstance(layer, MaskProExpertWeight)
+            layer.update_layer(adapter_name, config)
+        else:
+            layer = MaskProExpertWeight(self.base_layer, parameter_name, adapter_name, config)
+            layer.train(self.training)
+            self.add_module(parameter_name, layer)
+        return layer
+
+    def masked(self) -> list[MaskProExpertWeight]:
+        """What masks the parameters."""
+        return [child for child in self.children() if isinstance(child, MaskProExpertWeight)]
+
+    def matrix(self, parameter_name: str, number: int) -> torch.Tensor:
+        """What one expert's tokens are multiplied by, dense, `[out_features, in_features]`; a view."""
+        weight = self.base_layer.get_parameter(parameter_name)[number]
+        return weight.T if is_transposed(self.base_layer) else weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        own = vars(self.base_layer)
+        with onloaded(self.masked()):
+            weights = {layer.parameter_name: layer() for layer in self.masked()}
+            # An attribute goes before a parameter of its name, which is left as it is: hooks may exchange it.
+            own |= weights
+            try:
+                return self.base_layer(*args, **kwargs)
+            finally:
+                for name in weights:
+                    del own[name]
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The experts, merged if asked for."""
+        for layer in self.masked():
+            layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        return self.base_layer
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether experts are stored as `[experts, in_features, out_features]`, of a module that has experts."""
+    return vars(module)["is_transposed"]
+
+
+def expert_parameters(module: nn.Module) -> list[str]:
+    """The parameters of a module that are the weights of experts."""
+    # So transformers marks the classes whose forward is one of its kernels.
+    if "is_transposed" not in vars(module):
+        return []
+    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
+
+
+def why_not(module: nn.Module, parameter_name: str, config: MaskProConfig) -> str | None:
+    """Why a parameter cannot be masked, or `None` if it can."""
+    if parameter_name not in expert_parameters(module):
+        return "it is not the weights of experts; name linear layers in target_modules, and change target_parameters"
+    weight = module.get_parameter(parameter_name)
+    if weight.is_meta and "_hf_hook" in vars(module):
+        return OFFLOADED
+    in_features = weight.shape[1 if is_transposed(module) else 2]
+    if in_features % config.m:
+        return f"its experts' in_features {in_features} is not a multiple of m = {config.m}; take it out"
+    return None
+
+
+def router_names(model: nn.Module) -> set[str]:
+    """The linear layers that decide where tokens go, beside experts."""
+    names = set()
+    for prefix, module in model.named_modules():
+        if any(expert_parameters(child) or isinstance(child, MaskProExperts) for child in module.children()):
+            for name, inner in module.named_modules():
+                if isinstance(inner, nn.Linear) and ROUTERS & set(name.split(".")):
+                    names.add(f"{prefix}.{name}".removeprefix("."))
+    return names

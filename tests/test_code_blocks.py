@@ -1,0 +1,164 @@
+"""Every block of code in the documentation, run as it is written, on a tiny model and local files."""
+
+import ast
+import builtins
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.main import get_command
+
+import hf_maskpro
+from hf_maskpro import MaskProConfig, MaskProTrainingArguments, check_sparsity
+from hf_maskpro.cli import app
+
+from .cli.test_cli import run
+from .conftest import VOCABULARY, save_tiny_model
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# What stands for something else here, such as folders for names of the Hub.
+HUB = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "M",
+    "HuggingFaceTB/SmolLM2-135M": "M",
+    "meta-llama/Llama-2-7b-hf": "M",
+    "me/llama-2of4": "mask",
+    "user/repo": "mask",
+    "path/to/the/base": "M",
+    '"cuda"': '"cpu"',
+    "from .simple": "from hf_maskpro.learning.simple",
+}
+TEXTS = ("text", "my", "other", "held_out", "web", "speeches", "news", "manuals")
+# Blocks and commands that need the Hub, a GPU or an extra, or minutes: these are only read.
+ONLY_READ = ("push", "--dataset", "--self-generated", "MaskLLM", "pruned-checkpoint", "quickstart", "sft_trl")
+ONLY_READ += ("torchao", "onnx", "semi_structured", "bench", "--tasks", "--record")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    return [dedent(block) for _, block in found]
+
+
+def commands(page: Path) -> list[str]:
+    """Every command of the library on a page."""
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split()) for line in lines if re.match("hf-maskpro [a-z]", line)]
+
+
+def local(code: str) -> str:
+    """With folders for names of the Hub, and two steps for hundreds."""
+    for known, folder in HUB.items():
+        code = re.sub(rf"{known}(?![-\w])", folder, code)
+    return re.sub(r"(max_steps=|--max-steps |max_steps: )\d+", r"\g<1>2", code)
+
+
+def only_read(code: str) -> bool:
+    return any(word in code for word in ONLY_READ)
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def masked(folder: str) -> PeftModel:
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(folder), MaskProConfig())
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Iterator[None]:
+    """What the pages take for granted: a base model, texts, masks, a merged model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        patch.chdir(tmp_path_factory.mktemp("workplace"))
+        for name in ("M", "base", "model"):
+            save_tiny_model(Path(name), dtype=torch.bfloat16, hidden_size=32, num_hidden_layers=3)
+        for name in TEXTS:
+            words = [VOCABULARY[(3 * i + i // 7) % 32] for i in range(4500)]
+            Path(name).with_suffix(".txt").write_text(" ".join(words))
+        masked("M").save_pretrained("mask")
+        for name in ("my-2of4-mask", "wanda", "simple", "start", "other-mask"):
+            shutil.copytree("mask", name)
+        merged = masked("M").merge_and_unload()
+        merged.save_pretrained("sparse")
+        AutoTokenizer.from_pretrained("M").save_pretrained("sparse")
+        kept = {name: (merged.get_parameter(name) != 0).to(torch.uint8) for name in check_sparsity(merged, 2, 4)}
+        save_file(kept, "mask.safetensors")
+        run("export", "--model", "sparse", "--target", "cpu", "--output", "packed")
+        yield
+
+
+def given(name: str) -> Any:
+    """What a block uses and its reader has."""
+    match name:
+        case "base":
+            return AutoModelForCausalLM.from_pretrained("M")
+        case "model":
+            return masked("M")
+        case "tokenizer":
+            return AutoTokenizer.from_pretrained("M")
+        case "text" | "news" | "web" | "speeches" | "general" | "manuals":
+            return Path("text.txt").read_text()
+        case "dataset":
+            rows = torch.randint(2, 34, (8, 16), generator=torch.Generator().manual_seed(0)).tolist()
+            return [{"input_ids": row, "labels": row} for row in rows]
+        case "arguments":
+            return MaskProTrainingArguments("run", estimator="simple", max_steps=2)
+    module = next(module for module in (hf_maskpro, peft, transformers) if hasattr(module, name))
+    return getattr(module, name)
+
+
+def free_names(tree: ast.Module) -> set[str]:
+    """What a block reads before it sets it."""
+    free: set[str] = set()
+    bound = set(dir(builtins))
+    for statement in tree.body:
+        nodes = list(ast.walk(statement))
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        imports = [alias for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+        arguments = [node.arg for node in nodes if isinstance(node, ast.arg)]
+        stored = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        # The right side of an assignment comes first.
+        later = {target.id for target in getattr(statement, "targets", []) if isinstance(target, ast.Name)}
+        loaded = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+        free |= loaded - bound - (stored - later) - set(arguments)
+        bound |= stored | {(alias.asname or alias.name).split(".")[0] for alias in imports}
+        bound |= {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    return free
+
+
+# The README's is one program, and has a test of its own.
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "python")], ids=page_name)
+def test_python_runs_as_it_is_written(page, workplace):
+    shutil.rmtree("run", ignore_errors=True)
+    for block in blocks(page, "python"):
+        tree = ast.parse(local(block))
+        if not only_read(block):
+            names = {name: given(name) for name in free_names(tree)}
+            exec(compile(tree, page_name(page), "exec"), names | {"__name__": "pasted"})
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=page_name)
+def test_commands_run_as_they_are_written(page, workplace):
+    for yaml in blocks(page, "yaml"):
+        Path("run.yaml").write_text(local(yaml))
+    for command in commands(page):
+        words = shlex.split(local(command), comments=True)[1:]
+        if only_read(command):
+            get_command(app).commands[words[0]].make_context(words[0], words[1:])
+            continue
+        # Pages write to the same names, and what is there is refused.
+        if "--output" in words and "--resume" not in words:
+            shutil.rmtree(words[words.index("--output") + 1], ignore_errors=True)
+        run(*words)

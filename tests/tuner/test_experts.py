@@ -1,0 +1,155 @@
+"""Experts that a model keeps in 3-D parameters."""
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from hf_maskpro import MaskProConfig
+from hf_maskpro.tuner import masked_layers
+from hf_maskpro.tuner.base import fingerprint
+from tests.conftest import tiny_gpt_oss, tiny_mixtral
+
+
+MODELS = pytest.mark.parametrize("make", [tiny_mixtral, tiny_gpt_oss])
+# Larger than what a kernel of another order of sums differs by, and a hundredth of what a mask makes.
+ROUNDING = 1e-6
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def pruned(model, n=2, m=4):
+    """The experts' largest weights of every group, with nothing of the library."""
+    for parameter in model.parameters():
+        if parameter.ndim == 3:
+            transposed = "GptOss" in type(model).__name__
+            rows = parameter.data.transpose(1, 2) if transposed else parameter.data
+            groups = rows.reshape(-1, m)
+            keep = torch.zeros_like(groups).scatter_(1, groups.abs().topk(n, dim=1).indices, 1)
+            rows = (groups * keep).view(rows.shape)
+            parameter.data = rows.transpose(1, 2).contiguous() if transposed else rows
+    return model
+
+
+@MODELS
+def test_every_kernel_reads_experts_with_zeros_in_each_group_of_inputs(make, ids):
+    model = get_peft_model(make(), MaskProConfig(target_modules=[], target_parameters=["gate_up_proj", "down_proj"]))
+    expected = pruned(make())
+    assert (logits(expected, ids) - logits(make(), ids)).abs().max() > 100 * ROUNDING
+    for kernel in ("eager", "grouped_mm", "batched_mm"):
+        for each in (model.base_model.model, expected):
+            each.set_experts_implementation(kernel)
+        assert (logits(model, ids) - logits(expected, ids)).abs().max() < ROUNDING
+
+
+@MODELS
+def test_a_gradient_reaches_the_logits_of_every_expert_that_saw_a_token(make, ids):
+    model = get_peft_model(make(), MaskProConfig()).train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    for layer in masked_layers(model).values():
+        assert layer.maskpro_theta["default"].grad.any()
+        assert not layer.base_weight.requires_grad
+
+
+def test_routers_stay_dense_and_so_does_what_is_excluded():
+    model = get_peft_model(tiny_mixtral(), MaskProConfig(exclude_modules=["experts.down_proj", "0.mlp.experts"]))
+    names = {name.removeprefix("model.layers.") for name in masked_layers(model)}
+    attention = {f"{layer}.self_attn.{part}_proj" for layer in (0, 1) for part in "qkvo"}
+    assert names == attention | {"1.mlp.experts.gate_up_proj"}
+
+
+def test_a_router_that_is_a_linear_layer_stays_dense():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.shared_expert = nn.Linear(16, 4), nn.ModuleDict({"gate_proj": nn.Linear(16, 16)})
+            self.experts = tiny_mixtral(1).model.layers[0].mlp.experts
+
+    model = get_peft_model(
+        nn.ModuleDict({"moe": Block(), "mlp": nn.ModuleDict({"gate": nn.Linear(16, 16)})}), MaskProConfig()
+    )
+    model.add_adapter("other", MaskProConfig())
+    expected = {"mlp.gate", "moe.shared_expert.gate_proj", "moe.experts.gate_up_proj", "moe.experts.down_proj"}
+    for name in ("default", "other"):
+        assert set(masked_layers(model, name)) == expected
+
+
+@MODELS
+def test_experts_come_back_by_every_loading_path(make, tmp_path, ids):
+    model = get_peft_model(make(), MaskProConfig(init_mask="random")).eval()
+    model.save_pretrained(tmp_path)
+    mixed = make()
+    mixed.load_adapter(tmp_path)
+    loaded = [
+        PeftModel.from_pretrained(make(), tmp_path),
+        PeftModel.from_pretrained(make(), tmp_path, is_trainable=True).eval(),
+        PeftModel.from_pretrained(make(), tmp_path, low_cpu_mem_usage=True),
+        mixed,
+    ]
+    for again in loaded:
+        assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+@MODELS
+def test_merged_experts_have_the_pattern_and_come_back_dense(make, ids):
+    model = get_peft_model(make(), MaskProConfig(init_mask="random")).eval()
+    masked, dense = logits(model, ids), logits(make(), ids)
+    model.merge_adapter(safe_merge=True)
+    assert (logits(model, ids) - masked).abs().max() < ROUNDING
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), dense)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert (logits(merged, ids) - masked).abs().max() < ROUNDING
+    assert {type(module) for module in merged.modules()} == {type(module) for module in make().modules()}
+    for name, parameter in merged.named_parameters():
+        if parameter.ndim == 3:
+            rows = parameter.transpose(1, 2) if make is tiny_gpt_oss else parameter
+            assert int((rows.unflatten(2, (-1, 4)) != 0).sum(3).max()) == 2, name
+
+
+def test_two_adapters_keep_what_both_keep(ids):
+    model = get_peft_model(tiny_mixtral(), MaskProConfig(init_mask="random")).eval()
+    model.add_adapter("other", MaskProConfig(init_mask="random"))
+    layer = masked_layers(model)["model.layers.0.mlp.experts.down_proj"]
+    alone = layer().clone()
+    model.base_model.set_adapter(["default", "other"])
+    other = layer.masked(layer.base_weight, "other")
+    assert torch.equal(layer() != 0, (alone != 0) & (other != 0))
+    model.delete_adapter("other")
+    assert torch.equal(layer(), alone)
+
+
+def test_experts_have_fingerprints_and_others_are_refused(tmp_path):
+    model = get_peft_model(tiny_mixtral(), MaskProConfig())
+    model.save_pretrained(tmp_path)
+    name = "model.layers.1.mlp.experts.down_proj"
+    other = tiny_mixtral()
+    assert model.peft_config["default"].base_fingerprint[name] == fingerprint(other.get_parameter(name))
+    other.get_parameter(name).data += 1
+    with pytest.raises(ValueError, match=f"other weights than this model has, in 1 of 12 layers: {name}"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("q_proj.weight", "not the weights of experts; name linear layers in target_modules"),
+        ("gate_up_proj_bias", "not the weights of experts"),
+        ("down_proj", "in_features 32 is not a multiple of m = 3"),
+    ],
+)
+def test_parameters_that_cannot_be_masked_are_refused(target, message):
+    with pytest.raises(ValueError, match=rf"cannot mask model\.layers\.0\..*{target}.*: .*{message}"):
+        get_peft_model(tiny_gpt_oss(), MaskProConfig(n=1, m=3, target_modules=[], target_parameters=[target]))
+
+
+def test_offloaded_experts_are_masked_as_they_are_brought(ids):
+    model = get_peft_model(tiny_mixtral(), MaskProConfig(init_mask="random")).eval()
+    expected = logits(model, ids)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(logits(model, ids), expected)
