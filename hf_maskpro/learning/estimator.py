@@ -36,6 +36,8 @@ class Estimator:
 
     # A dataclass of the settings that are its own: they become fields of `MaskProTrainingArguments`.
     Arguments: type | None = None
+    # Whether the optimizer keeps anything from step to step.
+    has_optimizer_state = True
     # The `C` of an adapter that was given none.
     logit_scale = PLAIN_LOGIT_SCALE
 

@@ -79,6 +79,7 @@ class Residual(Estimator):
     """
 
     Arguments = ResidualArguments
+    has_optimizer_state = False
 
     @classmethod
     def defaults(cls, args: TrainingArguments) -> dict[str, Any]:

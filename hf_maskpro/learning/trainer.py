@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, default_data_collator
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, has_length, rotate_checkpoints
 
 from ..tuner import MaskProConfig, saved_config
@@ -358,6 +358,11 @@ class MaskProTrainer(Trainer):
             self.estimator.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.is_fsdp_enabled and checkpoint is not None and not self.estimator.has_optimizer_state:
+            # torch gives the state of an optimizer to sharded parameters only where there is some.
+            schedule = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
+            self.lr_scheduler.load_state_dict(schedule)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.estimator.load(Path(checkpoint))
