@@ -61,7 +61,7 @@ def sharded(estimator: str, folder: Path, **options) -> MaskProTrainer:
 
 def run_sharded(folder: Path, rank: int) -> None:
     for estimator in SHARDED:
-        whole = sharded(estimator, folder / "whole")
+        whole = sharded(estimator, folder / f"whole-{estimator}")
         whole.train()
         save_file(logits_of(whole), folder / f"whole-{estimator}-{rank}.safetensors")
         split = {"fsdp": True, "fsdp_config": {"version": 2}}
