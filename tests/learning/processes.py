@@ -136,6 +136,10 @@ def main(folder: Path, masks: int) -> None:
     save_file(logits_of(trainer), folder / f"resumed-{rank}.safetensors")
 
     run_sharded(folder, rank)
+    try:
+        trainer_of("simple", folder, fsdp=True)
+    except ValueError as error:
+        told["refused"] = str(error)
 
     trainer = trainer_of("raw", folder, masks_per_step=masks, **options)
     trainer.add_callback(Parts())
