@@ -4,13 +4,14 @@ BIN := $(VENV)/bin
 TORCH ?= torch
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help quickstart test lint slow fuzz oldest newest docs clean
+.PHONY: help quickstart test lint slow fuzz gpu oldest newest docs clean
 
 help:
 	@echo "make quickstart  learn a real model's 2:4 mask, in about ten minutes"
 	@echo "make test        lint, type check and test"
 	@echo "make slow        tests on real pretrained models"
 	@echo "make fuzz        100,000 altered files, or INPUTS for each test"
+	@echo "make gpu         what there is to measure on a GPU, in eight minutes; in miniature without one"
 	@echo "make oldest      test with the oldest versions that pyproject.toml allows"
 	@echo "make newest      test with the newest"
 	@echo "make docs        build the documentation into site/"
@@ -59,6 +60,9 @@ INPUTS ?= 6667
 
 fuzz: $(VENV)/test
 	FUZZ_INPUTS=$(INPUTS) $(BIN)/pytest -q --hypothesis-show-statistics tests/hub/test_fuzz.py
+
+gpu: $(VENV)/test
+	PYTHONPATH=. $(BIN)/python benchmarks/gpu.py
 
 # Each has an environment of its own, and nothing of constraints.txt. TORCH may name a build or version of torch.
 oldest: VERSIONS := --constraint constraints-oldest.txt

@@ -17,6 +17,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, ProgressCallback, TrainerCallback
 
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
+from hf_maskpro.learning import residual
 from hf_maskpro.tuner import MaskProLayer
 from memory import ForgetFirstStep, forget_peak, peak_bytes
 
@@ -99,7 +100,7 @@ def profile(model_name: str | None, logits_dtype: str, baseline: str, steps: int
     trainer = MaskProTrainer(model, args, train_dataset=data, callbacks=[times, ForgetFirstStep()])
     # It writes the metrics of the run to standard output, where the figures belong.
     trainer.remove_callback(ProgressCallback)
-    losses = trainer._micro_batch_loss
+    losses = residual.share_of_loss
 
     def loss(*args: Any) -> Any:
         # The second of a step's two losses is the baseline.
@@ -112,7 +113,7 @@ def profile(model_name: str | None, logits_dtype: str, baseline: str, steps: int
             if second:
                 clock.seconds["baseline"] += taken - clock.seconds["starting masks"]
 
-    trainer._micro_batch_loss = loss
+    residual.share_of_loss = loss
     originals = {name: getattr(MaskProLayer, name) for name in ("masked", "initially_masked", "move_logits")}
     clock.around(MaskProLayer, "masked", "masks")
     clock.around(MaskProLayer, "initially_masked", "starting masks")
@@ -120,6 +121,7 @@ def profile(model_name: str | None, logits_dtype: str, baseline: str, steps: int
     try:
         trainer.train()
     finally:
+        residual.share_of_loss = losses
         for name, original in originals.items():
             setattr(MaskProLayer, name, original)
     # The first steps compile.

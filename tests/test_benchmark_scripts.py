@@ -1,6 +1,8 @@
 """The scripts of `benchmarks/`, whose rows cost minutes to hours each: which are made, and which are kept."""
 
 import json
+import os
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +11,7 @@ from shutil import rmtree
 import pytest
 
 import ablations
+import gpu
 import leaderboard
 import protocol
 
@@ -247,3 +250,60 @@ def test_settings_of_the_ablations_have_the_type_of_the_default():
     assert {name: type(value) for name, value in settings.items()} == {
         "start": str, "logit_scale": float, "batch": int, "tokens": int,
     }  # fmt: skip
+
+
+class TestOnAGpu:
+    def test_in_miniature(self, tmp_path):
+        pytest.importorskip("triton")
+        output = tmp_path / "gpu.json"
+        root = Path(gpu.__file__).parents[1]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(root), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+        command = [sys.executable, gpu.__file__, "--small", "--output", str(output)]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        figures = json.loads(output.read_text())
+        assert {name: part.get("log") for name, part in figures["parts"].items() if part["outcome"] != "passed"} == {}
+        assert done.returncode == 0
+        assert list(figures["parts"]) == list(gpu.PARTS)
+        assert figures["in_miniature"]
+        assert figures["parts"]["masks against the CPU"]["says"].startswith("0 of 2,400 masks differ")
+        for name in gpu.PARTS:
+            assert f"│ {name} " in done.stdout
+
+    def test_no_part_spoils_the_next(self, tmp_path, monkeypatch):
+        def sleep(small):
+            subprocess.run(["sleep", "60"])
+
+        def fail(small):
+            raise ValueError("out of order")
+
+        parts = {
+            "ends": (lambda small: os._exit(3), (), 10),
+            "sleeps": (sleep, (), 0.5),
+            "fails": (fail, (), 10),
+            "works": (lambda small, word: {"says": word}, ("fine",), 10),
+        }
+        monkeypatch.setattr(gpu, "PARTS", parts)
+        monkeypatch.setattr(gpu, "warm_up", lambda: None)
+        # Others set none before the process ends, and this one goes on.
+        monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        output = tmp_path / "gpu.json"
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(output)])
+        with pytest.raises(SystemExit) as ended:
+            gpu.main()
+        assert ended.value.code == 1
+        found = json.loads(output.read_text())["parts"]
+        assert {name: part["outcome"] for name, part in found.items()} == {
+            "ends": "failed",
+            "sleeps": "over time",
+            "fails": "failed",
+            "works": "passed",
+        }
+        assert found["fails"]["says"] == "ValueError: out of order"
+        assert found["works"]["says"] == "fine"
+        assert found["sleeps"]["seconds"] < 10
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(output), "--minutes", "0"])
+        with pytest.raises(SystemExit):
+            gpu.main()
+        assert {part["says"] for part in json.loads(output.read_text())["parts"].values()} == {"no time was left"}

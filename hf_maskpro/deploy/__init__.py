@@ -5,7 +5,7 @@ from .flat import flatten_inputs
 from .folders import check_free, new_folder
 from .merge import merge
 from .onnx import to_onnx
-from .packed import PackedLinear, to_packed
+from .packed import PackedLinear, pack_layers, to_packed
 from .semi_structured import to_semi_structured
 from .torchao import to_torchao_fp8
 
@@ -17,6 +17,7 @@ __all__ = [
     "flatten_inputs",
     "merge",
     "new_folder",
+    "pack_layers",
     "to_onnx",
     "to_packed",
     "to_semi_structured",

@@ -4,28 +4,39 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from itertools import product
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from ..subset import group_members
 from .flat import flatten_inputs
+from .packed import pack_layers
 from .semi_structured import to_semi_structured
 
 
+PREFILL_TOKENS, BATCH_SIZES = (512, 2048, 8192, 32768), (1, 4, 16, 64)
 DECODE_CONTEXT = 128
 WARMUP = 3
+# Ratios closer to 1 are no difference.
+_EVEN = 0.02
 # A small vocabulary, so that the time is that of the layers.
 SHAPES = {
     "7b": LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=4, vocab_size=512
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_attention_heads=32,
+        num_hidden_layers=4,
+        vocab_size=512,
+        max_position_embeddings=PREFILL_TOKENS[-1],
     )
 }
 
-Step = Callable[[], torch.Tensor]
+Step = Callable[[], Any]
+Form = Literal["semi-structured", "fp8", "packed"]
 
 
 def check_device(fp8: bool = False) -> None:
@@ -64,13 +75,17 @@ def random_model(shape: str, dtype: torch.dtype = torch.bfloat16, device: str = 
     return model
 
 
-def sparse_pair(model: PreTrainedModel, fp8: bool = False) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, str]]:
+def sparse_pair(
+    model: PreTrainedModel, form: Form = "semi-structured", min_weights: int = 0
+) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, str]]:
     """
-    A 2:4 model twice on its GPU: with its zeros multiplied, and with its linear layers on sparse tensor cores.
+    A 2:4 model twice on its GPU: with its zeros multiplied, and with its linear layers sparse.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): A merged 2:4 model, fp16 or bf16. It becomes the dense one.
-        fp8 (`bool`): Convert the 2:4 layers of both to FP8 through torchao, with one scale per row.
+        form (`str`): `"semi-structured"`: torch's, on sparse tensor cores. `"fp8"`: the 2:4 layers of both in FP8
+            through torchao, with one scale per row. `"packed"`: this library's, which decodes with fewer bytes.
+        min_weights (`int`): As of [`to_semi_structured`].
 
     Returns:
         `tuple[PreTrainedModel, PreTrainedModel, dict[str, str]]`: Dense, sparse, and by parameter why a linear layer
@@ -81,8 +96,10 @@ def sparse_pair(model: PreTrainedModel, fp8: bool = False) -> tuple[PreTrainedMo
         `ValueError`: if no layer can be sparse.
     """
     sparse = copy.deepcopy(model)
-    if not fp8:
-        return model, sparse, to_semi_structured(sparse)
+    if form == "packed":
+        return model, sparse, pack_layers(sparse)
+    if form == "semi-structured":
+        return model, sparse, to_semi_structured(sparse, min_weights)
     _to_fp8(sparse, "sparse_2d_data_2d_metadata")
     return model, sparse, _to_fp8(model, "plain")
 
@@ -117,59 +134,108 @@ def _why_not_fp8(weight: torch.Tensor) -> str | None:
 
 @torch.no_grad()
 def compare(
-    dense: PreTrainedModel, sparse: PreTrainedModel, prefill_tokens: int, batch_sizes: list[int], repeats: int
+    dense: PreTrainedModel, sparse: PreTrainedModel, prefill_tokens: list[int], batch_sizes: list[int], repeats: int
 ) -> list[dict[str, Any]]:
     """
-    Time two forms of a model in turns: one sequence's prefill, and decoding at several batch sizes.
+    Time two forms of a model in turns: prefill of a sequence, and decoding at several batch sizes. On a GPU each is
+    timed as torch runs it, call by call, and replayed as one CUDA graph, which is how servers decode.
 
-    Prefill is a forward pass over `prefill_tokens` random tokens that computes the last one's logits. Decoding is a
-    forward pass of one token for each sequence of a batch after 128 tokens, and one more each time.
+    Prefill is a forward pass over random tokens that computes the last one's logits. Decoding is a forward pass of one
+    token for each sequence of a batch after 128 tokens, always into the same place of a static cache.
 
     Args:
         dense ([`~transformers.PreTrainedModel`]): A causal language model.
         sparse ([`~transformers.PreTrainedModel`]): Its other form, on the same device.
-        prefill_tokens (`int`): Tokens of the sequence for prefill.
+        prefill_tokens (`list[int]`): Lengths of the sequence for prefill.
         batch_sizes (`list[int]`): Sequences that are decoded together.
         repeats (`int`): Timed passes of each model.
 
     Returns:
-        `list[dict]`: By phase and batch size: the medians `dense_seconds` and `sparse_seconds`, the median `ratio` of
-            the two in a pair of turns (above 1: sparse is faster), and `difference`, the largest absolute difference
-            of their logits relative to the largest logit.
+        `list[dict]`: By `phase`, `batch_size`, `tokens` and `mode` (`"eager"` or `"graph"`): the medians
+            `dense_seconds` and `sparse_seconds`, the median `ratio` of the two in a pair of turns, what that makes
+            sparse (`"faster"`, `"slower"` or within 2 % `"even"`), and `difference`, the largest absolute difference
+            of their logits relative to the largest logit. Where a pass could not become a graph, `failed` says why
+            instead of the times.
     """
     phases: list[tuple[str, int, int, Callable[[PreTrainedModel, torch.Tensor], Step]]] = [
-        ("prefill", 1, prefill_tokens, _prefill)
+        ("prefill", 1, tokens, _prefill) for tokens in prefill_tokens
     ]
     phases += [("decode", size, DECODE_CONTEXT, _decode) for size in batch_sizes]
     device = next(dense.parameters()).device
+    modes = ("eager", "graph") if device.type == "cuda" else ("eager",)
     rows = []
-    for phase, batch_size, tokens, make in tqdm(phases, desc="bench"):
+    for (phase, batch_size, tokens, make), mode in tqdm([*product(phases, modes)], desc="bench"):
+        row: dict[str, Any] = {"phase": phase, "batch_size": batch_size, "tokens": tokens, "mode": mode}
+        rows.append(row)
         ids = torch.randint(dense.config.vocab_size, (batch_size, tokens), device=device)
         steps = make(dense, ids), make(sparse, ids)
+        if mode == "graph":
+            try:
+                steps = captured(steps[0]), captured(steps[1])
+            # What refuses to be captured is a result as well.
+            except RuntimeError as error:
+                row["failed"] = str(error).strip().partition("\n")[0]
+                continue
         logits, sparse_logits = (step().float() for step in steps)
         difference = (logits - sparse_logits).abs().max() / logits.abs().max()
         times = in_turns(*steps, repeats)
-        rows.append(
-            {
-                "phase": phase,
-                "batch_size": batch_size,
-                "tokens": tokens,
-                "dense_seconds": statistics.median(times[0]),
-                "sparse_seconds": statistics.median(times[1]),
-                "ratio": statistics.median(a / b for a, b in zip(*times, strict=True)),
-                "difference": difference.item(),
-            }
-        )
+        ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
+        row |= {
+            "dense_seconds": statistics.median(times[0]),
+            "sparse_seconds": statistics.median(times[1]),
+            "ratio": ratio,
+            "sparse": "even" if abs(ratio - 1) < _EVEN else "faster" if ratio > 1 else "slower",
+            "difference": difference.item(),
+        }
     return rows
 
 
 def _prefill(model: PreTrainedModel, ids: torch.Tensor) -> Step:
-    return lambda: model(input_ids=ids, logits_to_keep=1).logits
+    # With a cache, since without one transformers looks at the positions, for which the host waits.
+    return lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1).logits
 
 
 def _decode(model: PreTrainedModel, ids: torch.Tensor) -> Step:
-    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-    return lambda: model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + 1)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def step() -> torch.Tensor:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(ids.shape[1])
+        return model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits
+
+    return step
+
+
+def captured(step: Step) -> Step:
+    """
+    The same step as one CUDA graph, which leaves the host no work between its kernels.
+
+    Args:
+        step (`Callable`): Work on the GPU that never waits for it, always on the same memory.
+
+    Returns:
+        `Callable`: Does that work again, and returns the same tensors.
+
+    Raises:
+        `RuntimeError`: if it cannot be captured.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # What compiles or takes a workspace at first use must not do so while it is captured.
+        for _ in range(WARMUP):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+
+    def replay() -> Any:
+        graph.replay()
+        return outputs
+
+    return replay
 
 
 def in_turns(first: Step, second: Step, repeats: int) -> tuple[list[float], list[float]]:

@@ -1,11 +1,10 @@
-"""2:4 models with packed weights, for decoding on a CPU. Importing this module registers them with transformers."""
+"""2:4 models with packed weights, for decoding. Importing this module registers them with transformers."""
 
 import ctypes
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..subset.native import compiled
-from .check import sparse_weights
+from .check import linear_names, sparse_weights, violation
 from .folders import new_folder
 from .merge import drop_sparsity_config
 
@@ -54,9 +53,9 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     kept = weight.unflatten(1, (-1, 4)) != 0
     # A group with fewer than two non-zeros keeps some of its zeros.
     kept |= (~kept).cumsum(-1, dtype=torch.int8) <= 2 - kept.sum(-1, keepdim=True, dtype=torch.int8)
-    kept = kept.flatten(1)
-    positions = torch.from_numpy(np.packbits(kept.numpy(), axis=1, bitorder="little")).view(torch.int32)
-    return weight[kept].view(len(weight), -1), positions
+    codes = (kept * torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=kept.device)).sum(-1, dtype=torch.uint8)
+    positions = (codes[:, ::2] | codes[:, 1::2] << 4).view(torch.int32)
+    return weight[kept.flatten(1)].view(len(weight), -1), positions
 
 
 def unpack(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -78,39 +77,49 @@ def unpack(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 class PackedLinear(nn.Module):
     """
-    A linear layer with a packed 2:4 weight, for inference in bfloat16 on a CPU. It has no gradients.
+    A linear layer with a packed 2:4 weight, for inference: in bfloat16 on a CPU, and in bfloat16 or float16 on a GPU.
+    It has no gradients.
 
     Args:
         in_features (`int`): Inputs, a multiple of 32.
         out_features (`int`): Outputs.
         bias (`bool`): Whether it has a bias.
+        dtype (`torch.dtype`): Of values, bias, inputs and outputs.
     """
 
     values: torch.Tensor
     positions: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("values", torch.empty(out_features, in_features // 2, dtype=torch.bfloat16))
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.register_buffer("values", torch.empty(out_features, in_features // 2, dtype=dtype))
         self.register_buffer("positions", torch.empty(out_features, in_features // _BLOCK, dtype=torch.int32))
-        self.register_buffer("bias", torch.empty(out_features, dtype=torch.bfloat16) if bias else None)
+        self.register_buffer("bias", torch.empty(out_features, dtype=dtype) if bias else None)
         self.register_load_state_dict_post_hook(lambda layer, _: _check_packed("a packed layer", layer))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            x (`torch.Tensor`): bfloat16 `[..., in_features]`.
+            x (`torch.Tensor`): `[..., in_features]`, of the layer's dtype and device.
 
         Returns:
-            `torch.Tensor`: bfloat16 `[..., out_features]`.
+            `torch.Tensor`: `[..., out_features]`.
         """
-        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.shape[-1] != self.in_features:
+        dtype, device = self.values.dtype, self.values.device
+        if x.dtype != dtype or x.device != device or x.shape[-1] != self.in_features:
             raise ValueError(
-                f"this layer takes {self.in_features} inputs in bfloat16 on a CPU, not {x.shape[-1]} in {x.dtype} on "
-                f"{x.device}."
+                f"this layer takes {self.in_features} inputs in {dtype} on {device}, not {x.shape[-1]} in {x.dtype} "
+                f"on {x.device}."
             )
+        if x.is_cuda:
+            # Only here, since on a CPU there may be no Triton.
+            from . import packed_triton
+
+            return packed_triton.linear(x, self.values, self.positions, self.bias)
+        if dtype != torch.bfloat16:
+            raise ValueError(f"on a CPU packed products are in bfloat16, and this layer's values are {dtype}.")
         tokens = x.numel() // self.in_features
         if 0 < tokens <= _FEW_TOKENS:
             x, y = x.contiguous(), torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
@@ -150,7 +159,8 @@ class PackedQuantizer(HfQuantizer):
         return True
 
     def validate_environment(self, *args: Any, **options: Any) -> None:
-        _library()
+        if not torch.cuda.is_available():
+            _library()
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.bfloat16
@@ -179,9 +189,9 @@ def _check_packed(name: str, layer: PackedLinear) -> None:
     """Refuse what a file must not hold: the compiled products trust their operands, and read beyond smaller ones."""
     out_features, in_features = layer.out_features, layer.in_features
     expected = {
-        "values": (torch.bfloat16, (out_features, in_features // 2)),
+        "values": (layer.dtype, (out_features, in_features // 2)),
         "positions": (torch.int32, (out_features, in_features // _BLOCK)),
-        "bias": (torch.bfloat16, (out_features,)),
+        "bias": (layer.dtype, (out_features,)),
     }
     for kind, tensor in layer.named_buffers():
         dtype, shape = expected[kind]
@@ -198,9 +208,63 @@ def _check_packed(name: str, layer: PackedLinear) -> None:
 
 def _unpacked(layer: PackedLinear) -> torch.Tensor:
     """The dense weight without the compiled [`unpack`], which the machine that exports may not have."""
-    positions = layer.positions.view(torch.uint8).numpy()
-    kept = torch.from_numpy(np.unpackbits(positions, axis=1, bitorder="little")).bool()
-    return torch.zeros(kept.shape, dtype=layer.values.dtype).masked_scatter_(kept, layer.values)
+    bits = torch.arange(8, dtype=torch.uint8, device=layer.positions.device)
+    kept = (layer.positions.view(torch.uint8).unsqueeze(-1) >> bits & 1 == 1).flatten(1)
+    return torch.zeros_like(kept, dtype=layer.values.dtype).masked_scatter_(kept, layer.values)
+
+
+def _packed(name: str, layer: nn.Linear) -> PackedLinear:
+    """
+    Raises:
+        `ValueError`: if what is packed is not the layer's weight.
+    """
+    weight = layer.weight.detach()
+    with torch.device("meta"):
+        packed = PackedLinear(layer.in_features, layer.out_features, layer.bias is not None, weight.dtype)
+    packed.values, packed.positions = pack(weight)
+    if not torch.equal(_unpacked(packed), weight):
+        raise ValueError(f"{name} is not what its packed values and positions say.")
+    packed.bias = None if layer.bias is None else layer.bias.detach()
+    return packed.train(layer.training)
+
+
+@torch.no_grad()
+def pack_layers(model: nn.Module) -> dict[str, str]:
+    """
+    Pack the 2:4 layers of a merged model in place, layer by layer, for decoding on the device that they are on.
+
+    Args:
+        model (`torch.nn.Module`): A merged model: bfloat16 on a CPU, bfloat16 or float16 on a GPU.
+
+    Returns:
+        `dict[str, str]`: By parameter, why a linear layer besides the output head was left dense.
+
+    Raises:
+        `ValueError`: if none of its layers qualifies.
+    """
+    left, names = {}, linear_names(model)
+    for name in tqdm(names, desc="packing", disable=None):
+        layer = name.removesuffix(".weight")
+        module: Any = model.get_submodule(layer)
+        if reason := _why_dense(module):
+            left[name] = reason
+        else:
+            model.set_submodule(layer, _packed(name, module))
+    if len(left) == len(names):
+        raise ValueError(f"no layer can be packed; {names[0]}: {left[names[0]]}.")
+    return left
+
+
+def _why_dense(module: nn.Module) -> str | None:
+    """Why a linear layer cannot be packed, or `None` if it can."""
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} has a forward of its own"
+    weight = module.weight.detach()
+    if weight.dtype != torch.bfloat16 and not (weight.is_cuda and weight.dtype == torch.float16):
+        return f"it is {weight.dtype} on {weight.device}, not bfloat16 or on a GPU float16"
+    if module.in_features % _BLOCK:
+        return f"its {module.in_features:,} inputs are no multiple of {_BLOCK}"
+    return violation(weight, 2, 4)
 
 
 def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -242,12 +306,7 @@ def to_packed(
         )
     with new_folder(output, overwrite) as folder:
         for name, layer in tqdm(packable.items(), desc="packing", disable=None):
-            packed = PackedLinear(layer.in_features, layer.out_features, layer.bias is not None)
-            packed.values, packed.positions = pack(layer.weight)
-            if not torch.equal(_unpacked(packed), layer.weight):
-                raise ValueError(f"{name}.weight is not what its packed values and positions say.")
-            packed.bias = None if layer.bias is None else layer.bias.detach()
-            model.set_submodule(name, packed)
+            model.set_submodule(name, _packed(f"{name}.weight", layer))
         model.config.quantization_config = PackedConfig(sorted(layers.keys() - packable.keys()))
         model.save_pretrained(folder)
         drop_sparsity_config(folder)

@@ -13,7 +13,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr("hf_maskpro.deploy.bench.check_device", lambda fp8: None)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "no GPU")
     monkeypatch.setattr(
-        "hf_maskpro.deploy.bench.to_semi_structured", lambda model: {"lm_head.weight": "it is not 2:4"}
+        "hf_maskpro.deploy.bench.to_semi_structured", lambda model, min_weights: {"lm_head.weight": "it is not 2:4"}
     )
 
 
@@ -31,6 +31,7 @@ def test_bench(checkpoint, pretended):
     printed = run(*bench, "--repeats", 2).stdout
     assert len(re.findall(r"│ decode +│", printed)) == 2
     assert "1 linear layers: it is not 2:4" in printed
+    assert "--prefill-tokens 4096 is more than the model's 2,048 positions" in fails(*bench, "--prefill-tokens", 4096)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can run it")

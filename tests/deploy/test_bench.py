@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from hf_maskpro import check_sparsity
@@ -43,7 +44,7 @@ def test_the_slower_and_the_different_model_are_found_out(small):
     slow = copy.deepcopy(small)
     slow.model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.05))
     slow.model.layers[1].mlp.down_proj.weight.data *= 1.5
-    same, worse = (benchmark.compare(small, other, 24, [1, 3], 3) for other in (copy.deepcopy(small), slow))
+    same, worse = (benchmark.compare(small, other, [24], [1, 3], 3) for other in (copy.deepcopy(small), slow))
     assert [(row["phase"], row["batch_size"], row["tokens"]) for row in worse] == [
         ("prefill", 1, 24),
         ("decode", 1, 128),
@@ -54,11 +55,32 @@ def test_the_slower_and_the_different_model_are_found_out(small):
     for row in worse:
         assert row["difference"] > 1e-3
         assert row["ratio"] < 0.5
+        assert (row["mode"], row["sparse"]) == ("eager", "slower")
         assert row["sparse_seconds"] > 0.05 > row["dense_seconds"] > 0
 
 
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU, and so cannot be captured as a CUDA graph."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        packet = function.overloadpacket
+        assert packet not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_steps_do_not_wait_for_the_device_and_can_be_repeated(small):
+    ids = torch.randint(64, (2, 24))
+    for make in (benchmark._prefill, benchmark._decode):
+        step = make(small, ids)
+        expected = small(input_ids=ids if make is benchmark._prefill else torch.cat([ids, ids[:, -1:]], 1)).logits
+        with NoWaiting():
+            found = [step()[:, -1] for _ in range(3)]
+        torch.testing.assert_close(torch.stack(found), expected[:, -1].expand(3, -1, -1), rtol=0.02, atol=0.02)
+
+
 def test_the_sparse_model_is_a_copy(small, monkeypatch):
-    def convert(model):
+    def convert(model, min_weights):
         model.lm_head.weight.data.zero_()
         return {"lm_head.weight": "it is not 2:4"}
 
@@ -74,10 +96,10 @@ def test_fp8_of_nothing_that_is_2of4(small, monkeypatch):
         r"nothing was measured: no layer can be FP8 \+ 2:4; model\.layers\.0\.self_attn\.q_proj\.weight: it is torch"
     )
     with pytest.raises(ValueError, match=message):
-        benchmark.sparse_pair(tiny_llama(), fp8=True)
+        benchmark.sparse_pair(tiny_llama(), "fp8")
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ImportError, match=r"pip install 'hf-maskpro\[fp8\]'"):
-        benchmark.sparse_pair(small, fp8=True)
+        benchmark.sparse_pair(small, "fp8")
 
 
 def test_which_layers_can_be_fp8():

@@ -96,10 +96,27 @@ def test_products_equal_dense_ones(compiled, bias, out_features):
 
 def test_wrong_inputs_are_refused(compiled):
     layer = PackedLinear(32, 8, False)
-    with pytest.raises(ValueError, match=r"32 inputs in bfloat16 on a CPU, not 32 in torch\.float32 on cpu"):
+    with pytest.raises(ValueError, match=r"32 inputs in torch\.bfloat16 on cpu, not 32 in torch\.float32 on cpu"):
         layer(torch.zeros(1, 32))
     with pytest.raises(ValueError, match="not 64 in"):
         layer(torch.zeros(1, 64).bfloat16())
+    with pytest.raises(ValueError, match=r"on a CPU packed products are in bfloat16, .* torch\.float16"):
+        PackedLinear(32, 8, False, torch.float16)(torch.zeros(1, 32).half())
+
+
+@torch.no_grad()
+def test_layers_are_packed_in_place(compiled, ids):
+    dense = merged()
+    model = copy.deepcopy(dense)
+    left = packed.pack_layers(model)
+    assert list(left) == ["model.layers.1.mlp.up_proj.weight"]
+    assert "more than 2 of 4" in left["model.layers.1.mlp.up_proj.weight"]
+    assert sum(isinstance(layer, PackedLinear) for layer in model.modules()) == 13
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=0.05, atol=0.05)
+    with pytest.raises(ValueError, match=r"no layer can be packed; .*torch\.float32 on cpu"):
+        packed.pack_layers(merged(torch.float32))
+    with pytest.raises(ValueError, match=r"no layer can be packed; .* 16 inputs are no multiple of 32"):
+        packed.pack_layers(tiny_llama(dtype=torch.bfloat16))
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def float8(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", torchao)
     model = merged()
     expected = copy.deepcopy(model)
-    _, sparse, left = benchmark.sparse_pair(model, fp8=True)
+    _, sparse, left = benchmark.sparse_pair(model, "fp8")
     assert left == {"lm_head.weight": "its shape is no multiple of 16"}
     return expected, sparse
 
