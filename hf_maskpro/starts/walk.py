@@ -33,18 +33,20 @@ class Inputs:
             tokens of size 1, so that a few massive ones do not rule.
         lost (`torch.Tensor` or `None`): (X_dense - X)^T X of such tokens, where X_dense is what the dense model gives
             the layer: what the masks before it have lost.
-        sequences (`int`): How many sequences the tokens came in.
+        tokens (`int`): How many tokens there were.
+        sequences (`int`): How many sequences they came in.
     """
 
     def __init__(self, in_features: int, device: torch.device, with_gram: bool):
         self.squares = torch.zeros(in_features, device=device)
         self.gram = torch.zeros(in_features, in_features, device=device) if with_gram else None
         self.lost: torch.Tensor | None = None
-        self.sequences = 0
+        self.tokens = self.sequences = 0
 
     def update(self, rows: torch.Tensor, sequences: int) -> None:
         """Add inputs `[tokens, in_features]`."""
         rows = rows.float()
+        self.tokens += len(rows)
         self.sequences += sequences
         if self.gram is None:
             self.squares += rows.square().sum(0)
@@ -55,6 +57,7 @@ class Inputs:
     def update_beside_dense(self, rows: torch.Tensor, dense: torch.Tensor | None, sequences: int) -> None:
         """Add inputs, and if they are known those that the dense model would have had for the same tokens."""
         assert self.gram is not None
+        self.tokens += len(rows)
         self.sequences += sequences
         exact = rows.float()
         squares = exact.square()
@@ -187,7 +190,7 @@ class Routed:
         return Routed(_rows(self.tokens, attention_mask), _rows(self.experts, attention_mask))
 
 
-# An expert that saw fewer tokens keeps its largest weights.
+# An expert that saw fewer tokens keeps its largest weights: what Wanda chooses by fewer loses hardly less on others.
 FEWEST_TOKENS = 16
 
 
