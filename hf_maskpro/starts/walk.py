@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..tuner import MaskProExperts, MaskProExpertWeight, MaskProLayer, evaluating, masked_layers
 from ..tuner.base import listed
+from ..tuner.experts import has_kernels
 from .batches import sequences_in
 
 
@@ -331,19 +332,23 @@ def _choose_experts(
     last by what the first make of these, as they are masked if in order.
     """
     base, masked = experts.base_layer, {layer.parameter_name: layer for layer in experts.masked() if layer in names}
-    first = "gate_up_proj" if base.has_gate else "up_proj"
-    for number in range(base.num_experts):
+    for number in range(max(layer.experts for layer in masked.values())):
         sent = [(call.routed.experts == number).any(1) for call in calls]
         rows = [call.routed.tokens[here] for call, here in zip(calls, sent, strict=True)]
         dense = [None if call.dense is None else call.dense[here] for call, here in zip(calls, sent, strict=True)]
-        enough = sum(map(len, rows)) >= FEWEST_TOKENS
+        if sum(map(len, rows)) < FEWEST_TOKENS:
+            for layer in masked.values():
+                if number < layer.experts:
+                    choose(names[layer], layer, _nothing(layer, with_gram), number)
+            continue
+        first = "gate_up_proj" if base.has_gate else "up_proj"
         for parameter in (first, "down_proj"):
             weight = experts.matrix(parameter, number)
             kept = weight
             if parameter in masked:
                 layer = masked[parameter]
                 inputs = _nothing(layer, with_gram)
-                for call, own, beside in zip(calls, rows, dense, strict=True) if enough else ():
+                for call, own, beside in zip(calls, rows, dense, strict=True):
                     if in_order:
                         inputs.update_beside_dense(own, beside, call.sequences)
                     else:
@@ -634,7 +639,11 @@ def _recording(units: list[Unit], record: Callable[[Unit, Any], None]) -> Iterat
 
     def hand_on(unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [*args, *kwargs.values()]
-        record(unit, Routed(given[0], given[1]) if isinstance(unit, MaskProExperts) else given[0])
+        if not isinstance(unit, MaskProExperts):
+            record(unit, given[0])
+        # Of others it is not known which tokens go where.
+        elif has_kernels(unit.base_layer):
+            record(unit, Routed(given[0], given[1]))
 
     handles = [unit.register_forward_pre_hook(hand_on, with_kwargs=True) for unit in units]
     try:

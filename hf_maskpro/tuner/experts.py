@@ -28,7 +28,7 @@ class MaskProExpertWeight(MaskProLayer):
     def __init__(self, experts: nn.Module, parameter_name: str, adapter_name: str, config: MaskProConfig) -> None:
         self.parameter_name = parameter_name
         self.experts, first, second = getattr(experts, parameter_name).shape
-        self.is_transposed = is_transposed(experts)
+        self.is_transposed = bool(is_transposed(experts))
         self.rows_per_expert = second if self.is_transposed else first
         super().__init__(experts, adapter_name, config)
         # It is the module around this that has the experts; here it would give their parameters a second name.
@@ -105,17 +105,33 @@ class MaskProExperts(nn.Module):
         return self.base_layer
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """Whether experts are stored as `[experts, in_features, out_features]`, of a module that has experts."""
-    return vars(module)["is_transposed"]
+def is_transposed(module: nn.Module) -> bool | None:
+    """
+    Whether the experts of a module are stored as `[experts, in_features, out_features]`, rather than `[experts,
+    out_features, in_features]`; `None` if it has none, or does not tell.
+    """
+    # So transformers marks the classes whose forward is one of its kernels.
+    if "is_transposed" in vars(module):
+        return vars(module)["is_transposed"]
+    shapes = {name: weight.shape[1:] for name, weight in module.named_parameters(recurse=False) if weight.ndim == 3}
+    if shapes.keys() != {"gate_up_proj", "down_proj"}:
+        return None
+    (rows, columns), (out_features, in_features) = shapes["gate_up_proj"], shapes["down_proj"]
+    if (rows, columns) == (2 * in_features, out_features):
+        return False
+    return True if (columns, rows) == (2 * out_features, in_features) else None
 
 
 def expert_parameters(module: nn.Module) -> list[str]:
     """The parameters of a module that are the weights of experts."""
-    # So transformers marks the classes whose forward is one of its kernels.
-    if "is_transposed" not in vars(module):
+    if is_transposed(module) is None:
         return []
     return [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
+
+
+def has_kernels(module: nn.Module) -> bool:
+    """Whether experts are called as transformers' kernels are: with tokens, and which experts each goes to."""
+    return "is_transposed" in vars(module)
 
 
 def why_not(module: nn.Module, parameter_name: str, config: MaskProConfig) -> str | None:
