@@ -9,9 +9,10 @@ from .config import MaskProConfig
 from .layer import MaskProLayer, onloaded
 
 
+# What transformers' kernels multiply by.
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 # What decides where tokens go, and how much of a shared expert joins, is a millionth of the weights and is left alone.
 ROUTERS = {"router", "gate", "shared_expert_gate"}
-
 
 OFFLOADED = "its weight is offloaded; add the adapter to the whole model, then offload that"
 
@@ -126,7 +127,7 @@ def expert_parameters(module: nn.Module) -> list[str]:
     """The parameters of a module that are the weights of experts."""
     if is_transposed(module) is None:
         return []
-    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
+    return [name for name, parameter in module.named_parameters(recurse=False) if name in WEIGHTS]
 
 
 def has_kernels(module: nn.Module) -> bool:
@@ -141,6 +142,8 @@ def why_not(module: nn.Module, parameter_name: str, config: MaskProConfig) -> st
     weight = module.get_parameter(parameter_name)
     if weight.is_meta and "_hf_hook" in vars(module):
         return OFFLOADED
+    if weight.dtype.itemsize < 2:
+        return f"it is {weight.dtype}, and quantized experts are not supported; leave it out of target_parameters"
     in_features = weight.shape[1 if is_transposed(module) else 2]
     if in_features % config.m:
         return f"its experts' in_features {in_features} is not a multiple of m = {config.m}; take it out"
