@@ -1,5 +1,6 @@
 """The adapter that is trained: its layers, and the masks that they can apply."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,15 @@ class TrainedAdapter:
     def has_moved(self) -> bool:
         """Whether any logit is elsewhere than at the start."""
         return any(bool(theta.any()) for theta in self.thetas())
+
+    def digest(self) -> int:
+        """A hash of the bits of all logits and starting masks, 63 bits."""
+        found = hashlib.blake2b(digest_size=8)
+        for layer, theta in zip(self.layers, self.thetas(), strict=True):
+            for tensor in (theta.detach(), layer.maskpro_mask[self.name]):
+                # One number a row and member, since what cancels out within all of a layer would not be seen.
+                found.update(torch.hash_tensor(tensor, -1).cpu().numpy().tobytes())
+        return int.from_bytes(found.digest()) >> 1
 
     def groups(self) -> int:
         """How many groups the layers have together."""

@@ -109,6 +109,8 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
             "adam_epsilon": 1e-8,
             "weight_decay": 0.0,
             "max_grad_norm": 0.0,
+            # The buffers are starting masks, which stay as they are.
+            "ddp_broadcast_buffers": False,
         }
         for name, value in (common | ESTIMATORS[self.estimator].defaults(self)).items():
             if getattr(self, name) is None:

@@ -17,6 +17,9 @@ from ..tuner import PLAIN_LOGIT_SCALE
 from .adapter import TrainedAdapter
 
 
+# Steps after which processes compare their logits, besides the first.
+STEPS_BETWEEN_HASHES = 100
+
 TrainingStep = Callable[[nn.Module, dict[str, Any], torch.Tensor | int | None], torch.Tensor]
 
 
@@ -184,6 +187,19 @@ class Estimator:
     def _after_step(self) -> None:
         if self._steps:
             self.after_step()
+        step, processes = self.trainer.state.global_step + 1, self.trainer.accelerator.num_processes
+        if processes > 1 and (step % STEPS_BETWEEN_HASHES == 0 or step in (1, self.trainer.state.max_steps)):
+            self._check_processes(step)
+
+    def _check_processes(self, step: int) -> None:
+        digest = torch.tensor([self.adapter.digest()], device=self.trainer.args.device)
+        digests = self.trainer.accelerator.gather(digest).tolist()
+        other = [process for process, found in enumerate(digests) if found != digests[0]]
+        if other:
+            raise RuntimeError(
+                f"after step {step} process {other[0]} does not have the masks and logits of process 0, so the run "
+                "stops; resume from the last checkpoint, with the same versions and devices in all processes."
+            )
 
     def is_finite(self, value: torch.Tensor) -> bool:
         """

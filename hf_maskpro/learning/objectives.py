@@ -56,6 +56,12 @@ def share_of_loss(
     return loss / trainer.current_gradient_accumulation_steps
 
 
+def ranks_of_loss(trainer: Trainer) -> int:
+    """What a sum over this process's tokens is multiplied by before it is divided by the number of items."""
+    # Ranks' losses are averaged, and the items are those of all.
+    return trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+
+
 def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     Summed negative log-likelihood of every sequence.

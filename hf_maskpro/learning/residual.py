@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import exp, isfinite, sqrt
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
@@ -18,7 +20,7 @@ from ..subset import Distribution
 from ..tuner import MaskProLayer
 from .adapter import TrainedAdapter
 from .estimator import Estimator, TrainingStep
-from .objectives import sequence_losses, share_of_loss
+from .objectives import ranks_of_loss, sequence_losses, share_of_loss
 
 
 logger = logging.get_logger(__name__)
@@ -38,6 +40,10 @@ class ResidualArguments:
     The settings of `estimator="residual"`.
 
     Args:
+        masks_per_step (`int`, defaults to 1):
+            Masks that are sampled for a step in every process, each for its share of the micro-batches, whose number
+            `gradient_accumulation_steps` it divides. The logits move by all of them, those of other processes
+            included: `learning_rate` is of one mask.
         advantage (`str`, defaults to `"scaled"`):
             What a step is proportional to. `"scaled"`: the residual minus its moving average, divided by its running
             deviation and clipped at 2, so that `learning_rate` is in logits a step, whatever the loss, the batch or
@@ -50,6 +56,7 @@ class ResidualArguments:
             it is drawn, which a few batches tell. `"auto"` is the cheaper of those that are sound.
     """
 
+    masks_per_step: int = field(default=1, metadata={"help": "Masks that `residual` samples for a step."})
     advantage: Literal["scaled", "raw"] = field(
         default="scaled", metadata={"help": "Whether `residual` divides by the residual's deviation."}
     )
@@ -65,6 +72,10 @@ class Residual(Estimator):
     `g - delta`, where `g = f(m_t) - f(m_0)` is the loss of the sampled mask minus that of the initial one on the same
     batch, and `delta` its moving average; unless the raw one is asked for, it is divided by its running deviation and
     clipped. It never builds an autograd graph.
+
+    Several masks a step, of one process or of several, each have a part of the batch of their own, and move the
+    logits by the sum of such terms. Processes tell each other nothing but the seed of every mask and its `g`: a mask
+    is a function of its seed, and all of them move the logits alike. The moving averages are of all masks of a step.
     """
 
     Arguments = ResidualArguments
@@ -75,6 +86,11 @@ class Residual(Estimator):
             raise ValueError(f"advantage is {args.advantage!r}; use 'scaled' or 'raw'.")
         if args.baseline not in ("auto", "step", "cache"):
             raise ValueError(f"baseline is {args.baseline!r}; use one of 'auto', 'step', 'cache'.")
+        if args.masks_per_step < 1 or args.gradient_accumulation_steps % args.masks_per_step:
+            raise ValueError(
+                f"masks_per_step is {args.masks_per_step}, and gradient_accumulation_steps "
+                f"{args.gradient_accumulation_steps}, not a multiple of it: every mask needs micro-batches of its own."
+            )
         # At 0 the tracker is the residual itself, and nothing is left to learn from.
         if not 0 < args.tracker_decay < 1:
             raise ValueError(f"tracker_decay is {args.tracker_decay}, not between 0 and 1; 0.99 is usual.")
@@ -87,14 +103,22 @@ class Residual(Estimator):
         super().__init__(trainer, adapter)
         self.tracker = 0.0
         self._variance, self._moves = 0.0, 0
-        self._seed = -1
-        self._residual = torch.zeros(())
+        # Of a step: what its masks' seeds are made of, the micro-batches so far, and the share of each mask in the
+        # loss, minus that of the initial one.
+        self._step_seed, self._micro_batches = 0, 0
+        self._shares: list[torch.Tensor] = []
+        # Of the mask that the layers apply.
+        self._seed = 0
         self._history: dict[str, list[float]] = {"residual": [], "tracker": []}
         self._baselines: torch.Tensor | None = None
 
     def check(self) -> None:
         args = self.trainer.args
-        self.refuse_several_processes()
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"estimator='residual' runs in one process a GPU, and this one has {args.n_gpu}; start it with "
+                "torchrun or accelerate launch, or show it one GPU by CUDA_VISIBLE_DEVICES."
+            )
         thetas = {id(theta) for theta in self.adapter.thetas()}
         parameters = self.trainer.model.named_parameters()
         others = [name for name, p in parameters if p.requires_grad and id(p) not in thetas]
@@ -109,6 +133,9 @@ class Residual(Estimator):
             raise ValueError("baseline='cache' needs map-style data in the usual order; use baseline='step'.")
 
     def begin(self) -> None:
+        accelerator = self.trainer.accelerator
+        # DistributedDataParallel would keep buckets of the size of all logits, for gradients that there are none of.
+        accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
         config = self.adapter.config
         scale = self.logit_scale if config.logit_scale is None else config.logit_scale
         n, m = config.n, config.m
@@ -139,10 +166,14 @@ class Residual(Estimator):
         trainer = self.trainer
         # Dropout would put other noise into the two losses than the mask.
         model.eval()
-        if self._seed < 0:
+        if not self._micro_batches:
             # torch's own generator, whose state a checkpoint keeps.
-            self._seed = int(torch.randint(2**63 - 1, ()))
-            self._residual = torch.zeros((), device=trainer.args.device)
+            self._step_seed = int(torch.randint(2**63 - 1, ()))
+            masks = min(trainer.args.masks_per_step, trainer.current_gradient_accumulation_steps)
+            self._shares = [torch.zeros((), device=trainer.args.device) for _ in range(masks)]
+        mask = self._micro_batches % len(self._shares)
+        self._micro_batches += 1
+        self._seed = self._seed_of(mask)
         index = inputs.pop(_INDEX, None)
         inputs = trainer._prepare_inputs(inputs)
         with torch.no_grad(), trainer.compute_loss_context_manager():
@@ -154,34 +185,52 @@ class Residual(Estimator):
             else:
                 assert self._baselines is not None
                 assert num_items_in_batch is not None
-                baseline = (self._baselines[index.cpu()].sum() / float(num_items_in_batch)).to(loss)
-        self._residual += loss - baseline
+                known = self._baselines[index.cpu()].sum() * ranks_of_loss(trainer)
+                baseline = (known / float(num_items_in_batch)).to(loss)
+        self._shares[mask] += loss - baseline
         if trainer.accelerator.sync_gradients:
-            if self.is_finite(self._residual):
-                self._move_logits(self._residual.item())
-            self._seed = -1
+            seeds, residuals = self._of_all_processes()
+            if self.is_finite(torch.tensor(residuals).sum()):
+                self._move_logits(seeds, residuals)
+            self._micro_batches = 0
         return loss
 
+    def _seed_of(self, mask: int) -> int:
+        """The seed of a mask of this process: in one process that had the masks of all it would be the same."""
+        accelerator = self.trainer.accelerator
+        return (self._step_seed + mask * accelerator.num_processes + accelerator.process_index) % (2**63 - 1)
+
+    def _of_all_processes(self) -> tuple[list[int], list[float]]:
+        """The seed of every mask of a step, and its residual."""
+        masks = len(self._shares)
+        seeds = torch.tensor([self._seed_of(mask) for mask in range(masks)])
+        residuals = masks * torch.stack(self._shares).double().cpu()
+        told = torch.stack([seeds, residuals.view(torch.int64)], dim=1).unsqueeze(0).to(self.trainer.args.device)
+        # First the first mask of every process, in the order of the micro-batches.
+        known = self.trainer.accelerator.gather(told).cpu().transpose(0, 1).flatten(0, 1)
+        return known[:, 0].tolist(), known[:, 1].contiguous().view(torch.float64).tolist()
+
     @torch.no_grad()
-    def _move_logits(self, residual: float) -> None:
-        """`l <- l - lr * a * score(m_t)`."""
-        step = -self.trainer._get_learning_rate() * self._advantage(residual)
+    def _move_logits(self, seeds: list[int], residuals: list[float]) -> None:
+        """`l <- l - lr * a * score(m_t)`, summed over the masks."""
+        rate = self.trainer._get_learning_rate()
+        moves = [(seed, -rate * a) for seed, a in zip(seeds, self._advantages(residuals), strict=True)]
         for index, layer in enumerate(self.adapter.layers):
-            layer.move_logits(self.adapter.name, step, self._seed, index, self.distribution)
-        self._history["residual"].append(residual)
+            layer.move_logits(self.adapter.name, moves, index, self.distribution)
+        self._history["residual"].append(sum(residuals) / len(residuals))
         self._history["tracker"].append(self.tracker)
 
-    def _advantage(self, residual: float) -> float:
-        alpha = self.trainer.args.tracker_decay
-        self.tracker = alpha * self.tracker + (1 - alpha) * residual
-        advantage = residual - self.tracker
+    def _advantages(self, residuals: list[float]) -> list[float]:
+        alpha, count = self.trainer.args.tracker_decay, len(residuals)
+        self.tracker = alpha * self.tracker + (1 - alpha) * sum(residuals) / count
+        advantages = [residual - self.tracker for residual in residuals]
         if self.trainer.args.advantage == "raw":
-            return advantage
+            return advantages
         self._moves += 1
-        self._variance = alpha * self._variance + (1 - alpha) * advantage**2
+        self._variance = alpha * self._variance + (1 - alpha) * sum(a**2 for a in advantages) / count
         deviation = sqrt(self._variance / (1 - alpha**self._moves))
         # Of masks that all have the same loss nothing is learned.
-        return max(-CLIP, min(CLIP, advantage / deviation)) if deviation > 0 else 0.0
+        return [max(-CLIP, min(CLIP, a / deviation)) if deviation > 0 else 0.0 for a in advantages]
 
     def metrics(self) -> dict[str, float]:
         logs = {name: sum(values) / len(values) for name, values in self._history.items() if values}
@@ -195,6 +244,7 @@ class Residual(Estimator):
     def settings(self) -> dict[str, Any]:
         args = self.trainer.args
         return {
+            "masks_per_step": args.masks_per_step * args.world_size,
             "advantage": args.advantage,
             "tracker_decay": args.tracker_decay,
             "baseline": args.baseline,
@@ -238,8 +288,11 @@ class Residual(Estimator):
         trainer.data_collator = _IndexedCollator(trainer._get_collator_with_removed_columns(collator))
         trainer.train_dataset = _Indexed(dataset)
         try:
-            if self._cache_is_sound():
-                self._baselines, _ = self._cached(range(len(dataset)), trainer._train_batch_size)
+            if all(gather_object([self._cache_is_sound()])):
+                accelerator = trainer.accelerator
+                mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+                losses, _ = self._cached(mine, trainer._train_batch_size)
+                self._baselines = accelerator.reduce(losses.to(trainer.args.device)).cpu()
                 return default()
         finally:
             trainer.train_dataset, trainer.data_collator = dataset, collator
@@ -257,7 +310,7 @@ class Residual(Estimator):
         if args.baseline == "step" or not self._has_fixed_examples():
             return False
         examples = len(self.trainer.train_dataset)
-        per_step = self.trainer._train_batch_size * args.gradient_accumulation_steps
+        per_step = self.trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
         trained = per_step * args.max_steps if args.max_steps > 0 else examples * args.num_train_epochs
         return args.baseline == "cache" or examples < trained
 
@@ -276,6 +329,7 @@ class Residual(Estimator):
         # A generator of its own: a draw from torch's would change the run.
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(len(trainer.train_dataset), generator=generator)[: PROBES * size].tolist()
+        sound = True
         try:
             alone, together = self._cached(order, 1), self._cached(order, size)
             for inputs in self._batches(order, size):
@@ -284,10 +338,10 @@ class Residual(Estimator):
                 with torch.no_grad(), self.adapter.masks(self.adapter.initial), trainer.accelerator.autocast():
                     loss = share_of_loss(trainer, trainer.model, trainer._prepare_inputs(inputs), items).item()
                 for losses, _ in (alone, together):
-                    if not abs(losses[index].sum().item() / float(items) - loss) <= PROBE_TOLERANCE * abs(loss):
-                        return False
+                    found = losses[index].sum().item() * ranks_of_loss(trainer) / float(items)
+                    sound &= abs(found - loss) <= PROBE_TOLERANCE * abs(loss)
             # Of another example, or of a token more, the loss may be much the same.
-            return torch.equal(alone[1], together[1])
+            return sound and torch.equal(alone[1], together[1])
         except torch.OutOfMemoryError:
             raise
         # Of what has no labels or no logits, or is no batch of rows, the losses cannot be cached.

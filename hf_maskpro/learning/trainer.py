@@ -20,7 +20,7 @@ from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
 from .checkpoints import UNFINISHED, EndsWithCheckpoint, newest_checkpoint, place_checkpoint
 from .dataset import Repeated, rows_of
-from .objectives import Distillation, objective_weights
+from .objectives import Distillation, objective_weights, ranks_of_loss
 from .record import add_to_card, card_path, objective_name, plot_run, record_training
 
 
@@ -186,9 +186,7 @@ class MaskProTrainer(Trainer):
             loss = self.distillation.sequence_losses(model, inputs).sum()
         if not self.model_accepts_loss_kwargs or num_items_in_batch is None:
             return loss / (inputs["labels"][:, 1:] != -100).sum()
-        # Ranks' gradients are averaged, and the items are those of all.
-        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return loss * ranks / num_items_in_batch
+        return loss * ranks_of_loss(self) / num_items_in_batch
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.estimator.settle()
@@ -326,7 +324,8 @@ class MaskProTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        self.estimator.save(Path(output_dir))
+        if self.args.should_save:
+            self.estimator.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

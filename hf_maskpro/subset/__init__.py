@@ -23,6 +23,7 @@ from .kernels import (
     sample_and_apply,
     sample_codes,
     score_and_update,
+    store_logits,
     theta_gradient,
 )
 from .marginals import marginals, marginals_backward
@@ -54,6 +55,7 @@ __all__ = [
     "sample_codes",
     "score",
     "score_and_update",
+    "store_logits",
     "theta_gradient",
     "uniform_bits",
     "unpack",

@@ -234,6 +234,7 @@ def _update_kernel(n: int, m: int, distribution: Distribution, dtype: torch.dtyp
         first: torch.Tensor,
         second: torch.Tensor,
         step: torch.Tensor,
+        into: list[torch.Tensor] | None,
     ) -> None:
         planes = _planes(read(packed, table, theta[0].shape[1]), theta, scale)
         weights = weights_of(planes, n, work_dtype(n))
@@ -243,10 +244,11 @@ def _update_kernel(n: int, m: int, distribution: Distribution, dtype: torch.dtyp
             scores = list(score(torch.stack(planes, dim=1), mask_of(codes, m), distribution).unbind(1))
         else:
             scores = score_of(weights, [codes & 1 << i != 0 for i in range(m)], n, distribution)
-        moved = [member.float() + step * value.float() for member, value in zip(theta, scores, strict=True)]
+        into = theta if into is None else into
+        moved = [member.float() + step * value.float() for member, value in zip(into, scores, strict=True)]
         if dtype == torch.bfloat16:
             moved = round_at_random(moved, words[0])
-        for member, value in zip(theta, moved, strict=True):
+        for member, value in zip(into, moved, strict=True):
             member.copy_(value)
 
     return _kernel(update, n, m, "update")
@@ -275,6 +277,7 @@ def score_and_update(
     seed: int,
     layer: int = 0,
     distribution: Distribution = "plackett_luce",
+    into: torch.Tensor | None = None,
 ) -> None:
     """
     `theta += step * score(mask)` in place, with the mask of [`sample_codes`] (beyond n = 2 up to the rounding of exp);
@@ -282,13 +285,14 @@ def score_and_update(
 
     Args:
         step (`float`): Minus the learning rate times the advantage.
+        into (`torch.Tensor`, *optional*): What is moved in theta's place, of theta's shape; see [`store_logits`].
     """
     m = theta.shape[1]
     first, second = random_keys(seed, layer, theta.device)
     amount = torch.full((), step, dtype=torch.float32, device=theta.device)
     # The score of Plackett-Luce beyond n = 2 sums over 2**n subsets, which do not fit into one compiled kernel.
     groups = 0 if n > 2 and distribution == "plackett_luce" else theta.numel() // m
-    _update_kernel(n, m, distribution, theta.dtype)(
+    _update_kernel(n, m, distribution, theta.dtype if into is None else into.dtype)(
         groups,
         list(theta.unbind(1)),
         packed,
@@ -297,7 +301,27 @@ def score_and_update(
         first,
         second,
         amount,
+        None if into is None else list(into.unbind(1)),
     )
+
+
+@lru_cache
+def _rounding_kernel() -> Kernel:
+    def store(theta: list[torch.Tensor], exact: list[torch.Tensor], first: torch.Tensor, second: torch.Tensor) -> None:
+        rounded = round_at_random(exact, position_words(theta[0], first, second, 1)[0])
+        for member, value in zip(theta, rounded, strict=True):
+            member.copy_(value)
+
+    return Kernel(store, "rounding at random")
+
+
+def store_logits(theta: torch.Tensor, exact: torch.Tensor, seed: int, layer: int = 0) -> None:
+    """Copy float32 logits into theta; bfloat16 is rounded at random, by a seed that may be a mask's, too."""
+    if theta.dtype == exact.dtype:
+        theta.copy_(exact)
+        return
+    keys = random_keys(seed, layer, theta.device)
+    _rounding_kernel()(theta.numel() // theta.shape[1], list(theta.unbind(1)), list(exact.unbind(1)), *keys)
 
 
 def _members(rows: torch.Tensor, m: int, as_words: bool) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ from math import comb
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
@@ -27,6 +28,7 @@ from ..subset import (
     sample_and_apply,
     sample_codes,
     score_and_update,
+    store_logits,
     theta_gradient,
     uniform_bits,
     unpack_codes,
@@ -417,15 +419,28 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         config, packed = self.maskpro_config[adapter_name], self.packed_initial_mask(adapter_name)
         return self.out_in(apply_packed(self.out_in(weight), packed, config.n, config.m))
 
-    def move_logits(self, adapter_name: str, step: float, seed: int, layer: int, distribution: Distribution) -> None:
-        """`theta += step * score` of the mask of [`sampled_codes`], in place."""
+    def move_logits(
+        self, adapter_name: str, moves: list[tuple[int, float]], layer: int, distribution: Distribution
+    ) -> None:
+        """
+        `theta += step * score` of several masks of [`sampled_codes`], in place, each as the logits are at first.
+
+        Args:
+            moves (`list[tuple[int, float]]`): The seed of every mask, and its step.
+        """
         config, theta = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
-        packed = self.packed_initial_mask(adapter_name)
-        score_and_update(theta, packed, logit_scale(config), config.n, step, seed, layer, distribution)
+        packed, scale = self.packed_initial_mask(adapter_name), logit_scale(config)
+        # One mask moves each logit when it has read it; several read what none of them has moved.
+        into = None if len(moves) == 1 else theta.to(torch.float32, copy=True)
+        for seed, step in moves:
+            score_and_update(theta, packed, scale, config.n, step, seed, layer, distribution, into)
+        if into is not None:
+            store_logits(theta, into, moves[0][0], layer)
 
     def _seed(self) -> int:
-        # torch's own generator, so that manual_seed and the replay of gradient checkpointing hold.
-        return int(torch.randint(2**63 - 1, ()))
+        # torch's own generator, so that manual_seed and the replay of gradient checkpointing hold. Ranks that were
+        # seeded alike draw masks of their own all the same.
+        return int(torch.randint(2**63 - 1, ())) ^ (dist.get_rank() if dist.is_initialized() else 0)
 
     def _masking_adapters(self) -> list[str]:
         thetas = self.maskpro_theta

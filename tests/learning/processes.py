@@ -1,0 +1,97 @@
+"""What `test_processes` runs in several processes at once, by torchrun."""
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
+
+from hf_maskpro import MaskProConfig, MaskProTrainer
+from hf_maskpro.tuner import MaskProLayer
+
+from ..conftest import tiny_llama
+from .test_trainer import arguments, rows, thetas
+
+
+RUNS = {
+    "scaled": {"estimator": "residual", "max_steps": 50, "learning_rate": 0.5},
+    "raw": {"estimator": "residual", "max_steps": 10, "advantage": "raw", "learning_rate": 5.0, "baseline": "step"},
+    "bfloat16": {"estimator": "residual", "max_steps": 6, "learning_rate": 0.5},
+    "simple": {"estimator": "simple", "max_steps": 50},
+}
+
+
+def trainer_of(name: str, folder: Path, **options) -> MaskProTrainer:
+    """A trainer of a tiny model, with two examples in a forward pass."""
+    dtype = "bfloat16" if name == "bfloat16" else "float32"
+    model = get_peft_model(tiny_llama(), MaskProConfig(logit_scale=2.0, logits_dtype=dtype))
+    args = arguments(folder, **RUNS[name] | {"per_device_train_batch_size": 2, "logging_steps": 5} | options)
+    return MaskProTrainer(model, args, train_dataset=rows(64, ragged=True))
+
+
+def logits_of(trainer: MaskProTrainer) -> dict[str, torch.Tensor]:
+    return {str(i): theta.contiguous() for i, theta in enumerate(thetas(trainer.model))}
+
+
+class Traffic(TorchDispatchMode):
+    """The bytes that this process gives to each collective operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.given: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            assert func.name() == "c10d::allgather_", func
+            self.given += [tensor.nbytes for tensor in args[1]]
+        return func(*args, **(kwargs or {}))
+
+
+class Parts(TrainerCallback):
+    """Moves a logit of one process alone."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2 and args.process_index == 1:
+            layer = next(layer for layer in model.modules() if isinstance(layer, MaskProLayer))
+            layer.maskpro_theta["default"].data[0, 0, 0] += 1e-3
+
+
+def main(folder: Path, masks: int) -> None:
+    options = {"gradient_accumulation_steps": masks}
+    told = {}
+    seeds, draw = [], MaskProLayer._seed
+    MaskProLayer._seed = lambda self: (seeds.append(draw(self)), seeds[-1])[1]
+    for name in RUNS:
+        trainer = trainer_of(name, folder / name, masks_per_step=1 if name == "simple" else masks, **options)
+        rank = trainer.args.process_index
+        with Traffic() if name == "raw" else nullcontext() as traffic:
+            trainer.train()
+        if traffic:
+            told["bytes"] = traffic.given
+        save_file(logits_of(trainer), folder / f"{name}-{rank}.safetensors")
+    told["seeds"] = seeds[:10]
+
+    run = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "masks_per_step": masks, **options}
+    trainer = trainer_of("scaled", folder / "resumed", **run)
+    trainer.train()
+    save_file(logits_of(trainer), folder / f"whole-{rank}.safetensors")
+    trainer = trainer_of("scaled", folder / "resumed", **run)
+    trainer.train(resume_from_checkpoint=str(folder / "resumed" / "checkpoint-2"))
+    save_file(logits_of(trainer), folder / f"resumed-{rank}.safetensors")
+
+    trainer = trainer_of("raw", folder, masks_per_step=masks, **options)
+    trainer.add_callback(Parts())
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        told["parted"] = f"{trainer.state.global_step} {error}"
+    (folder / f"{rank}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
