@@ -88,7 +88,7 @@ def workplace(tmp_path_factory) -> Iterator[None]:
             words = [VOCABULARY[(3 * i + i // 7) % 32] for i in range(4500)]
             Path(name).with_suffix(".txt").write_text(" ".join(words))
         masked("M").save_pretrained("mask")
-        for name in ("my-2of4-mask", "wanda", "simple", "start", "other-mask"):
+        for name in ("my-2of4-mask", "wanda", "simple", "start", "other-mask", "both"):
             shutil.copytree("mask", name)
         merged = masked("M").merge_and_unload()
         merged.save_pretrained("sparse")

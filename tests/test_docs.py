@@ -85,6 +85,31 @@ def test_the_leaderboard_shows_its_file():
     assert shown == [[COLUMNS[heading](row, dense) for heading in headings] for row in rows]
 
 
+def test_the_figures_of_a_gpu_are_those_of_their_file():
+    figures = json.loads((DOCS / "assets" / "h200.json").read_text())
+    deploy, performance = ((DOCS / name).read_text(encoding="utf-8") for name in ("deploy.md", "performance.md"))
+    kinds = {"dense": "dense_ms", "2:4": "sparse_ms", "bf16": "bf16_ms", "FP8": "fp8_ms", "FP8 + 2:4": "fp8_sparse_ms"}
+    shown = {}
+    for shape, kind, row in re.findall(r"^\| (\d+ x \d+), (.+?) \| (.*) \|$", deploy, re.MULTILINE):
+        shown[shape, kind] = [float(value) for value in row.split(" | ")]
+    expected: dict[tuple[str, str], list[float]] = {}
+    for row in figures["products_bf16"] + figures["products_fp8"]:
+        shape = f"{row['out_features']} x {row['in_features']}"
+        for kind, name in kinds.items():
+            if name in row:
+                expected.setdefault((shape, kind), []).append(round(row[name], 3))
+        if "sparse_ms" in row:
+            ratio = round(row["dense_ms"] / row["sparse_ms"], 2)
+            expected.setdefault((shape, "times as fast"), []).append(ratio)
+    assert shown == expected
+    step = figures["mask_step"]
+    for name in ("compiled_sample_s", "compiled_update_s", "compiled_s", "floor_s", "forward_s"):
+        assert f"| {1e3 * step[name]:.0f} |" in performance
+    assert f"{step['times_floor']:.1f} times the floor" in performance
+    for page in (deploy, performance):
+        assert f"{figures['device']}" in page
+
+
 def test_the_number_of_the_first_page_is_the_leaderboards():
     rows = {row["method"]: row["perplexity"] for row in json.loads((DOCS / "assets" / "leaderboard.json").read_text())}
     times = {method: f"{value / rows['dense']:.2f}" for method, value in rows.items()}

@@ -146,9 +146,12 @@ def read_text(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; pass a text file.")
     try:
-        text = path.read_text(encoding="utf-8")
+        # What a byte-order mark would be is a token that no text begins with.
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}; convert it.") from error
+    if "\0" in text:
+        raise ValueError(f"{path} is no text in UTF-8: it has NUL characters, as UTF-16 does; convert it.")
     if not text.strip():
         raise ValueError(f"{path} is empty; pass a file with text.")
     return text
@@ -248,6 +251,8 @@ def _documents(dataset: str, characters: int) -> Iterator[str]:
     except ImportError as error:
         raise ValueError("--dataset needs the datasets package: pip install 'hf-maskpro[datasets]'.") from error
     name, _, config = dataset.partition(":")
+    if Path(name).is_file():
+        raise ValueError(f"dataset {dataset} is a file; pass a text by --text, and of a dataset its folder.")
     bar = tqdm(total=characters, desc=f"reading {dataset}", unit=" characters", unit_scale=True)
     try:
         for row in load_dataset(name, config or None, split="train", streaming=True):
@@ -255,6 +260,8 @@ def _documents(dataset: str, characters: int) -> Iterator[str]:
                 raise ValueError(f"it has no column 'text', only {', '.join(row)}.")
             if not row["text"]:
                 continue
+            if not isinstance(row["text"], str):
+                raise ValueError(f"its column 'text' holds a {type(row['text']).__name__}, not a text.")
             yield row["text"]
             bar.update(len(row["text"]))
             if bar.n >= characters:

@@ -241,13 +241,14 @@ def train(
         )
     import torch
     from peft import get_peft_model
-    from transformers import EarlyStoppingCallback
+    from transformers import AutoConfig, EarlyStoppingCallback
     from transformers.integrations import get_reporting_integration_callbacks
 
     from ..deploy import check_free
     from ..evaluation import check_length, mixed_windows, windows
     from ..learning import MaskProTrainer
     from ..learning.checkpoints import newest_checkpoint
+    from ..learning.dataset import check_tokens
     from ..starts import generated_text, start_token_of
     from ..starts.calibration import SAMPLES, SEQ_LEN
     from ..tuner import MaskProConfig, saved_config
@@ -344,6 +345,9 @@ def train(
     limit = max_tokens if len(names) == 1 else None
     pieces = windows_of_each(tokenizer, contents, seq_len, limit, start_token, chat)
     evaluated = None if held_out is None else windows(tokenizer, held_out, seq_len, start_token=start_token)
+    base_config = AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
+    for ids in pieces:
+        check_tokens(base_config, ids)
     base, _ = load_model(model, gguf_file, dtype)
     check_length(base, seq_len)
     if self_generated:

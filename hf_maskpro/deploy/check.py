@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -52,10 +53,17 @@ def check_sparsity(
     """
     if not 1 <= n <= m:
         raise ValueError(f"{n}:{m} is no pattern; n is at least 1 and m no less.")
+    return check_weights(_linear_weights(model), n, m, names)
+
+
+def check_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], n: int, m: int, names: Iterable[str] | None
+) -> dict[str, float]:
+    """[`check_sparsity`] of weights `[out_features, in_features]` with their names."""
     wanted = None if names is None else set(names)
     zeros: dict[str, int] = {}
     sizes: dict[str, int] = {}
-    for name, weight in _linear_weights(model):
+    for name, weight in weights:
         if wanted is not None and name not in wanted:
             continue
         if problem := violation(weight, n, m):
@@ -106,31 +114,45 @@ def _linear_weights(model: nn.Module | Mapping[str, torch.Tensor] | str | Path) 
         folder = Path(model)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} has no config.json; pass the folder of a checkpoint.")
-        skeleton, files = skeleton_of(folder), weight_files(folder)
-        names, pieces = _checked(skeleton), pieces_of(skeleton, shapes_of(files))
-        for file in files:
-            with ExitStack() as stack:
-                for key, get in open_tensors([file], stack).items():
-                    for piece in pieces.get(key, []):
-                        if piece.parameter in names:
-                            yield piece.parameter, piece.matrix_of(get())[piece.source]
+        yield from saved_weights(folder, skeleton_of(folder))
 
 
-def skeleton_of(folder: Path) -> PreTrainedModel:
+def saved_weights(folder: Path, skeleton: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a checkpoint as `[out_features, in_features]`, piece by piece."""
+    files = weight_files(folder)
+    names, pieces = _checked(skeleton), pieces_of(skeleton, shapes_of(files))
+    for file in files:
+        with ExitStack() as stack:
+            for key, get in open_tensors([file], stack).items():
+                for piece in pieces.get(key, []):
+                    if piece.parameter in names:
+                        yield piece.parameter, piece.matrix_of(get())[piece.source]
+
+
+def skeleton_of(folder: Path, model_class: str | None = None) -> PreTrainedModel:
     """
     The model of a checkpoint, without memory for its weights.
+
+    Args:
+        folder (`Path`): The checkpoint.
+        model_class (`str`, *optional*): Its class in transformers. By default the one that it was saved from. Where
+            that is no model of transformers, it is the causal language model of its architecture.
 
     Raises:
         `ValueError`: if its `config.json` does not describe one.
     """
     json_object(folder / "config.json")
     try:
+        config = AutoConfig.from_pretrained(folder)
+        known = getattr(transformers, model_class or (config.architectures or [""])[0], None)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            if isinstance(known, type) and issubclass(known, PreTrainedModel):
+                return known(config)
+            return AutoModelForCausalLM.from_config(config)
     # The file is anybody's, and a model's constructor looks at no types.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{folder / 'config.json'} describes no causal language model: {reason:.300}") from error
+        raise ValueError(f"{folder / 'config.json'} describes no model of transformers: {reason:.300}") from error
 
 
 def _checked(model: nn.Module) -> dict[str, Matrix]:

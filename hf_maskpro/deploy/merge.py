@@ -22,7 +22,7 @@ from ..tuner.base import fingerprint_of_sample, sampled_step
 from ..tuner.files import inside, json_object, weight_files
 from ..tuner.layer import MaskProLayer
 from .card import write_merged_card
-from .check import check_sparsity, skeleton_of
+from .check import check_weights, saved_weights, skeleton_of
 from .folders import check_free, new_folder
 
 
@@ -59,7 +59,9 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
     base, masks = checkpoint_folder(model), locate(str(adapter))
     if "quantization_config" in json_object(base / "config.json"):
         raise ValueError(f"{model} is quantized; merge into the checkpoint that it was quantized from.")
-    config, skeleton = saved_config(masks), skeleton_of(base)
+    config = saved_config(masks)
+    learned_on = (config.auto_mapping or {}).get("base_model_class")
+    skeleton = skeleton_of(base, "AutoModelForCausalLM" if config.task_type == "CAUSAL_LM" else learned_on)
     files = weight_files(base)
     with ExitStack() as stack:
         shapes = shapes_of(files)
@@ -100,7 +102,8 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
                 _rewrite(file, folder / file.name, masked, bar)
             copy_companions(base, folder, files)
             write_merged_card(folder, config.to_dict())
-            return check_sparsity(folder, config.n, config.m, layers)
+            weights = saved_weights(folder, skeleton_of(folder, type(skeleton).__name__))
+            return check_weights(weights, config.n, config.m, layers)
 
 
 def copy_companions(base: Path, folder: Path, files: list[Path]) -> None:

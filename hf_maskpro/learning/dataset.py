@@ -5,9 +5,10 @@ from itertools import count, islice
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import has_length
 
 from ..starts import start_token_of
@@ -18,6 +19,8 @@ from ..starts.text import check_length, tokens_after_start
 
 # Tokenised at once: a text each would be slow, and the first step of a stream waits for them all.
 ROWS_AT_ONCE = 100
+# A mistake in what makes the rows shows in a few of them.
+ROWS_LOOKED_AT = 8
 
 
 class TextWindows(IterableDataset):
@@ -34,7 +37,7 @@ class TextWindows(IterableDataset):
         max_length (`int`): Length of a window, in tokens.
 
     Raises:
-        `ValueError`: if the rows fill no window.
+        `ValueError`: if the rows fill no window, or their text is none.
     """
 
     def __init__(self, dataset: Any, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int):
@@ -65,7 +68,10 @@ class TextWindows(IterableDataset):
     def _text(self, rows: list[dict[str, Any]]) -> str:
         if self.column == "messages":
             return "".join(str(self.tokenizer.apply_chat_template(row["messages"], tokenize=False)) for row in rows)
-        return "".join(f"{row['text']}\n\n" for row in rows if row["text"])
+        texts = [row["text"] for row in rows if row["text"]]
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"the dataset's column 'text' holds a {type(wrong[0]).__name__}, not a text.")
+        return "".join(f"{text}\n\n" for text in texts)
 
 
 class Repeated(IterableDataset):
@@ -93,21 +99,64 @@ class Repeated(IterableDataset):
                 return
 
 
+def check_rows(rows: list[dict[str, Any]], model: nn.Module) -> None:
+    """
+    Raises:
+        `ValueError`: if the first rows of a dataset, which hold tokens, have nothing to learn from, or tokens that the
+            model does not know.
+    """
+    found = [
+        {name: torch.as_tensor(row[name]).flatten() for name in ("input_ids", "labels") if name in row} for row in rows
+    ]
+    if all(len(row["input_ids"]) < 2 for row in found):
+        raise ValueError("the dataset's rows have fewer than 2 tokens, of which none is predicted; pass longer ones.")
+    # The first label is no token's next one.
+    if all("labels" in row and (row["labels"][1:] == -100).all() for row in found):
+        raise ValueError(
+            f"all labels of the dataset's first {len(rows)} rows are -100, so there is nothing to learn from; look at "
+            "what masks them."
+        )
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(base, PreTrainedModel):
+        check_tokens(base.config, torch.cat([row["input_ids"] for row in found]))
+
+
+def check_tokens(config: PreTrainedConfig, ids: torch.Tensor) -> None:
+    """
+    Raises:
+        `ValueError`: if tokens are not of the model's vocabulary.
+    """
+    size = config.get_text_config().vocab_size
+    if wrong := ids[(ids < 0) | (ids >= size)].tolist():
+        raise ValueError(
+            f"the data have the token {wrong[0]}, and the model a vocabulary of {size:,}; tokenise with its tokenizer."
+        )
+
+
 def rows_of(dataset: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> Any:
     """
     A dataset as a trainer takes it: the windows of its text, all at once unless it is a stream, or itself if it has
     what the model's forward takes. Of several, by name, each.
 
     Raises:
-        `ValueError`: if it has neither, or nobody can tokenise its text.
+        `ValueError`: if it has neither, no rows, nothing to learn in the first ones, or nobody can tokenise its text.
     """
     if isinstance(dataset, dict):
         rows = {name: rows_of(each, model, tokenizer, max_length) for name, each in dataset.items()}
         return dataset if all(rows[name] is dataset[name] for name in dataset) else rows
     # What can be gone through only once would lose the row that is looked at.
-    row = None if dataset is None or isinstance(dataset, Iterator) else next(iter(dataset), None)
+    if dataset is None or isinstance(dataset, Iterator):
+        return dataset
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError("the dataset has no rows; there is nothing to learn from.")
     # What else rows may be is for a collator to know.
-    if not isinstance(row, Mapping) or (forward_arguments(model).keys() - {"labels"}) & row.keys():
+    if not isinstance(row, Mapping):
+        return dataset
+    if (forward_arguments(model).keys() - {"labels"}) & row.keys():
+        # A stream may not be there again, and its first row may be an odd one.
+        if "input_ids" in row and has_length(dataset):
+            check_rows(list(islice(dataset, ROWS_LOOKED_AT)), model)
         return dataset
     column = "messages" if "messages" in row else "text"
     if column not in row:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.hooks import RemovableHandle
-from transformers import Trainer, default_data_collator
+from transformers import ProgressCallback, Trainer, default_data_collator
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, has_length, rotate_checkpoints
 
@@ -21,6 +21,7 @@ from .arguments import ESTIMATORS, MaskProTrainingArguments
 from .checkpoints import UNFINISHED, EndsWithCheckpoint, newest_checkpoint, place_checkpoint
 from .dataset import Repeated, rows_of
 from .objectives import Distillation, objective_weights, ranks_of_loss
+from .progress import MaskProgress
 from .record import add_to_card, card_path, objective_name, plot_run, record_training
 
 
@@ -106,6 +107,8 @@ class MaskProTrainer(Trainer):
         self._unfinished = ""
         self._ending = EndsWithCheckpoint(self.accelerator)
         self.add_callback(self._ending)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(MaskProgress)
         self._given_optimizer = self.optimizer
         self._hooks: list[RemovableHandle] = []
         self.estimator = ESTIMATORS[args.estimator](self, self.adapter)
@@ -157,7 +160,10 @@ class MaskProTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         try:
-            return super().get_batch_samples(*args, **kwargs)
+            batches, items = super().get_batch_samples(*args, **kwargs)
+            if not batches and isinstance(self.train_dataset, Repeated):
+                self.control.should_training_stop = True
+            return batches, items
         except Exception as error:
             # Between two steps nothing is half done. Of several ranks the others would wait for this one.
             if self.args.save_strategy == SaveStrategy.NO or self.accelerator.num_processes > 1:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from threading import Timer
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -45,6 +46,10 @@ def _keep_kernels_private() -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
+def _on_gpu(tensors: list[torch.Tensor]) -> bool:
+    return any(tensor.is_cuda for tensor in tensors)
+
+
 class Kernel:
     """A function that is compiled for large layers, and runs eagerly for small ones or where no compiler works."""
 
@@ -58,6 +63,7 @@ class Kernel:
         function.__code__ = function.__code__.replace(co_name=name)
         _keep_kernels_private()
         self.compiled: Callable[..., Any] | None = torch.compile(function, dynamic=True, fullgraph=True)
+        self.by_shape: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.met: set[tuple[Any, ...]] = set()
 
     @torch.no_grad()
@@ -65,13 +71,15 @@ class Kernel:
         if not Kernel.compiles or not self.compiled or groups < SMALLEST_COMPILED:
             return self.function(*args)
         timer = None
-        if (shape_class := self._shape_class(groups, args)) not in self.met:
+        tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg]) if isinstance(t, torch.Tensor)]
+        shapes = tuple(tensor.shape for tensor in tensors) if _on_gpu(tensors) else None
+        if (shape_class := (shapes, *self._shape_class(groups, tensors))) not in self.met:
             self.met.add(shape_class)
             line = f"compiling the mask kernel {self.name} (up to a minute), or loading it from an earlier run ..."
             timer = Timer(_SECONDS_OF_SILENCE, logger.warning, [line])
             timer.start()
         try:
-            return self.compiled(*args)
+            return self.compiled(*args) if shapes is None else self._compiled_for(shapes)(*args)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             self.compiled = None
             warnings.warn(f"the mask kernel {self.name} met too many kinds of layers to compile for all", stacklevel=3)
@@ -84,9 +92,20 @@ class Kernel:
                 timer.cancel()
         return self.function(*args)
 
-    def _shape_class(self, groups: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _compiled_for(self, shapes: tuple[torch.Size, ...]) -> Callable[..., Any]:
+        """
+        The kernel for a layer shape on a GPU. There divisions by sizes that are known are multiplications, and a model
+        has few shapes; on a CPU, where it takes longer to compile, one kernel serves all.
+        """
+        if shapes not in self.by_shape:
+            known = self.function
+            code = known.__code__.replace(co_name=f"{self.name} {len(self.by_shape)}")
+            function = FunctionType(code, known.__globals__, code.co_name, known.__defaults__, known.__closure__)
+            self.by_shape[shapes] = torch.compile(function, dynamic=False, fullgraph=True)
+        return self.by_shape[shapes]
+
+    def _shape_class(self, groups: int, tensors: list[torch.Tensor]) -> tuple[Any, ...]:
         """What the calls that one compiled kernel serves have in common: all but sizes, and padding of rows."""
-        tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg]) if isinstance(t, torch.Tensor)]
         digits, size = self.layout
         padded = [tensor.numel() // size * digits != groups for tensor in tensors if tensor.dtype == torch.uint8]
         return (*padded, *((tensor.dtype, tensor.device, tensor.is_contiguous()) for tensor in tensors))

@@ -37,6 +37,9 @@ def _reader(n: int, m: int) -> Callable[[torch.Tensor, torch.Tensor, int], torch
     base, layout = comb(m, n), word_layout(n, m)
 
     def read(packed: torch.Tensor, table: torch.Tensor, groups: int) -> torch.Tensor:
+        if packed.is_cuda and layout[1] == 1:
+            # There a look-up costs less than to write the codes to memory and read them again.
+            return codes_by_place(packed, table, groups)
         codes = word_codes(packed, table, base, layout)
         rows, words, digits = codes.shape
         if groups % digits == 0:
@@ -47,6 +50,12 @@ def _reader(n: int, m: int) -> Callable[[torch.Tensor, torch.Tensor, int], torch
         return codes.as_strided((rows, groups), (groups, 1))
 
     return read
+
+
+def codes_by_place(packed: torch.Tensor, table: torch.Tensor, groups: int) -> torch.Tensor:
+    """The codes of one-byte words, each looked up where it is used."""
+    place, digits = torch.arange(groups, dtype=torch.int32, device=packed.device), table.shape[1]
+    return table[packed[:, place // digits].int(), place % digits]
 
 
 def _planes(codes: torch.Tensor, theta: Sequence[torch.Tensor], scale: torch.Tensor) -> list[torch.Tensor]:

@@ -158,8 +158,11 @@ def pattern_of(saved: Saved) -> str:
 
 def is_causal(saved: Saved) -> bool:
     """Whether the adapter is for a causal language model."""
-    base_class = (saved["auto_mapping"] or {}).get("base_model_class")
-    return saved["task_type"] == "CAUSAL_LM" or base_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return saved["task_type"] == "CAUSAL_LM" or _base_class(saved) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def _base_class(saved: Saved) -> str | None:
+    return (saved["auto_mapping"] or {}).get("base_model_class")
 
 
 def last_stage(saved: Saved) -> dict[str, Any]:
@@ -176,7 +179,7 @@ def share_changed(stage: dict[str, Any]) -> float:
 def render(template: Path, saved: Saved, **variables: Any) -> str:
     """Fill in a template; whatever is put into it that is not `Markup` is text, and stays on its line."""
     environment = Environment(keep_trailing_newline=True, finalize=_plain)
-    auto_class = "AutoModelForCausalLM" if is_causal(saved) else "AutoModel"
+    auto_class = "AutoModelForCausalLM" if is_causal(saved) else _base_class(saved) or "AutoModel"
     known = {"n": saved["n"], "m": saved["m"], "pattern": pattern_of(saved), "repo": REPO, "auto_class": auto_class}
     known["base_id"] = hub_id(saved["base_model_name_or_path"])
     return environment.from_string(template.read_text()).render(**known, **variables)

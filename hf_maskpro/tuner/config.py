@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftConfig
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 from ..subset import Distribution
 from .card import CARD_FILES, write_card
@@ -53,6 +54,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "target_modules": (list, set, str),
     "target_parameters": (list, set),
     "exclude_modules": (list, set, str),
+    "layers_to_transform": (list, int),
     "init_mask": (str,),
     "logit_scale": (int, float),
     "save_logits": (bool,),
@@ -126,7 +128,7 @@ class MaskProConfig(PeftConfig):
             Weights kept in every group; at least 1.
         m (`int`, defaults to 4):
             Size of a group, along the input dimension of the layer: more than `n`, at most 16, and a divisor of
-            every target's `in_features`. 2:4 is the pattern that sparse tensor cores accelerate.
+            every target's `in_features`, see `on_indivisible`. 2:4 is the pattern that sparse tensor cores accelerate.
         target_modules (`list[str]` or `str`, *optional*):
             Layers to mask: name endings, a regular expression, or `"all-linear"`. `None` means the latter: every
             `nn.Linear` and `Conv1D` except the output head and routers.
@@ -135,6 +137,11 @@ class MaskProConfig(PeftConfig):
             means all of them under `"all-linear"`, and none beside other `target_modules`.
         exclude_modules (`list[str]` or `str`, *optional*):
             Layers to leave dense, given in the same way.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            The decoder layers to mask, by number; `None` for all. Not with a regular expression.
+        on_indivisible (`str`, defaults to `"error"`):
+            What becomes of a layer whose `in_features` `m` does not divide: `"error"` refuses it, `"dense"` adds it to
+            `exclude_modules` and says how many weights stay dense.
         init_mask (`str`, defaults to `"magnitude"`):
             The starting mask. `"magnitude"` (largest absolute weights) is the one to take without data; it and
             `"random"`, which is for experiments, are there at once. All others wait for [`initialize_masks`], and are
@@ -183,6 +190,10 @@ class MaskProConfig(PeftConfig):
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Layers to leave dense."}
     )
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Decoder layers to mask."})
+    on_indivisible: Literal["error", "dense"] = field(
+        default="error", metadata={"help": "What becomes of layers whose in_features m does not divide."}
+    )
     init_mask: str = field(default="magnitude", metadata={"help": "The starting mask."})
     logit_scale: float | None = field(default=None, metadata={"help": "Logit of the starting mask's members."})
     distribution: Distribution = field(
@@ -220,11 +231,21 @@ class MaskProConfig(PeftConfig):
         for name, allowed in {
             "distribution": ("plackett_luce", "conditional_poisson"),
             "logits_dtype": ("float32", "bfloat16"),
+            "on_indivisible": ("error", "dense"),
             "format_version": (None, FORMAT_VERSION),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, allowed))}.")
         split_init_mask(self.init_mask)
+        layers = self.layers_to_transform if isinstance(self.layers_to_transform, list) else []
+        if wrong := [layer for layer in layers if type(layer) is not int]:
+            raise ValueError(f"layers_to_transform holds {str(wrong[0])[:50]!r}, which is no number of a layer.")
+        if (
+            self.layers_to_transform is not None
+            and isinstance(self.target_modules, str)
+            and self.target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND
+        ):
+            raise ValueError("layers_to_transform goes with ends of names; put the numbers into target_modules.")
         if self.logit_scale is not None and not 0 < self.logit_scale <= 40:
             raise ValueError(f"logit_scale is {self.logit_scale}, outside 0 to 40; 6 to 10 is usual.")
         for name in ("target_modules", "target_parameters", "exclude_modules"):

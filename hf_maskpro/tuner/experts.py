@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import MaskProConfig
@@ -86,6 +87,11 @@ class MaskProExperts(nn.Module):
         return weight.T if is_transposed(self.base_layer) else weight
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if isinstance(self.base_layer, BaseTunerLayer):
+            raise ValueError(
+                f"a {type(self.base_layer).__name__} lies between masked experts and their mask, which would be lost; "
+                "put the other adapter on other layers."
+            )
         own = vars(self.base_layer)
         with onloaded(self.masked()):
             weights = {layer.parameter_name: layer() for layer in self.masked()}
@@ -144,10 +150,17 @@ def why_not(module: nn.Module, parameter_name: str, config: MaskProConfig) -> st
         return OFFLOADED
     if weight.dtype.itemsize < 2:
         return f"it is {weight.dtype}, and quantized experts are not supported; leave it out of target_parameters"
-    in_features = weight.shape[1 if is_transposed(module) else 2]
-    if in_features % config.m:
-        return f"its experts' in_features {in_features} is not a multiple of m = {config.m}; take it out"
+    if config.on_indivisible == "error" and (in_features := expert_inputs(module, parameter_name)) % config.m:
+        return (
+            f"its experts' in_features {in_features} is not a multiple of m = {config.m}; take it out of "
+            "target_parameters, or leave all such layers dense by on_indivisible='dense'"
+        )
     return None
+
+
+def expert_inputs(module: nn.Module, parameter_name: str) -> int:
+    """The `in_features` of experts."""
+    return module.get_parameter(parameter_name).shape[1 if is_transposed(module) else 2]
 
 
 def router_names(model: nn.Module) -> set[str]:

@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -14,6 +15,7 @@ from peft.tuners.tuners_utils import (
     _ExcludedModule,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
+    onload_layer,
 )
 from peft.utils.constants import EMBEDDING_LAYER_NAMES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -25,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ..subset import mode_codes, pack_codes, unpack_codes
 from .base import cached_commit, check_base, listed
 from .config import MaskProConfig
-from .experts import OFFLOADED, MaskProExperts, expert_parameters, router_names, why_not
+from .experts import OFFLOADED, MaskProExperts, expert_inputs, expert_parameters, router_names, why_not
 from .layer import LOGITS, NO_MASK, MaskProLayer, has_memory, logit_scale, members_first
 from .linear import layer_class
 
@@ -43,6 +45,22 @@ except ImportError:
 for name in names:
     re.fullmatch(pattern, name)
 """
+
+
+class _Configs(dict[str, PeftConfig]):
+    """
+    The configurations that PEFT finds at a model with masks when another method's adapter is put over them. It would
+    save the masks with an adapter of the same name, in place of their own.
+    """
+
+    def update(self, added: dict[str, PeftConfig]) -> None:  # type: ignore[override]
+        for name, config in added.items():
+            if name in self and type(self[name]) is not type(config):
+                raise ValueError(
+                    f"{name!r} is the name of an adapter of masks; give the other one a name of its own, as in "
+                    "get_peft_model(model, config, adapter_name='quality')."
+                )
+        super().update(added)
 
 
 class MaskProModel(BaseTuner):
@@ -67,6 +85,7 @@ class MaskProModel(BaseTuner):
         if isinstance(peft_config, MaskProConfig):
             peft_config.await_file_if_read()
         super().__init__(model, peft_config, adapter_name, **options)
+        self.model.peft_config = _Configs(self.peft_config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> None:
         names = [*EMBEDDING_LAYER_NAMES, *(name for name, _ in model.named_modules())]
@@ -82,25 +101,36 @@ class MaskProModel(BaseTuner):
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             _include_all_linear(peft_config, model, inside)
+            _keep_layers_to_transform(peft_config)
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         problems: dict[str, list[str]] = {}
         weights: dict[str, torch.Tensor] = {}
+        indivisible: dict[str, int] = {}
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and check_target_module_exists(peft_config, name):
                 problem = _why_not(module, peft_config, embeddings)
+                base = module.get_base_layer() if isinstance(module, MaskProLayer) else module
                 if problem:
                     problems.setdefault(problem, []).append(name)
+                elif _in_features(base) % peft_config.m:
+                    indivisible[name] = base.weight.numel()
                 else:
-                    base = module.get_base_layer() if isinstance(module, MaskProLayer) else module
                     weights[name] = cast(torch.Tensor, base.weight).detach()
         for name, module, parameter in _targeted_parameters(peft_config, model):
-            problem = why_not(module, parameter, peft_config)
+            problem, weight = why_not(module, parameter, peft_config), module.get_parameter(parameter).detach()
             if problem:
                 problems.setdefault(problem, []).append(name)
+            elif expert_inputs(module, parameter) % peft_config.m:
+                indivisible[name] = weight.numel()
             else:
-                weights[name] = module.get_parameter(parameter).detach()
+                weights[name] = weight
         for problem, names in problems.items():
             raise ValueError(f"cannot mask {listed(names)}: {problem}.")
+        if indivisible:
+            peft_config.target_parameters = {
+                name for name, *_ in _targeted_parameters(peft_config, model) if name not in indivisible
+            } or None
+            _leave_dense(peft_config, indivisible, sum(weight.numel() for weight in weights.values()))
         if isinstance(model, PreTrainedModel) and peft_config.revision is None and not peft_config.awaits_file:
             peft_config.revision = cached_commit(model.name_or_path)
         check_base(peft_config, weights)
@@ -144,6 +174,13 @@ class MaskProModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """`MaskProConfig.logits_dtype` alone decides, and the layers already follow it."""
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge the masks; PEFT's own would first merge another method's adapter that lies over them."""
+        for module in self.model.modules():
+            if isinstance(module, MaskProLayer):
+                with onload_layer(module):
+                    module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(
             "masks cannot be averaged; activate several with set_adapter([...]) to keep what all of them keep."
@@ -166,6 +203,7 @@ class MaskProModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """The packed mode of every layer, or with `save_logits` the starting mask and theta."""
         assert isinstance(config, MaskProConfig)
+        state_dict = {_without_place(key): value for key, value in state_dict.items()}
         result: dict[str, torch.Tensor] = {}
         changed = {}
         thetas = []
@@ -207,7 +245,10 @@ class MaskProModel(BaseTuner):
         # PEFT would put the one of two names for the same tensor in the place of the other.
         if named := [key for key in state_dict if re.search(r"\.maskpro_(mask|theta)\.", key)]:
             raise ValueError(f"the adapter file has names that are none of a mask's: {listed(named)}.")
+        beneath = _beneath(model)
+        state_dict = {_with_place(key, beneath): value for key, value in state_dict.items()}
         result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        result = {_without_place(key): value for key, value in result.items()}
         layers = dict(_layers(model, adapter_name))
         known = {f"{name}.maskpro_{part}.{adapter_name}" for name in layers for part in ("mask", "theta")}
         surplus = [key for key in result if re.search(r"\.maskpro_(mask|theta)(\.|$)", key) and key not in known]
@@ -248,13 +289,63 @@ class MaskProModel(BaseTuner):
             elif has_memory(theta):
                 with torch.no_grad():
                     theta.zero_()
-        return result
+        return {_with_place(key, beneath): value for key, value in result.items()}
+
+
+# The end of a masked layer's name once another method's adapter lies over it.
+_BENEATH = ".base_layer"
+
+
+def _beneath(model: nn.Module) -> set[str]:
+    """The names, as files have them, of the masked layers that lie beneath another adapter."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, MaskProLayer)]
+    return {name.removesuffix(_BENEATH) for name in layers if name.endswith(_BENEATH)}
+
+
+def _with_place(key: str, beneath: set[str]) -> str:
+    name, mark, part = key.partition(".maskpro_")
+    return f"{name}{_BENEATH}{mark}{part}" if name in beneath else key
+
+
+def _without_place(key: str) -> str:
+    return key.replace(f"{_BENEATH}.maskpro_", ".maskpro_")
+
+
+_peft_checks_merge = BaseTuner._check_merge_allowed
+
+
+def _check_merge_over_masks(tuner: BaseTuner) -> None:
+    """
+    PEFT merges what lies over a mask into the weight beneath it, and drops the mask. Once the mask is merged itself,
+    the dense weights that come of it are asked for.
+    """
+    over = [
+        name
+        for name, module in tuner.model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and isinstance(module.base_layer, MaskProLayer)
+        and not module.base_layer.merged
+    ]
+    if over:
+        raise ValueError(
+            f"cannot merge {listed(over)}: a mask lies beneath, whose zeros it would fill. Keep it unmerged beside "
+            "the merged mask (hf_maskpro.deploy.merge), or call merge_adapter of the mask first for a dense model."
+        )
+    _peft_checks_merge(tuner)
+
+
+BaseTuner._check_merge_allowed = _check_merge_over_masks
 
 
 def _layers(model: nn.Module, adapter_name: str) -> list[tuple[str, MaskProLayer]]:
     return [
         # A state dict of a wrapped model has no trace of the wrappers.
-        (name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", ""), module)
+        (
+            name.replace("_fsdp_wrapped_module.", "")
+            .replace("_checkpoint_wrapped_module.", "")
+            .removesuffix(_BENEATH),
+            module,
+        )
         for name, module in model.named_modules()
         if isinstance(module, MaskProLayer) and adapter_name in module.maskpro_theta
     ]
@@ -314,7 +405,7 @@ def unmasked(model: nn.Module) -> Iterator[None]:
     Raises:
         `ValueError`: if the model has no mask adapter.
     """
-    wrappers = [module for module in model.modules() if isinstance(module, (MaskProLayer, AuxiliaryTrainingWrapper))]
+    wrappers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     if not any(isinstance(module, MaskProLayer) for module in wrappers):
         raise ValueError("the model has no mask adapter, so there is no dense model to compare it with.")
     before = [module._disable_adapters for module in wrappers]
@@ -391,10 +482,47 @@ def _why_not(module: nn.Module, config: MaskProConfig, embeddings: set[int]) -> 
         return OFFLOADED
     if id(module.weight) in embeddings:
         return "its weight is that of an embedding, which merging would destroy; take it out of target_modules"
-    in_features = module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
-    if in_features % config.m:
-        return f"in_features {in_features} is not a multiple of m = {config.m}; exclude it with exclude_modules"
+    if config.on_indivisible == "error" and (in_features := _in_features(module)) % config.m:
+        return (
+            f"in_features {in_features} is not a multiple of m = {config.m}; exclude it with exclude_modules, or all "
+            "such layers by on_indivisible='dense'"
+        )
     return None
+
+
+def _in_features(module: nn.Module) -> int:
+    assert isinstance(module.weight, torch.Tensor)
+    return module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
+
+
+def _leave_dense(config: MaskProConfig, indivisible: dict[str, int], masked: int) -> None:
+    """Leave layers out by name, so that what is saved says which."""
+    if isinstance(config.exclude_modules, str):
+        config.exclude_modules = "|".join([config.exclude_modules, *map(re.escape, indivisible)])
+    else:
+        config.exclude_modules = {*(config.exclude_modules or []), *indivisible}
+    dense = sum(indivisible.values())
+    warnings.warn(
+        f"{listed(list(indivisible))} stay dense, {dense:,} of {dense + masked:,} weights: m = {config.m} does not "
+        "divide their in_features.",
+        stacklevel=2,
+    )
+
+
+def _keep_layers_to_transform(config: MaskProConfig) -> None:
+    """Of all linear layers and experts those of some decoder layers: PEFT goes by the ends of names alone."""
+    if config.layers_to_transform is None:
+        return
+    layers = (
+        config.layers_to_transform if isinstance(config.layers_to_transform, list) else [config.layers_to_transform]
+    )
+
+    def is_inside(name: str) -> bool:
+        number = re.match(r"(?:.*?\.)?[^.]*\.(\d+)\.", name)
+        return number is not None and int(number[1]) in layers
+
+    config.target_modules = set(filter(is_inside, config.target_modules or ()))
+    config.target_parameters = set(filter(is_inside, config.target_parameters or ())) or None
 
 
 def _include_all_linear(config: MaskProConfig, model: nn.Module, inside: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_maskpro.cli.common import read_sources
+from hf_maskpro.cli.common import read_sources, read_text
 from hf_maskpro.learning import MaskProTrainer
 
 from ..conftest import VOCABULARY
@@ -134,11 +134,18 @@ def test_no_more_of_a_dataset_is_read_than_needed(sources):
     assert more.startswith(few)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    (tmp_path / "marked.txt").write_text("w1 w2", encoding="utf-8-sig")
+    assert read_text(tmp_path / "marked.txt") == "w1 w2"
+
+
 def test_bad_sources_are_named_before_the_model_is_loaded(checkpoint, sources, tmp_path):
     a, b, _ = sources
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "bytes.txt").write_bytes(b"w1 w2 \xff")
-    for name, rows in (("empty", ""), ("other", json.dumps({"content": "w1"})), ("blank", json.dumps({"text": ""}))):
+    (tmp_path / "wide.txt").write_text("w1 w2", encoding="utf-16-le")
+    contents = {"empty": "", "other": {"content": "w1"}, "blank": {"text": ""}, "lists": {"text": ["w1", "w2"]}}
+    for name, rows in ((name, row and json.dumps(row)) for name, row in contents.items()):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.jsonl").write_text(rows)
     for verb in ("init", "train"):
@@ -148,6 +155,13 @@ def test_bad_sources_are_named_before_the_model_is_loaded(checkpoint, sources, t
         assert f"{tmp_path / 'bytes.txt'} is no text in UTF-8: invalid start byte at byte 6; convert it" in fails(
             *given, "--text", tmp_path / "bytes.txt"
         )
+        assert f"{tmp_path / 'wide.txt'} is no text in UTF-8: it has NUL characters" in fails(
+            *given, "--text", tmp_path / "wide.txt"
+        )
+        assert f"{tmp_path / 'lists'} cannot be read: its column 'text' holds a list" in fails(
+            *given, "--dataset", tmp_path / "lists"
+        )
+        assert f"dataset {b} is a file; pass a text by --text" in fails(*given, "--dataset", b)
         assert f"{tmp_path / 'empty'} has no text" in fails(*given, "--dataset", tmp_path / "empty")
         assert f"{tmp_path / 'nothing'} cannot be read" in fails(*given, "--dataset", tmp_path / "nothing")
         assert f"{tmp_path / 'blank'} has no text" in fails(*given, "--dataset", tmp_path / "blank")

@@ -1,5 +1,7 @@
 import json
+import runpy
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -117,7 +119,7 @@ def anonymous_bytes():
 
 
 def test_other_adapters(tmp_path):
-    """What docs/deploy.md says of them; the first two are PEFT's doing."""
+    """What docs/deploy.md says of them; the first is PEFT's doing."""
     masked = get_peft_model(tiny_llama(), MaskProConfig())
     with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
         masked.add_adapter("lora", LoraConfig())
@@ -354,3 +356,19 @@ def test_nothing_on_disk_is_lost(tmp_path):
         (folder / "new").write_text("y")
     assert [path.name for path in output.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_fine_tuning_keeps_zeros(tmp_path, checkpoint, text, monkeypatch, capsys):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), MaskProConfig()).save_pretrained(tmp_path / "a")
+    merge(checkpoint, tmp_path / "a", tmp_path / "sparse")
+    script = Path(__file__).parents[2] / "examples" / "sparse_finetune.py"
+    command = [script, "--model", tmp_path / "sparse", "--text", text, "--output", tmp_path / "tuned"]
+    command += ["--max-steps", "3", "--learning-rate", "0.01", "--seq-len", "16"]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "14 layers are still 2:4" in capsys.readouterr().out
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("sparse", "tuned"))
+    for name in check_sparsity(tmp_path / "tuned", 2, 4):
+        dropped = before[name] == 0
+        assert not after[name][dropped].any()
+        assert (after[name] != before[name])[~dropped].float().mean() > 0.9

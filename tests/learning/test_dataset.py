@@ -123,6 +123,7 @@ def test_a_collator_of_ones_own_is_given_the_rows(tmp_path, checkpoint):
     [
         ({"question": TEXTS, "answer": TEXTS}, {}, "the columns question, answer; it needs one of text, messages and"),
         ({"labels": [1], "idx": [1]}, {}, "the columns labels, idx; it needs"),
+        ({"text": [TEXTS]}, {}, "the dataset's column 'text' holds a list, not a text"),
         ({"text": TEXTS}, {"processing_class": None}, "'text' has to be tokenised; pass processing_class=tokenizer"),
         ({"messages": [[]]}, {}, "no chat template"),
         ({"text": ["w1 w2", "", "w3"]}, {}, "has 3 tokens, fewer than one window of 16; lower max_length"),
@@ -134,4 +135,19 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, checkpoint, kind, 
     options = {"processing_class": AutoTokenizer.from_pretrained(checkpoint)} | options
     with pytest.raises(ValueError, match=message) as caught:
         trainer(tmp_path, as_rows(kind, **columns), **options).train()
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ([], "the dataset has no rows"),
+        ([{"input_ids": [3]}, {"input_ids": [4]}], "rows have fewer than 2 tokens"),
+        ([{"input_ids": [3, 40]}], "the token 40, and the model a vocabulary of 34; tokenise with its tokenizer"),
+        ([{"input_ids": [3, 4], "labels": [3, -100]}] * 9, "labels of the dataset's first 8 rows are -100"),
+    ],
+)
+def test_rows_that_teach_nothing_are_refused_in_one_line(tmp_path, dataset, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        trainer(tmp_path, dataset)
     assert len(str(caught.value).splitlines()) == 1

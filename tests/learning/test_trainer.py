@@ -533,10 +533,11 @@ def test_the_best_mask_is_what_a_run_ends_with(tmp_path, estimator):
     args = arguments(
         tmp_path, estimator, max_steps=12, eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True,
-        per_device_train_batch_size=32, **options,
+        per_device_train_batch_size=32, save_total_limit=1, **options,
     )  # fmt: skip
     trainer = MaskProTrainer(model, args, train_dataset=rows(64), eval_dataset=rows(64))
     trainer.train()
+    assert list(tmp_path.glob("checkpoint-*")) == [tmp_path / f"checkpoint-{trainer.state.best_global_step}"]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert estimator == "residual" or min(losses) < max(losses)
@@ -566,14 +567,15 @@ def test_a_relaxation_goes_on_from_the_learned_mask(tmp_path, llama, estimator):
     assert (again.changed_groups() > 0.5 * learned) or estimator == "maskllm"
 
 
-def test_a_checkpoint_of_another_estimator_is_refused(tmp_path, llama):
+@pytest.mark.parametrize(("mine", "theirs"), [("maskllm", "simple"), ("simple", "residual")])
+def test_a_checkpoint_of_another_estimator_is_refused(tmp_path, llama, mine, theirs):
     model = get_peft_model(copy.deepcopy(llama), MaskProConfig())
-    args = arguments(tmp_path, "simple", max_steps=1, save_strategy="steps", save_steps=1)
+    args = arguments(tmp_path, theirs, max_steps=1, save_strategy="steps", save_steps=1)
     MaskProTrainer(model, args, train_dataset=rows()).train()
     other = MaskProTrainer(
-        get_peft_model(llama, MaskProConfig()), arguments(tmp_path, "maskllm", max_steps=2), train_dataset=rows()
+        get_peft_model(llama, MaskProConfig()), arguments(tmp_path, mine, max_steps=2), train_dataset=rows()
     )
-    with pytest.raises(ValueError, match="is not a checkpoint of estimator='maskllm', but of 'simple'"):
+    with pytest.raises(ValueError, match=f"is not a checkpoint of estimator='{mine}', but of '{theirs}'"):
         other.train(resume_from_checkpoint=True)
 
 

@@ -243,6 +243,50 @@ assert len(ours) == 1, caught
     assert done.returncode == 0, done.stderr
 
 
+def test_on_a_gpu_every_shape_has_a_kernel_of_its_own(monkeypatch):
+    compilations = []
+
+    def compile(function, dynamic, fullgraph):
+        compilations.append((function.__code__, dynamic))
+        return function
+
+    monkeypatch.setattr("torch.compile", compile)
+    monkeypatch.setattr(compiling, "_on_gpu", lambda tensors: True)
+    kernel = compiling.Kernel(lambda x, others: x + others[0], "sum")
+    for size in (3, 5, 3, 5, 7):
+        assert kernel(1 << 20, torch.ones(size), [torch.ones(size)]).tolist() == [2] * size
+    assert [dynamic for _, dynamic in compilations] == [True, False, False, False]
+    assert len({code for code, _ in compilations}) == 4
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2), (3, 4)])
+def test_codes_by_place_are_those_of_the_words(n, m):
+    """What a GPU reads, of rows that fill their words and of padded ones."""
+    for groups in (40, 41, 42):
+        packed = pack(mode(torch.rand(6, m, groups), n), n, m)
+        found = kernels.codes_by_place(packed, code_table(n, m, packed.device), groups)
+        assert found.dtype == torch.int32
+        assert found.equal(unpack_codes(packed, n, m, m * groups))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [40, 41, 42])
+def test_masks_and_updates_on_a_gpu_are_those_of_the_cpu(monkeypatch, groups, dtype):
+    monkeypatch.setattr(compiling, "SMALLEST_COMPILED", 1 << 62)
+    theta, packed, weight, _ = layer(2, 4, torch.bfloat16, groups=groups)
+    found = []
+    for device in ("cpu", "cuda"):
+        if device == "cuda":
+            monkeypatch.setattr(compiling, "SMALLEST_COMPILED", 1)
+        moved, words = theta.to(device, dtype, copy=True), packed.to(device)
+        masked = kernels.sample_and_apply(weight.to(device), moved, words, 2.0, 2, 7, 3)
+        kernels.score_and_update(moved, words, 2.0, 2, -0.5, 7, 3)
+        found.append((masked.cpu(), moved.cpu()))
+    assert found[0][0].equal(found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], atol=2e-6 if dtype == torch.float32 else 2e-2, rtol=1e-2)
+
+
 @pytest.mark.parametrize("home", ["writable", "not writable", "set"])
 def test_compiled_kernels_are_kept_where_nobody_else_can_put_any(home, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))

@@ -32,6 +32,9 @@ def test_defaults():
         ({"modules_to_save": ["(\\w+)+!"]}, r"modules_to_save holds .* which is not the name of a module"),
         ({"base_fingerprint": {"a": []}}, r"base_fingerprint holds .* which is no name"),
         ({"target_weights": 0}, "target_weights is 0"),
+        ({"on_indivisible": "pad"}, "on_indivisible is 'pad'; use one of"),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform holds '0', which is no number"),
+        ({"layers_to_transform": [0], "target_modules": ".*q"}, "layers_to_transform goes with ends of names"),
         ({"init_mask": f"{'x' * 300}+swaps"}, "init_mask is 'xxx"),
     ],
 )

@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import Llama4ForCausalLM, Llama4TextConfig
+from transformers import Llama4ForCausalLM, Llama4TextConfig, MixtralConfig, MixtralForCausalLM
 
 from hf_maskpro import MaskProConfig, initialize_masks
 from hf_maskpro.tuner import masked_layers
@@ -178,3 +178,29 @@ def test_offloaded_experts_are_masked_as_they_are_brought(ids):
     expected = logits(model, ids)
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert torch.equal(logits(model, ids), expected)
+
+
+def test_experts_that_the_pattern_does_not_fit_stay_dense_if_asked(tmp_path, ids):
+    config = MaskProConfig(n=3, m=5, target_modules=[], target_parameters=["experts.down_proj"])
+    sizes = {"vocab_size": 34, "hidden_size": 20, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+
+    def make():
+        torch.manual_seed(0)
+        return MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
+
+    with pytest.raises(ValueError, match="experts' in_features 32 is not a multiple of m = 5"):
+        get_peft_model(make(), config)
+    with pytest.warns(UserWarning, match=r"experts\.down_proj stay dense, 2,560 of 9,280 weights"):
+        model = get_peft_model(make(), MaskProConfig(n=3, m=5, on_indivisible="dense")).eval()
+    assert {name for name in masked_layers(model) if "experts" in name} == {"model.layers.0.mlp.experts.gate_up_proj"}
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(make(), tmp_path), ids), logits(model, ids))
+
+
+def test_another_adapter_between_experts_and_their_mask_is_refused(ids):
+    masked = get_peft_model(tiny_mixtral(), MaskProConfig())
+    config = LoraConfig(target_modules=[], target_parameters=["experts.down_proj"])
+    model = get_peft_model(masked.base_model.model, config, adapter_name="lora")
+    with pytest.raises(ValueError, match="ParamWrapper lies between masked experts and their mask"):
+        logits(model, ids)

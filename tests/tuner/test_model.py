@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import (
     AutoPeftModelForCausalLM,
+    LoraConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -16,7 +17,7 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from hf_maskpro import MaskProConfig, check_sparsity, initialize_masks
@@ -649,3 +650,130 @@ class TestAlteredFiles:
         self.alter(saved[0], add)
         with pytest.raises(ValueError, match="the model has not"):
             self.load("peft", base_folder, saved[0], ids)
+
+
+def lora(masked, **options):
+    """A LoRA over a masked model, which does something."""
+    config = LoraConfig(init_lora_weights=False, **options)
+    return get_peft_model(masked.get_base_model(), config, adapter_name="quality").eval()
+
+
+def test_a_lora_over_a_mask_works_unmerged(saved, base_folder, ids, tmp_path):
+    masked = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), saved[0])
+    with pytest.raises(ValueError, match="'default' is the name of an adapter of masks; give the other one a name"):
+        get_peft_model(masked.get_base_model(), LoraConfig())
+    model = lora(masked)
+    expected = logits(model, ids)
+    assert not torch.equal(expected, saved[1])
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), logits(AutoModelForCausalLM.from_pretrained(base_folder), ids))
+    model.save_pretrained(tmp_path / "both")
+    mask, quality = (load_file(tmp_path / "both" / name / "adapter_model.safetensors") for name in (".", "quality"))
+    assert mask.keys() == load_file(saved[0] / "adapter_model.safetensors").keys()
+    assert all(".lora_" in key for key in quality)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+    both = PeftModel.from_pretrained(base, tmp_path / "both" / "quality", adapter_name="quality")
+    assert torch.equal(logits(both.eval(), ids), expected)
+    # Served beside the sparse checkpoint, by those who know no masks.
+    merge(base_folder, tmp_path / "both", tmp_path / "sparse")
+    sparse = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    beside = PeftModel.from_pretrained(sparse, tmp_path / "both" / "quality")
+    assert torch.equal(logits(beside.eval(), ids), expected)
+
+
+def test_a_lora_over_a_mask_is_merged_when_asked_for(saved, base_folder, ids):
+    masked = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), saved[0])
+    model = lora(masked, target_modules="all-linear")
+    expected = logits(model, ids)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for merging in (model.merge_adapter, model.merge_and_unload, masked.merge_and_unload):
+        with pytest.raises(ValueError, match=r"q_proj.* a mask lies beneath, whose zeros it would fill"):
+            merging()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    masked.merge_adapter()
+    assert torch.equal(logits(model, ids), expected)
+    dense = model.merge_and_unload()
+    torch.testing.assert_close(logits(dense, ids), expected)
+    with pytest.raises(ValueError, match="have more than 2 of 4"):
+        check_sparsity(dense, 2, 4)
+
+
+def test_a_mask_and_a_lora_learn_together(llama, ids):
+    masked = get_peft_model(llama, MaskProConfig(save_logits=True))
+    model = lora(masked, target_modules="all-linear").train()
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad.any() for p in learned.values())
+    assert len([name for name in learned if "maskpro_theta" in name]) == 14
+    assert len([name for name in learned if ".lora_" in name]) == 28
+    perturb(masked)
+    expected = logits(model.eval(), ids)
+    state = get_peft_model_state_dict(masked)
+    perturb(masked, seed=1)
+    assert not torch.equal(logits(model, ids), expected)
+    set_peft_model_state_dict(masked, state)
+    assert torch.equal(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("exclude_modules", [None, ["o_proj"], ".*o_proj"])
+def test_layers_that_m_does_not_divide_stay_dense_when_asked_for(tmp_path, ids, exclude_modules):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 30, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=34, num_key_value_heads=2, **sizes)).eval()
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        ValueError, match=r"mlp\.down_proj.*in_features 30 .* or all such layers by on_indivisible='dense'"
+    ):
+        get_peft_model(base, MaskProConfig())
+    config = MaskProConfig(on_indivisible="dense", exclude_modules=exclude_modules)
+    dense, masked = 2 * 16 * 30, 2 * (2 * 16 * 30 + (4 if exclude_modules is None else 3) * 16 * 16)
+    with pytest.warns(UserWarning, match=rf"down_proj stay dense, {dense:,} of {dense + masked:,} weights"):
+        model = get_peft_model(base, config).eval()
+    assert not any("down_proj" in name for name in masked_layers(model))
+    model.save_pretrained(tmp_path / "a")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "a")
+    assert torch.equal(logits(loaded.eval(), ids), logits(model, ids))
+    assert len(merge(tmp_path / "base", tmp_path / "a", tmp_path / "merged")) == len(masked_layers(model))
+
+
+@pytest.mark.parametrize("target_modules", [None, "all-linear", ["q_proj", "up_proj"]])
+def test_some_decoder_layers_alone(llama, tmp_path, target_modules):
+    model = get_peft_model(llama, MaskProConfig(layers_to_transform=[1], target_modules=target_modules))
+    names = set(masked_layers(model))
+    assert len(names) == (2 if isinstance(target_modules, list) else 7)
+    assert all(name.startswith("model.layers.1.") for name in names)
+    model.save_pretrained(tmp_path / "a")
+    assert set(masked_layers(PeftModel.from_pretrained(tiny_llama(), tmp_path / "a"))) == names
+
+
+def test_float16_bases(base_folder, tmp_path, ids):
+    def base():
+        return AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float16)
+
+    model = get_peft_model(base(), MaskProConfig(init_mask="sparsegpt+swaps"))
+    initialize_masks(model, [{"input_ids": ids}])
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(layer.maskpro_theta["default"].grad.any() for layer in masked_layers(model).values())
+    perturb(model.eval())
+    expected = logits(model, ids)
+    assert expected.dtype == torch.float16
+    model.save_pretrained(tmp_path / "a")
+    with pytest.warns(UserWarning, match="float16 weights cannot be compared"):
+        loaded = PeftModel.from_pretrained(base(), tmp_path / "a").eval()
+    assert torch.equal(logits(loaded, ids), expected)
+    merged = loaded.merge_and_unload(safe_merge=True)
+    assert torch.equal(logits(merged, ids), expected)
+    check_sparsity(merged, 2, 4)
+
+
+def test_layers_of_one_row_and_one_group_with_a_bias():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(1, 4)).eval()
+    x = torch.randn(5, 4)
+    model = get_peft_model(base, MaskProConfig(target_modules=["0", "1"]))
+    model.train()(x).sum().backward()
+    assert all(layer.maskpro_theta["default"].grad.isfinite().all() for layer in masked_layers(model).values())
+    expected = model.eval()(x)
+    merged = model.merge_and_unload()
+    assert torch.equal(merged(x), expected)
+    assert (merged[1].weight != 0).sum() == 4

@@ -1,0 +1,173 @@
+"""A run ends as if nothing had happened to it, or says why it cannot."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from hf_maskpro import MaskProConfig, MaskProTrainer
+
+from ..conftest import tiny_llama
+from .test_trainer import arguments, rows, thetas
+
+
+def killed(folder, kills, *runs):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.learning.killable", folder, kills, *runs]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.partition(":")[0] for line in done.stdout.splitlines() if "kills" in line] == list(runs)
+    return done.stdout
+
+
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, checkpoint, text):
+    killed(tmp_path, 2, "simple,short,2", f"hf-maskpro,{checkpoint},{text}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["rows,2", "stream,1", "short,2"])
+@pytest.mark.parametrize("estimator", ["simple", "residual", "maskllm", "proxsparse", "lean"])
+def test_a_run_killed_at_twenty_moments_ends_with_the_same_bits(tmp_path, estimator, data):
+    killed(tmp_path, 20, f"{estimator},{data.replace('2', '1') if estimator == 'lean' else data}")
+
+
+@pytest.mark.slow
+def test_the_command_killed_at_twenty_moments_ends_with_the_same_bits(tmp_path, checkpoint, text):
+    killed(tmp_path, 20, f"hf-maskpro,{checkpoint},{text}")
+
+
+class Stops(MaskProTrainer):
+    """Does something in the third step."""
+
+    def training_step(self, *args):
+        loss = super().training_step(*args)
+        if self.state.global_step == 2:
+            self.stop()
+        return loss
+
+    def stop(self):
+        """Nothing yet."""
+
+
+def learner(folder, dataset, **options):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="random", logit_scale=2.0))
+    options = {
+        "max_steps": 5, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 4,
+        "train_sampling_strategy": "sequential",
+    } | options  # fmt: skip
+    return Stops(model, arguments(folder, "simple", **options), train_dataset=dataset)
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What a run learns that is let alone."""
+    trainer = learner(tmp_path_factory.mktemp("alone"), rows(), save_strategy="no")
+    trainer.train()
+    assert any(theta.abs().max() > 0 for theta in thetas(trainer.model))
+    return thetas(trainer.model)
+
+
+def resumed(folder, dataset):
+    """What is learned by the end of a run that goes on."""
+    trainer = learner(folder, dataset)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 5
+    return thetas(trainer.model)
+
+
+def same(mine, theirs):
+    return all(torch.equal(*pair) for pair in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, alone, number, error):
+    before = signal.getsignal(number)
+    trainer = learner(tmp_path, rows())
+    trainer.stop = lambda: signal.raise_signal(number)
+    with pytest.raises(error) as ended:
+        trainer.train()
+    assert ended.type is KeyboardInterrupt or ended.value.code == 143
+    assert signal.getsignal(number) is before
+    assert checkpoints(tmp_path) == ["checkpoint-3"]
+    assert same(resumed(tmp_path, rows()), alone)
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    trainer = learner(tmp_path, rows(), save_steps=1)
+    trainer.stop = lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_without_checkpoints_a_signal_ends_it_at_once(tmp_path):
+    trainer = learner(tmp_path, rows(), save_strategy="no")
+    trainer.stop = lambda: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert checkpoints(tmp_path) == []
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Rows that fail at one of them, or come to be looked at and once more."""
+
+    def __init__(self, fails_at=None, once=False):
+        self.fails_at, self.once, self.passes = fails_at, once, 0
+
+    def __iter__(self):
+        self.passes += 1
+        for i, row in enumerate(rows() if not self.once or self.passes <= 2 else []):
+            if i == self.fails_at:
+                raise OSError("the connection was reset")
+            yield row
+
+
+def test_data_that_fail_leave_a_checkpoint_of_the_last_step(tmp_path, alone):
+    with pytest.raises(OSError, match="the connection was reset"):
+        learner(tmp_path, Stream(fails_at=14)).train()
+    # The next batch is asked for while a step runs, so the third is not begun.
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+    assert same(resumed(tmp_path, Stream()), alone)
+
+
+def test_data_that_fail_before_the_first_step_leave_nothing(tmp_path):
+    with pytest.raises(OSError, match="the connection was reset"):
+        learner(tmp_path, Stream(fails_at=2)).train()
+    assert checkpoints(tmp_path) == []
+
+
+def test_a_stream_that_ends_too_soon_leaves_a_checkpoint(tmp_path):
+    stream = Stream(once=True)
+    assert learner(tmp_path, stream, max_steps=40, save_steps=30).train().global_step == 8
+    assert checkpoints(tmp_path) == ["checkpoint-8"]
+
+
+def test_a_checkpoint_that_lacks_a_file_is_passed_over(tmp_path, alone):
+    learner(tmp_path, rows(), save_steps=2).train()
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    for step in (5, 4):
+        (tmp_path / f"checkpoint-{step}" / "scheduler.pt").unlink()
+    assert same(resumed(tmp_path, rows()), alone)
+    for step in (5, 4, 2):
+        (tmp_path / f"checkpoint-{step}" / "scheduler.pt").unlink()
+    with pytest.raises(ValueError, match="has no whole checkpoint to resume from"):
+        learner(tmp_path, rows()).train(resume_from_checkpoint=True)
+
+
+def test_the_bar_shows_loss_and_changed_groups(tmp_path, capsys):
+    learner(tmp_path, rows(), disable_tqdm=False, logging_steps=1, save_strategy="no").train()
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "5/5" in last
+    assert "changed=" in last
+    assert "loss=" in last
