@@ -200,7 +200,8 @@ def test_experts_that_the_pattern_does_not_fit_stay_dense_if_asked(tmp_path, ids
 
 def test_another_adapter_between_experts_and_their_mask_is_refused(ids):
     masked = get_peft_model(tiny_mixtral(), MaskProConfig())
-    config = LoraConfig(target_modules=[], target_parameters=["experts.down_proj"])
+    names = sorted(masked.peft_config["default"].target_parameters)
+    config = LoraConfig(target_modules=[], target_parameters=names)
     model = get_peft_model(masked.base_model.model, config, adapter_name="lora")
     with pytest.raises(ValueError, match="ParamWrapper lies between masked experts and their mask"):
         logits(model, ids)
