@@ -3,10 +3,13 @@
 import ast
 import builtins
 import re
+import runpy
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from string import Template
 from textwrap import dedent
 from typing import Any
 
@@ -95,6 +98,15 @@ def workplace(tmp_path_factory) -> Iterator[None]:
         AutoTokenizer.from_pretrained("M").save_pretrained("sparse")
         kept = {name: (merged.get_parameter(name) != 0).to(torch.uint8) for name in check_sparsity(merged, 2, 4)}
         save_file(kept, "mask.safetensors")
+        shutil.copytree("M", "quickstart/base")
+        for name in ("wanda", "simple"):
+            shutil.copytree("mask", f"quickstart/{name}")
+        for name in ("calibration.txt", "held_out.txt"):
+            shutil.copyfile("text.txt", f"quickstart/{name}")
+        talking = AutoTokenizer.from_pretrained("M")
+        talking.eos_token = "<unk>"
+        talking.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+        talking.save_pretrained("quickstart/base")
         run("export", "--model", "sparse", "--target", "cpu", "--output", "packed")
         yield
 
@@ -162,3 +174,26 @@ def test_commands_run_as_they_are_written(page, workplace):
         if "--output" in words and "--resume" not in words:
             shutil.rmtree(words[words.index("--output") + 1], ignore_errors=True)
         run(*words)
+
+
+EXAMPLES = ROOT / "examples" / "README.md"
+
+
+def test_the_page_of_examples_has_all_of_them():
+    assert {line[1] for line in example_lines()} == {f"examples/{file.name}" for file in EXAMPLES.parent.glob("*.py")}
+
+
+def example_lines() -> list[list[str]]:
+    [block] = blocks(EXAMPLES, "bash")
+    setting, *lines = block.replace("\\\n", " ").splitlines()
+    known = dict(word.split("=") for word in setting.split())
+    return [shlex.split(Template(line).substitute(known)) for line in lines]
+
+
+@pytest.mark.parametrize("words", example_lines(), ids=lambda words: words[1])
+def test_examples_run_without_the_hub(words, workplace, tmp_path, monkeypatch):
+    shutil.copytree("quickstart", tmp_path / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    steps = [] if "max-steps" not in (ROOT / words[1]).read_text() else ["--max-steps", "2"]
+    monkeypatch.setattr(sys, "argv", [*words[1:], *steps])
+    runpy.run_path(str(ROOT / words[1]), run_name="__main__")

@@ -157,17 +157,19 @@ def read_text(path: Path) -> str:
     return text
 
 
-def read_sources(texts: list[Path] | None, datasets: list[str] | None, tokens: int) -> dict[str, str]:
+def read_sources(
+    texts: list[Path] | None, datasets: list[str] | None, tokens: float, split: str = "train"
+) -> dict[str, str]:
     """
-    What all texts hold, and of each dataset what so many tokens are made of, by the names that the user gave. The
-    first thing to ask for, since it tells soon what is empty or cannot be read.
+    What all texts hold, and of a split of each dataset what so many tokens are made of, by the names that the user
+    gave. The first thing to ask for, since it tells soon what is empty or cannot be read.
     """
     given = [*map(str, texts or []), *(datasets or [])]
     if twice := [name for name in given if given.count(name) > 1]:
-        raise ValueError(f"{twice[0]} is named twice; name it once, and give it more of the --weights.")
+        raise ValueError(f"{twice[0]} is named twice; name it once.")
     contents = {str(path): read_text(path) for path in texts or []}
     for dataset in datasets or []:
-        content = "\n\n".join(_documents(dataset, 10 * tokens))
+        content = "\n\n".join(_documents(dataset, split, 10 * tokens))
         if not content.strip():
             raise ValueError(f"dataset {dataset} has no text; pass one with text.")
         contents[dataset] = content
@@ -244,8 +246,8 @@ def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return "".join(str(tokenizer.apply_chat_template(turns, tokenize=False)) for turns in conversations)
 
 
-def _documents(dataset: str, characters: int) -> Iterator[str]:
-    """Documents of a dataset's train split until there are so many characters."""
+def _documents(dataset: str, split: str, characters: float) -> Iterator[str]:
+    """Documents of a dataset's split until there are so many characters."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -255,7 +257,7 @@ def _documents(dataset: str, characters: int) -> Iterator[str]:
         raise ValueError(f"dataset {dataset} is a file; pass a text by --text, and of a dataset its folder.")
     bar = tqdm(total=characters, desc=f"reading {dataset}", unit=" characters", unit_scale=True)
     try:
-        for row in load_dataset(name, config or None, split="train", streaming=True):
+        for row in load_dataset(name, config or None, split=split, streaming=True):
             if "text" not in row:
                 raise ValueError(f"it has no column 'text', only {', '.join(row)}.")
             if not row["text"]:

@@ -26,6 +26,14 @@ def evaluate(
             metavar="FILE", help="Text file to measure perplexity on; repeat it for several.", rich_help_panel=TEXT
         ),
     ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Dataset to measure perplexity on, its test split: NAME or NAME:CONFIG; repeat it for several.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
     home: Annotated[
         Path | None,
         typer.Option(
@@ -41,7 +49,7 @@ def evaluate(
     compare: Annotated[bool, typer.Option("--compare", help="Measure several models, side by side.")] = False,
     seq_len: Annotated[
         int, typer.Option(min=2, metavar="N", help="Length of a window, in tokens.", rich_help_panel=TEXT)
-    ] = 2048,
+    ] = 512,
     stride: Annotated[
         int | None,
         typer.Option(
@@ -80,17 +88,17 @@ def evaluate(
 ) -> None:
     """Measure perplexity on texts, of a mask also against the dense model, and accuracy on tasks."""
     paths = [*(text or []), *([home] if home is not None else [])]
-    if not paths and tasks is None:
-        raise ValueError("nothing to measure: pass --text FILE or --tasks NAMES.")
+    if not paths and not dataset and tasks is None:
+        raise ValueError("nothing to measure: pass --text FILE, --dataset NAME or --tasks NAMES.")
     if home in (text or []):
         raise ValueError(f"{home} is both --home and --text; a text at home is not elsewhere, so name it once.")
     if record and (compare or adapter is None or not Path(adapter).is_dir()):
         raise ValueError("--record writes into an adapter's folder: pass one with --adapter, and no --compare.")
     from .. import evaluation
     from ..tuner import saved_config
-    from .common import adapter_folder, load_adapter, load_model, read_text
+    from .common import adapter_folder, load_adapter, load_model, read_sources
 
-    texts = {str(path): read_text(path) for path in paths}
+    texts = read_sources(paths, dataset, max_tokens or float("inf"), split="test")
     names = tasks.split(",") if tasks is not None else []
     if names:
         evaluation.find_tasks(names)

@@ -1,11 +1,14 @@
 """The whole story on a real model in minutes: lose half the weights, collapse, recover."""
 
+import ast
 import json
 import os
 import platform
 import subprocess
 import sys
+import sysconfig
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,17 +20,21 @@ from rich.table import Column, Table
 from ..version import __version__
 from .options import Overwrite
 from .output import console
+from .questions import ASKED_AT_THE_END, LEARNED_FROM
 from .train import forget_previous, put_back, set_aside
 
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SEQ_LEN, MAX_TOKENS = 512, 8192
+# Tokens of an answer to learn from, and of one to be shown.
+LEARNED_TOKENS, SHOWN_TOKENS = 64, 40
+# The standard library says more than is measured.
+ELSEWHERE_CHARACTERS = 50_000
 HELD_OUT_EVERY = 8
 # What merging and three models' answers take.
 ENDING_SECONDS = 40
 # The best start takes about so many times as long as Wanda's.
 START_RATIO = 4
-QUESTIONS = ("What is the capital of France?", "Name three fruits.")
 # glibc gives large blocks back to the system at every step and fetches them again: a quarter of a step on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 
@@ -55,13 +62,15 @@ def quickstart(
     texts = {
         "calibration": "\n\n".join(piece for i, piece in enumerate(pieces) if i % HELD_OUT_EVERY),
         "held_out": "\n\n".join(pieces[::HELD_OUT_EVERY]),
+        "elsewhere": _docstrings(),
     }
     tokenizer = load_tokenizer(*_smollm2()) if model is None else load_tokenizer(model)
     windows(tokenizer, texts["calibration"], CALIBRATION_SEQ_LEN)
     measured = protocol(tokenizer, texts["held_out"], SEQ_LEN, MAX_TOKENS)
     console.print(
-        f"{minutes:g} minutes: measure the dense model, drop half of its weights by magnitude and by Wanda, learn "
-        "which to drop in what is left of the time, and let all of them answer."
+        f"{minutes:g} minutes: measure the dense model and let it answer {len(LEARNED_FROM)} questions to learn from, "
+        "drop half of its weights by magnitude and by Wanda, learn which to drop in what is left of the time, and let "
+        "all of them answer two more."
     )
     set_aside(output)
     try:
@@ -70,8 +79,8 @@ def quickstart(
         put_back(output)
         raise
     results |= {
-        "protocol": f"held-out text of {output / 'held_out.txt'}, {measured}; "
-        f"calibrated and trained on {output / 'calibration.txt'}",
+        "protocol": f"at home {output / 'held_out.txt'}, elsewhere {output / 'elsewhere.txt'}, {measured} of each; "
+        f"calibrated and trained on {output / 'calibration.txt'} and the model's answers",
         "seconds": time.perf_counter() - begun,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")}
         | {"hf-maskpro": __version__, "python": platform.python_version()},
@@ -88,6 +97,8 @@ def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str
     base = write_smollm2(output / "base") if model is None else model
     for name, content in texts.items():
         (output / f"{name}.txt").write_text(content, encoding="utf-8")
+    if conversations := _conversations(base):
+        (output / "conversations.txt").write_text(conversations, encoding="utf-8")
     rows = [_run(output, base, method) for method in ("dense", "magnitude", "wanda")]
     end -= ENDING_SECONDS
     start = "wanda"
@@ -113,27 +124,50 @@ def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str
 
 
 def _answers(base: str, adapters: dict[str, Path]) -> dict[str, list[str]]:
-    """What the dense model and masks over it answer, as far as they come in 40 tokens; nothing of one without chat."""
+    """What the dense model and masks over it answer, as far as they come; nothing of one without chat."""
     from .common import load_adapter, load_model
 
     model, tokenizer = load_model(base)
     if tokenizer.chat_template is None:
         return {}
-
-    def answer(model: Any, question: str) -> str:
-        turns = [{"role": "user", "content": question}]
-        inputs = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
-        tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False)
-        return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
-
-    answers = {"dense": [answer(model, question) for question in QUESTIONS]}
+    answers = {"dense": _replies(model, tokenizer, ASKED_AT_THE_END, SHOWN_TOKENS)}
     for method, folder in adapters.items():
         masked = load_adapter(model, folder).eval()
-        answers[method] = [answer(masked, question) for question in QUESTIONS]
+        answers[method] = _replies(masked, tokenizer, ASKED_AT_THE_END, SHOWN_TOKENS)
         model = masked.unload()
     return answers
+
+
+def _conversations(base: str) -> str:
+    """Questions and what the dense model answers to them, by its chat template; nothing of one without chat."""
+    from .common import load_model
+
+    model, tokenizer = load_model(base)
+    if tokenizer.chat_template is None:
+        return ""
+    console.rule("conversations")
+    replies = _replies(model, tokenizer, LEARNED_FROM, LEARNED_TOKENS)
+    turns = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+        for question, reply in zip(LEARNED_FROM, replies, strict=True)
+    ]
+    return "".join(tokenizer.apply_chat_template(turns, tokenize=False))
+
+
+def _replies(model: Any, tokenizer: Any, questions: Sequence[str], tokens: int) -> list[str]:
+    """The likeliest answers, up to so many tokens long."""
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    replies: list[str] = []
+    for start in range(0, len(questions), 32):
+        turns = [[{"role": "user", "content": question}] for question in questions[start : start + 32]]
+        inputs = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        found = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        answers = tokenizer.batch_decode(found[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        replies += [answer.strip() for answer in answers]
+    return replies
 
 
 def _topics() -> list[str]:
@@ -141,6 +175,16 @@ def _topics() -> list[str]:
     from pydoc_data.topics import topics
 
     return list(dict.fromkeys(topics[name] for name in sorted(topics)))
+
+
+def _docstrings() -> str:
+    """English text of another kind that every Python carries: what its standard library says of itself."""
+    found: list[str] = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        nodes = ast.walk(ast.parse(path.read_bytes()))
+        documented = (node for node in nodes if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
+        found += filter(None, map(ast.get_docstring, documented))
+    return "\n\n".join(found)[:ELSEWHERE_CHARACTERS]
 
 
 def _smollm2() -> tuple[str, str]:
@@ -178,7 +222,10 @@ def _run(output: Path, base: str, method: str, options: list[str] | None = None)
         "--base",
         base,
     ]
-    command += ["--calibration", str(output / "calibration.txt"), "--held-out", str(output / "held_out.txt")]
+    for name in ("calibration.txt", "conversations.txt"):
+        if (output / name).exists():
+            command += ["--calibration", str(output / name)]
+    command += ["--held-out", str(output / "held_out.txt"), "--elsewhere", str(output / "elsewhere.txt")]
     command += ["--result", str(result), "--seq-len", str(SEQ_LEN), "--max-tokens", str(MAX_TOKENS)]
     if method != "dense":
         command += ["--output", str(output / method)]
@@ -186,7 +233,7 @@ def _run(output: Path, base: str, method: str, options: list[str] | None = None)
         raise RuntimeError(f"the {method} process failed; its message is above.")
     row = json.loads(result.read_text())
     result.unlink()
-    console.print(f"held-out perplexity {row['perplexity']:.4g}")
+    console.print(f"held-out perplexity {row['perplexity']:.4g} at home, {row['elsewhere']:.4g} elsewhere")
     return row
 
 
@@ -219,19 +266,19 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def _show(results: dict[str, Any], output: Path) -> None:
     table = Table(title=f"{results['model']} at 2:4")
-    for column in ("method", "held-out perplexity", "steps", "seconds", "peak memory", "changed groups"):
+    for column in ("method", "at home", "elsewhere", "steps", "seconds", "memory"):
         table.add_column(column, justify="left" if column == "method" else "right")
+    dense = results["rows"][0]
     for row in results["rows"]:
         table.add_row(
             row["method"],
-            f"{row['perplexity']:.4g}",
+            *(f"{row[kind]:.4g} ({row[kind] / dense[kind]:,.2f}x)" for kind in ("perplexity", "elsewhere")),
             f"{row['steps']:,}",
             f"{row['seconds']:.0f}",
-            f"{row['peak_bytes'] / 2**20:,.0f} MiB",
-            f"{row['changed_groups']:.2%}",
+            f"{row['peak_bytes'] / 10**9:.1f} GB",
         )
     console.print(table)
-    console.print(f"Perplexity: {results['protocol']}.")
+    console.print(f"Perplexity, and how many times the dense one: {results['protocol']}.")
     if any(row["method"] == "residual" for row in results["rows"]):
         console.print(
             "residual needs forward passes alone, and thousands of steps: the paper runs 10,000. "
@@ -239,7 +286,7 @@ def _show(results: dict[str, Any], output: Path) -> None:
         )
     if results["answers"]:
         table = Table("", *(Column(method, overflow="fold") for method in results["answers"]))
-        for index, question in enumerate(QUESTIONS):
+        for index, question in enumerate(ASKED_AT_THE_END):
             table.add_row(question, *(answers[index] for answers in results["answers"].values()))
         console.print(table)
     console.print(f"Everything together took {results['seconds'] / 60:.1f} minutes. It left behind:")

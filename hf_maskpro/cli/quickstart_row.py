@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..evaluation import perplexity, windows
+from ..evaluation import mixed_windows, perplexity, windows
 from ..learning import MaskProTrainer, MaskProTrainingArguments
 from ..starts import random_windows, start_token_of
 from ..tuner import MaskProConfig, masked_layers
@@ -134,8 +134,9 @@ def learn(
 def quickstart_row(
     method: Annotated[Literal["dense", "magnitude", "wanda", "sparsegpt+swaps", "residual", "simple"], typer.Option()],
     base: Annotated[str, typer.Option()],
-    calibration: Annotated[Path, typer.Option()],
+    calibration: Annotated[list[Path], typer.Option()],
     held_out: Annotated[Path, typer.Option()],
+    elsewhere: Annotated[Path, typer.Option()],
     result: Annotated[Path, typer.Option()],
     seq_len: Annotated[int, typer.Option()] = 512,
     max_tokens: Annotated[int, typer.Option()] = 8192,
@@ -146,16 +147,18 @@ def quickstart_row(
 ) -> None:
     """Run one method, and write its row and the adapter."""
     model, tokenizer = load_model(base)
-    text = read_text(held_out)
+    text, other = read_text(held_out), read_text(elsewhere)
+    sources = [windows(tokenizer, read_text(path), SEQ_LEN) for path in calibration]
+    # As much of each, and of the largest all.
+    inputs = mixed_windows(sources, [1] * len(sources), len(sources) * max(map(torch.numel, sources)))
     torch.manual_seed(0)
     begun = time.perf_counter()
     if method == "dense":
         masked: Any = model
     elif method in ("magnitude", "wanda", "sparsegpt+swaps"):
         masked = get_peft_model(model, MaskProConfig(init_mask=method))
-        inputs = windows(tokenizer, read_text(calibration), SEQ_LEN)
         batches = random_windows(inputs, seed=0, start_token=start_token_of(tokenizer))
-        calibrate(masked, batches, calibration.name, seed=0)
+        calibrate(masked, batches, " and ".join(path.name for path in calibration), seed=0)
     else:
         assert start is not None
         masked = load_adapter(model, start, is_trainable=True)
@@ -169,13 +172,13 @@ def quickstart_row(
         row: dict[str, Any] = {"perplexity": value, "steps": 0, "seconds": initialized - begun, "changed_groups": 0.0}
         row |= {"curve": [], "log": []}
     else:
-        inputs = windows(tokenizer, read_text(calibration), SEQ_LEN)
         estimator: Literal["residual", "simple"] = "residual" if method == "residual" else "simple"
         with tempfile.TemporaryDirectory() as scratch:
             row = learn(masked, estimator, inputs, seconds, deadline, evaluate, Path(scratch))
     if output is not None:
         masked.save_pretrained(output)
-    row |= {"method": method, "peak_bytes": peak_bytes()}
+    row |= {"method": method, "elsewhere": perplexity(masked, tokenizer, other, seq_len, max_tokens)}
+    row["peak_bytes"] = peak_bytes()
     result.write_text(json.dumps(row))
 
 

@@ -16,7 +16,7 @@ def divergence(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     text: str,
-    seq_len: int = 2048,
+    seq_len: int = 512,
     max_tokens: int | None = None,
     progress: bool = False,
     stride: int | None = None,
@@ -50,7 +50,7 @@ def against_dense(
     tokenizer: PreTrainedTokenizerBase,
     texts: dict[str, str],
     home: str | None = None,
-    seq_len: int = 2048,
+    seq_len: int = 512,
     max_tokens: int | None = None,
     progress: bool = False,
     stride: int | None = None,
@@ -66,7 +66,7 @@ def against_dense(
         texts (`dict[str, str]`): Texts that the mask was not learned from, by name.
         home (`str`, *optional*): Name of the one among them that is of the kind that was learned. All others count as
             elsewhere.
-        seq_len (`int`, *optional*, defaults to `2048`): As for [`perplexity`], for each of the texts, like all below.
+        seq_len (`int`, *optional*, defaults to `512`): As for [`perplexity`], for each of the texts, like all below.
         max_tokens (`int`, *optional*): Use no more of a text than this, in tokens.
         progress (`bool`, *optional*, defaults to `False`): Show a progress bar for each text.
         stride (`int`, *optional*): Tokens from one window to the next; without it windows do not overlap.

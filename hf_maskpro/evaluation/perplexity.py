@@ -16,7 +16,7 @@ def perplexity(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     text: str,
-    seq_len: int = 2048,
+    seq_len: int = 512,
     max_tokens: int | None = None,
     progress: bool = False,
     stride: int | None = None,
@@ -42,7 +42,7 @@ def perplexity(
             applies its learned mask.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         text (`str`): The text.
-        seq_len (`int`, defaults to 2048): Length of a window, in tokens.
+        seq_len (`int`, defaults to 512): Length of a window, in tokens.
         max_tokens (`int`, *optional*): Use no more of the text than this, in tokens.
         progress (`bool`): Show a progress bar.
         stride (`int`, *optional*): Tokens from one window to the next, fewer than `seq_len`.

@@ -166,7 +166,7 @@ def batches_of(
 def protocol(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
-    seq_len: int = 2048,
+    seq_len: int = 512,
     max_tokens: int | None = None,
     stride: int | None = None,
     start_token: bool = True,
@@ -177,7 +177,7 @@ def protocol(
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
         text (`str`): The text.
-        seq_len (`int`, defaults to 2048): Length of a window, in tokens.
+        seq_len (`int`, defaults to 512): Length of a window, in tokens.
         max_tokens (`int`, *optional*): Use no more of the text than this, in tokens.
         stride (`int`, *optional*): Tokens from one window to the next.
         start_token (`bool`, defaults to `True`): Begin every window with the start token, where the tokenizer adds

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Self
 
 import torch
@@ -73,12 +73,16 @@ class TrainedAdapter:
         return sum(theta.shape[0] * theta.shape[2] for theta in self.thetas())
 
     @contextmanager
-    def masks(self, choose: MaskWeight) -> Iterator[None]:
-        """Let every layer multiply by what `choose` makes of its weight, and keep nothing."""
+    def masks(self, choose: MaskWeight, keep: bool = False) -> Iterator[None]:
+        """
+        Let every layer multiply by what `choose` makes of its weight. To `keep` that until the end takes the memory of
+        another model, and spares choosing again at every token that is generated.
+        """
         modes = [layer.training for layer in self.layers]
         for index, layer in enumerate(self.layers):
             layer.train()
-            layer.choose_mask = partial(choose, index, layer)
+            chosen = partial(choose, index, layer)
+            layer.choose_mask = cache(chosen) if keep else chosen
         try:
             yield
         finally:

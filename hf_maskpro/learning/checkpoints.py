@@ -97,7 +97,7 @@ class EndsWithCheckpoint(TrainerCallback):
         stops = self.reason is not None
         if self.accelerator.num_processes > 1 and args.save_strategy != SaveStrategy.NO:
             # A signal may find ranks in different steps.
-            stops = bool(self.accelerator.reduce(torch.tensor(int(stops), device=args.device)))
+            stops = bool(self.accelerator.reduce(torch.tensor(int(stops), device=args.device), "sum"))
             self.reason = self.reason or (SystemExit(128 + signal.SIGTERM) if stops else None)
         if stops:
             control.should_save = control.should_training_stop = True

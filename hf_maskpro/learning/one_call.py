@@ -34,7 +34,8 @@ def sparsify(
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list[dict]`): Text, in a column `text` or
             `messages`.
         init_mask (`str`, defaults to `"sparsegpt+swaps"`): The starting mask, as in [`MaskProConfig`].
-        n, m (`int`, default to 2 and 4): Keep `n` of every `m` weights.
+        n (`int`, defaults to 2): How many of every `m` weights are kept.
+        m (`int`, defaults to 4): The size of a group.
         max_steps (`int`, defaults to 0): Steps to learn for; none unless given.
         settings: As for [`MaskProTrainingArguments`]; unless given, `simple` learns in steps of 2 windows, and no
             checkpoints are kept.

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..subset import Distribution
 from ..tuner import MaskProLayer
-from .adapter import TrainedAdapter
+from .adapter import MaskWeight, TrainedAdapter
 from .estimator import Estimator, TrainingStep
 from .objectives import ranks_of_loss, sequence_losses, share_of_loss
 
@@ -129,6 +129,8 @@ class Residual(Estimator):
             )
         if self.trainer.optimizer is not None:
             raise ValueError("estimator='residual' has no optimizer; drop optimizers.")
+        if self.trainer.reward_fn is not None and args.baseline == "cache":
+            raise ValueError("baseline='cache' is for losses of tokens, not for reward_fn; use baseline='step'.")
         if args.baseline == "cache" and not self._has_fixed_examples():
             raise ValueError("baseline='cache' needs map-style data in the usual order; use baseline='step'.")
 
@@ -177,11 +179,9 @@ class Residual(Estimator):
         index = inputs.pop(_INDEX, None)
         inputs = trainer._prepare_inputs(inputs)
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            with self.adapter.masks(self._sampled):
-                loss = share_of_loss(trainer, model, inputs, num_items_in_batch)
+            loss = self._loss(self._sampled, model, inputs, num_items_in_batch)
             if index is None:
-                with self.adapter.masks(self.adapter.initial):
-                    baseline = share_of_loss(trainer, model, inputs, num_items_in_batch)
+                baseline = self._loss(self.adapter.initial, model, inputs, num_items_in_batch)
             else:
                 assert self._baselines is not None
                 assert num_items_in_batch is not None
@@ -194,6 +194,20 @@ class Residual(Estimator):
                 self._move_logits(seeds, residuals)
             self._micro_batches = 0
         return loss
+
+    def _loss(
+        self, mask: MaskWeight, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """The micro-batch's share of what is minimised, under a mask."""
+        trainer = self.trainer
+        with self.adapter.masks(mask, keep=trainer.reward_fn is not None):
+            if trainer.reward_fn is None:
+                return share_of_loss(trainer, model, inputs, items)
+            rewards = trainer.reward_fn(model, dict(inputs))
+        if not isinstance(rewards, torch.Tensor) or rewards.dim() != 1:
+            given = f"a tensor {list(rewards.shape)}" if isinstance(rewards, torch.Tensor) else type(rewards).__name__
+            raise ValueError(f"reward_fn gave {given}; it gives a tensor [examples], a number for each.")
+        return -rewards.float().mean() / trainer.current_gradient_accumulation_steps
 
     def _seed_of(self, mask: int) -> int:
         """The seed of a mask of this process: in one process that had the masks of all it would be the same."""
@@ -249,7 +263,7 @@ class Residual(Estimator):
             "tracker_decay": args.tracker_decay,
             "baseline": args.baseline,
             "distribution": self.distribution,
-        }
+        } | ({} if self.trainer.reward_fn is None else {"objective": "reward"})
 
     def save(self, folder: Path) -> None:
         state = {"tracker": self.tracker}
@@ -307,7 +321,7 @@ class Residual(Estimator):
     def _pays(self) -> bool:
         """Whether a pass over all examples takes less than a baseline every step, or is asked for."""
         args = self.trainer.args
-        if args.baseline == "step" or not self._has_fixed_examples():
+        if args.baseline == "step" or self.trainer.reward_fn is not None or not self._has_fixed_examples():
             return False
         examples = len(self.trainer.train_dataset)
         per_step = self.trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -1,6 +1,7 @@
 """Trains a mask adapter: a `Trainer` that asks its estimator."""
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +50,11 @@ class MaskProTrainer(Trainer):
         processing_class (`PreTrainedTokenizerBase`, *optional*): The tokenizer.
         data_collator (`Callable`, *optional*):
             Makes a batch of rows. Without a `processing_class` it is given the rows as they are, whatever they hold.
+        reward_fn (`Callable[[nn.Module, dict], torch.Tensor]`, *optional*):
+            What `estimator="residual"` raises in place of lowering a loss: from the model under a mask and a batch, as
+            the collator made it, a number for each example, of any floating dtype, `[examples]`; higher is better. It
+            needs no gradient, so it may generate, compare or ask somebody else. It is called twice a step, under a
+            sampled and under the starting mask, and takes the memory of the masked weights.
         kwargs: As for `Trainer`.
 
     Raises:
@@ -69,9 +75,16 @@ class MaskProTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         data_collator: Any = None,
+        reward_fn: Callable[[nn.Module, dict[str, Any]], torch.Tensor] | None = None,
         **kwargs: Any,
     ):
         self.adapter = TrainedAdapter.of(model)
+        if reward_fn is not None and (args.estimator, args.objective) != ("residual", "language-modeling"):
+            raise ValueError(
+                f"reward_fn is for estimator='residual' with its objective in place of another, not for "
+                f"{args.estimator!r} and {args.objective!r}; the others need the gradient of a loss."
+            )
+        self.reward_fn = reward_fn
         if processing_class is not None or data_collator is None:
             read = partial(rows_of, model=model, tokenizer=processing_class, max_length=args.max_length)
             rows, eval_rows = read(train_dataset), read(eval_dataset)
@@ -282,6 +295,8 @@ class MaskProTrainer(Trainer):
         finally:
             self._unfinished = ""
             self.config.save_logits, self.args.push_to_hub = save_logits, push
+        # Where one ends, its launcher stops the others.
+        self.accelerator.wait_for_everyone()
         if push:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:

@@ -102,7 +102,9 @@ def live(known, folder, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("known", ARCHITECTURES, ids=lambda known: known.name)
-def test_a_mask_lives_on_every_architecture(known, tmp_path, caplog):
+def test_a_mask_lives_on_every_architecture(known, tmp_path, caplog, monkeypatch):
+    # Pictures of the runs would take a quarter of the time.
+    monkeypatch.setattr("hf_maskpro.learning.trainer.plot_run", lambda *arguments: None)
     torch.manual_seed(0)
     # A configuration of the table serves other tests, and models write into theirs.
     known.model_class(copy.deepcopy(known.config)).save_pretrained(tmp_path / "base")

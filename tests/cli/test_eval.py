@@ -36,6 +36,18 @@ def test_protocols(checkpoint, text):
     assert "non-overlapping windows of 32 tokens" in " ".join(printed.replace("│", " ").split())
 
 
+def test_the_test_split_of_a_dataset(checkpoint, tmp_path):
+    documents = {"train": "w1 w2 " * 300, "test": "w3 w4 w5 " * 300}
+    for split, document in documents.items():
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": document}))
+    (tmp_path / "held_out.txt").write_text(documents["test"])
+    measure = ["eval", "--model", checkpoint, "--json"]
+    figures = json.loads(run(*measure, "--dataset", tmp_path).stdout)
+    same = json.loads(run(*measure, "--text", tmp_path / "held_out.txt").stdout)
+    assert figures["perplexity"] == same["perplexity"]
+    assert figures["protocol"] == f"{tmp_path}, non-overlapping windows of 512 tokens, 512 tokens"
+
+
 def test_the_papers_windows_on_request(starting_checkpoint, text):
     eval = ["--model", starting_checkpoint, "--text", text, "--seq-len", 32, "--max-tokens", 500]
     begun, papers = measured(*eval), measured(*eval, "--no-start-token")
