@@ -17,6 +17,7 @@ from .options import (
     PatternN,
     TargetModules,
     is_source,
+    unrefined,
 )
 
 
@@ -39,8 +40,8 @@ def import_masks(
     as_json: Json = False,
 ) -> None:
     """Write a mask that was made elsewhere as an adapter."""
-    refined = source.endswith("+swaps") and not Path(source).exists()
-    if source.removesuffix("+swaps") in RULES or (refined and is_source(source)):
+    refined = unrefined(source) != source and not Path(source).exists()
+    if unrefined(source) in RULES or (refined and is_source(source)):
         raise ValueError(f"{source} is made from the weights or a text; use hf-maskpro init --method {source}.")
     if not is_source(source):
         raise ValueError(f"{source} does not exist; pass a folder, a .npz or .safetensors file, or a Hub id.")

@@ -37,7 +37,7 @@ def init(
             metavar="NAME",
             callback=check_method,
             help="magnitude, random, wanda, ria, sparsegpt, gblm or pruner-zero, or a source as for import; "
-            "with +swaps at the end the mask is refined.",
+            "+swaps, +blocks or +swaps+blocks at the end refine the mask.",
             rich_help_panel=MASK,
         ),
     ] = "wanda",

@@ -17,19 +17,24 @@ RULES = ("magnitude", "random", "wanda", "ria", "sparsegpt", "gblm", "pruner-zer
 MASK, TEXT, EVALUATION, FILES = "Mask", "Text", "Evaluation", "Files"
 
 
+def unrefined(name: str) -> str:
+    """A starting mask without what refines it."""
+    return name.removesuffix("+blocks").removesuffix("+swaps")
+
+
 def is_source(name: str) -> bool:
     """Whether a starting mask may be a folder, file or Hub id."""
-    source = name.removesuffix("+swaps")
+    source = unrefined(name)
     return "/" in source or source.endswith((".npz", ".safetensors")) or Path(name).is_dir() or Path(source).is_dir()
 
 
 def check_method(name: str | None) -> str | None:
     """Refuse what is neither a rule nor a source of masks."""
-    if name is None or name.removesuffix("+swaps") in RULES or is_source(name):
+    if name is None or unrefined(name) in RULES or is_source(name):
         return name
     raise typer.BadParameter(
         f"{name} is neither a rule ({', '.join(RULES)}) nor a folder, file or Hub id with masks."
-        + did_you_mean(name.removesuffix("+swaps"), RULES)
+        + did_you_mean(unrefined(name), RULES)
     )
 
 

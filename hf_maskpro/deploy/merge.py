@@ -18,7 +18,7 @@ from ..starts.checkpoints import Matrix, Piece, matrices_of, pieces_of, shapes_o
 from ..starts.sources import Tensors, locate, open_adapter, saved_codes
 from ..subset import keep_of
 from ..tuner import masked_layers, saved_config
-from ..tuner.base import fingerprint_of_sample, sampled_step
+from ..tuner.base import fingerprint_of_sample, is_other, sampled_step
 from ..tuner.files import inside, json_object, weight_files
 from ..tuner.layer import MaskProLayer
 from .card import write_merged_card
@@ -176,7 +176,7 @@ class _Fingerprint:
         source = piece.source.start + steps[here] // piece.rows.step * piece.source.step
         self.sample[here] = matrix[source, self.columns[here]].bfloat16()
         self.missing -= int(here.sum())
-        return self.missing > 0 or fingerprint_of_sample(self.shape, self.sample) == self.known
+        return self.missing > 0 or not is_other(self.known, fingerprint_of_sample(self.shape, self.sample))
 
 
 def _mask(rows: torch.Tensor, codes: torch.Tensor) -> bool:

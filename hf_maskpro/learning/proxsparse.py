@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..subset import Kernel, group_members, mode
 from ..tuner import MaskProLayer
+from ..tuner.base import plain
 from .adapter import TrainedAdapter
 from .relaxation import Relaxation
 
@@ -79,7 +80,7 @@ class ProxSparse(Relaxation):
             raise ValueError(f"estimator='proxsparse' learns 2:4 alone, not {config.pattern}; use estimator='simple'.")
 
     def initial_values(self, index: int, layer: MaskProLayer) -> torch.Tensor:
-        args, rows = self.trainer.args, layer.out_in(layer.base_weight).float()
+        args, rows = self.trainer.args, layer.out_in(plain(layer.base_weight)).float()
         typical = rows[rows != 0].square().median()
         # Of a layer of zeros there is nothing to choose.
         strength = (args.learning_rate / typical).nan_to_num(0) if args.prox_lambda is None else args.prox_lambda
@@ -101,7 +102,7 @@ class ProxSparse(Relaxation):
             for value, layer in zip(self.values, self.adapter.layers, strict=True):
                 # A layer that the batch did not reach is pulled all the same.
                 value.grad = torch.zeros_like(value) if value.grad is None else value.grad
-                value.grad += pull * pull_gradient(value.detach(), layer.out_in(layer.base_weight).float())
+                value.grad += pull * pull_gradient(value.detach(), layer.out_in(plain(layer.base_weight)).float())
         return loss
 
     def after_step(self) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..tuner import (
     one_adapter,
     split_init_mask,
 )
-from . import gblm, magnitude, pruner_zero, random, ria, sparsegpt, swaps, wanda
+from . import blocks, gblm, magnitude, pruner_zero, random, ria, sparsegpt, swaps, wanda
 from .batches import read_batches, sequences_in, tokens_in
 from .calibration import generated_text, random_windows, start_token_of
 from .gradients import gradient_norms
@@ -50,7 +51,7 @@ _SCORES = {
 def needs_data(init_mask: str) -> bool:
     """Whether a starting mask needs calibration text."""
     rule, refined = split_init_mask(init_mask)
-    return refined or (rule in RULES and rule not in DATA_FREE)
+    return bool(refined) or (rule in RULES and rule not in DATA_FREE)
 
 
 def initialize_masks(model: nn.Module, dataloader: Iterable[Mapping[str, torch.Tensor]] | None = None) -> None:
@@ -63,8 +64,8 @@ def initialize_masks(model: nn.Module, dataloader: Iterable[Mapping[str, torch.T
         model (`torch.nn.Module`): A model with a mask adapter.
         dataloader (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): Batches of calibration text. Each maps
             arguments of the model's forward to tensors, as `{"input_ids": int64 [sequences, tokens]}`; see
-            [`random_windows`]. Needed by every rule but these two, and by `"+swaps"`. Padding, by the batch's
-            `attention_mask`, does not count.
+            [`random_windows`]. Needed by every rule but these two, and by `"+swaps"` and `"+blocks"`. Padding, by
+            the batch's `attention_mask`, does not count.
 
     Raises:
         `ValueError`: if the method needs data and there is none, a batch is something else, or a mask from elsewhere
@@ -98,7 +99,7 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
         fill_masks(model, adapter_name, rule)
         if Path(rule).exists():
             # The adapter may be shared: of a path it says no more than the last name.
-            config.init_mask = f"./{Path(rule).name}" + "+swaps" * refined
+            config.init_mask = f"./{Path(rule).name}" + "".join(f"+{refinement}" for refinement in refined)
             config.start["init_mask"] = config.init_mask
     if not with_data:
         return
@@ -120,7 +121,7 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
         mask = _mask_by_rule("magnitude" if blind and rule in RULES else rule, weight, calibration, config, name)
         if mask is None:
             mask = mask_of(layer.initial_codes(adapter_name)[rows], config.m)
-        if refined and not blind and not (expert and tokens < TOKENS_TO_REFINE * layer.in_features):
+        if "swaps" in refined and not blind and not (expert and tokens < TOKENS_TO_REFINE * layer.in_features):
             assert inputs is not None
             assert inputs.gram is not None
             shift = None if inputs.lost is None else TOWARDS_DENSE * weight @ inputs.lost
@@ -134,7 +135,8 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
             for number in range(len(layer.matrices())):
                 choose(name, layer, None, number)
     else:
-        walk(model, adapter_name, batches, rule == "sparsegpt", choose, in_order=refined)
+        learn = partial(blocks.learn, adapter_name) if "blocks" in refined else None
+        walk(model, adapter_name, batches, rule == "sparsegpt", choose, bool(refined), learn)
     if by_magnitude:
         count = f"{len(by_magnitude):,} expert{'s' * (len(by_magnitude) > 1)}"
         kept = "largest weights" if rule in RULES else "masks of the source"

@@ -8,6 +8,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..tuner import MaskProLayer, evaluating, masked_layers
+from ..tuner.base import is_quantized
 from .batches import sequences_in
 
 
@@ -25,9 +26,14 @@ def gradient_norms(model: nn.Module, adapter_name: str, batches: list[dict[str, 
 
     Returns:
         `dict[str, torch.Tensor]`: float32 `[out_features, in_features]` by layer.
+
+    Raises:
+        `ValueError`: if a layer is quantized.
     """
     layers = masked_layers(model, adapter_name)
     weights = {name: layer.base_weight for name, layer in layers.items()}
+    if quantized := [name for name, weight in weights.items() if is_quantized(weight)]:
+        raise ValueError(f"{quantized[0]} is quantized, and has no gradient; calibrate by wanda, ria or sparsegpt.")
     # Layers may share a weight, which then has one gradient.
     squares = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights.values()}
     every_layer = [module for module in model.modules() if isinstance(module, MaskProLayer)]

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..subset import group_members, mask_of, mode, mode_codes, pack, unpack, unpack_codes
 from ..tuner import MaskProConfig, MaskProLayer, logit_scale, masked_layers, saved_config
+from ..tuner.base import plain
 from ..tuner.files import weight_files
 from ..tuner.layer import LOGITS
 from .checkpoints import Piece, pieces_of, shapes_of
@@ -148,7 +149,7 @@ def _mask_reader(
         if key not in known:
             raise ValueError(f"the source has no mask for {key}.")
         try:
-            keeps = layer.out_in(interpret(known[key](), layer.base_weight))
+            keeps = layer.out_in(interpret(known[key](), plain(layer.base_weight)))
             return _whole(keeps, layer, layer.maskpro_config[adapter_name], exactly=True)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
@@ -197,7 +198,7 @@ def _whole(keeps: torch.Tensor, layer: MaskProLayer, config: MaskProConfig, exac
             f"{int((~fits).sum()):,} of {kept.numel():,} groups do not keep {config.n} of {config.m}; pass the n and "
             "m that the source was pruned to."
         )
-    size = group_members(layer.out_in(layer.base_weight.detach()), config.m).float().abs()
+    size = group_members(layer.out_in(plain(layer.base_weight).detach()), config.m).float().abs()
     size = size.masked_fill(size == 0, torch.finfo(torch.float32).max)
     return mode(size.masked_fill(keeps, torch.inf), config.n)
 

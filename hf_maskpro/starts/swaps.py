@@ -47,8 +47,8 @@ def refine(
     With d the dropped weights of a row and c = G d, to drop p and keep q instead changes `d^T G d` by exactly
     `2 w_p c_p + w_p^2 G_pp - 2 w_q c_q + w_q^2 G_qq - 2 w_p w_q G_pq`.
 
-    On a CPU this is compiled at first use, and a row's swaps are ranked in float32; elsewhere, and without a compiler,
-    it is [`refine_in_torch`].
+    On a CPU this is compiled at first use, on a GPU it is in Triton, and in both a row's swaps are ranked in float32.
+    Elsewhere, and without a compiler, it is [`refine_in_torch`].
 
     Args:
         weight (`torch.Tensor`): `[out_features, in_features]`.
@@ -62,7 +62,7 @@ def refine(
             than rounding, a billionth of `sum_j d_j^2 G_jj` at first.
     """
     library = _library() if weight.device.type == "cpu" else None
-    if library is None:
+    if library is None and not _on_gpu(weight):
         return refine_in_torch(weight, mask, gram, shift)
     rows, m, groups = mask.shape
     # What is compiled reads float32, whatever is there.
@@ -73,6 +73,11 @@ def refine(
     # Of both, the same member of all groups in a row.
     weight, product = (group_members(matrix, m).contiguous() for matrix in (weight, product))
     gram = gram.view(groups, m, groups, m).permute(1, 0, 3, 2).contiguous()
+    if library is None:
+        # Only here, since on a CPU there may be no Triton.
+        from . import swaps_triton
+
+        return swaps_triton.refine(weight, mask.contiguous(), gram, product, tolerance)
     refined = mask.clone(memory_format=torch.contiguous_format)
     pointers = [tensor.data_ptr() for tensor in (weight, gram, product, tolerance, refined)]
     library.refine(*pointers, rows, m, groups, torch.get_num_threads())
@@ -120,6 +125,10 @@ def refine_in_torch(
         )
     keep = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, order[:, :n].flatten(1), True)
     return group_members(keep, m).contiguous()
+
+
+def _on_gpu(weight: torch.Tensor) -> bool:
+    return weight.is_cuda
 
 
 def _dropped(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

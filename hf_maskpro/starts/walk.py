@@ -19,6 +19,7 @@ from ..tuner import MaskProExperts, MaskProExpertWeight, MaskProLayer, evaluatin
 from ..tuner.base import listed
 from ..tuner.experts import has_kernels
 from .batches import sequences_in
+from .blocks import Example
 
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,12 @@ class _Batch:
             }
         )
 
+    def example(self, block: nn.Module, index: int) -> Example:
+        """What to learn from once the dense output is known; what was remembered of other masks is forgotten."""
+        assert self.dense_hidden is not None
+        self.known.clear()
+        return lambda: self.rows(self.run(block, index, self.hidden)), self.rows(self.dense_hidden)
+
     def rows(self, inputs: torch.Tensor) -> torch.Tensor:
         return _rows(inputs, self.attention_mask)
 
@@ -175,6 +182,8 @@ class Choose(Protocol):
     def __call__(self, name: str, layer: MaskProLayer, inputs: Inputs, number: int = 0) -> torch.Tensor: ...
 
 
+Learn = Callable[[list[MaskProLayer], list[Example]], None]
+
 # A masked layer, or experts of which some parameters are masked: what is called.
 Unit = MaskProLayer | MaskProExperts
 
@@ -203,6 +212,7 @@ def walk(
     with_gram: bool,
     choose: Choose,
     in_order: bool = False,
+    learn: Learn | None = None,
 ) -> None:
     """
     Visit the masked layers in order: gather what their inputs add up to, then choose their masks.
@@ -227,6 +237,8 @@ def walk(
         choose ([`Choose`]): Sets the mask of a layer, given its name and its inputs.
         in_order (`bool`): Go by stages. The inputs of a decoder layer's dense linear layers, and what they put out,
             are in memory meanwhile.
+        learn (`Callable`, *optional*): In a walk by stages, moves the masks of a decoder layer once all are chosen,
+            given what runs it and what the dense model gave.
 
     Raises:
         `ValueError`: if there is no batch, or batches take different ways through the model.
@@ -239,7 +251,7 @@ def walk(
         for blocks in _stacks(model, names, batches[0]):
             inside = [layer for block in blocks for layer in block.modules() if layer in left]
             captured = _capture(model, blocks, batches, list(left))
-            _walk_blocks(blocks, captured, names, with_gram, choose, in_order)
+            _walk_blocks(blocks, captured, names, with_gram, choose, in_order, learn)
             left = {layer: name for layer, name in left.items() if layer not in inside}
         if left:
             _choose_at_once(model, left, batches, with_gram or in_order, choose, in_order)
@@ -254,12 +266,15 @@ def _walk_blocks(
     with_gram: bool,
     choose: Choose,
     in_order: bool,
+    learn: Learn | None,
 ) -> None:
     """Choose the masks of layers that run one after the other."""
     for index, block in enumerate(tqdm(blocks, desc="calibration")):
         inside = [layer for layer in block.modules() if layer in names]
         if in_order:
             _choose_in_order(block, index, inside, captured, names, choose)
+            if learn is not None:
+                learn(inside, [batch.example(block, index) for batch in captured])
         else:
             gathered, routed = _gather(block, index, inside, captured, with_gram)
             for layer, inputs in gathered.items():

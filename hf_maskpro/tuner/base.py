@@ -1,4 +1,4 @@
-"""Which weights a mask is for: their fingerprint, and the commit that they come from."""
+"""Which weights a mask is for: their values, their fingerprint, and the commit that they come from."""
 
 import hashlib
 import warnings
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from peft.utils.integrations import dequantize_bnb_weight
 
 from .card import hub_id
 from .config import MaskProConfig
@@ -38,6 +39,28 @@ def fingerprint_of_sample(shape: Sequence[int], sample: torch.Tensor) -> str:
     return hashlib.blake2b(f"{list(shape)}".encode() + values.numpy().tobytes(), digest_size=8).hexdigest()
 
 
+def is_quantized(weight: torch.Tensor) -> bool:
+    """Whether a weight is stored in fewer bits than it is computed with, by torchao or in bitsandbytes' 4 bits."""
+    return type(weight).__module__.startswith("torchao.") or type(weight).__name__ == "Params4bit"
+
+
+def plain(weight: torch.Tensor) -> torch.Tensor:
+    """What a weight is computed with: of a quantized one a copy in its full size."""
+    if not is_quantized(weight):
+        return weight
+    values = dequantize_bnb_weight(weight) if type(weight).__name__ == "Params4bit" else weight.dequantize()
+    return values.detach()
+
+
+def _kind(fingerprint: str) -> str:
+    return fingerprint.rpartition(":")[0]
+
+
+def is_other(known: str | None, found: str) -> bool:
+    """Whether a fingerprint is of other weights. That of a quantized copy says nothing of weights unlike it."""
+    return known is None or (known != found and _kind(known) == _kind(found))
+
+
 def check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
     """
     Record which weights a new mask is for, which are finite; refuse other weights than those that a loaded mask was
@@ -48,23 +71,32 @@ def check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
         return
     # A finished mask may well drop such weights; what is learned from now on would compare with them.
     if not config.awaits_file:
-        other = [name for name, weight in weights.items() if not _is_finite(weight)]
+        other = [name for name, weight in weights.items() if not _is_finite(plain(weight))]
         if other:
             raise ValueError(f"cannot mask {listed(other)}: the base model has weights there that are not finite.")
     if any(weight.dtype == torch.float16 for weight in weights.values()):
         if config.awaits_file:
             warnings.warn("float16 weights cannot be compared with those that the mask was learned for.", stacklevel=2)
         return
-    found = {name: fingerprint(weight) for name, weight in weights.items()}
+    found = {
+        name: f"{type(weight).__name__}:" * is_quantized(weight) + fingerprint(plain(weight))
+        for name, weight in weights.items()
+    }
     known = config.base_fingerprint
     if config.awaits_file and known is None:
         warnings.warn("the adapter does not say which weights it was learned for; they are not checked.", stacklevel=2)
     elif config.awaits_file and config.check_base:
-        other = [name for name, value in found.items() if known is not None and known.get(name) != value]
+        assert known is not None
+        other = [name for name, value in found.items() if is_other(known.get(name), value)]
         if other:
             raise ValueError(
                 f"the mask was learned for other weights than this model has, in {len(other)} of {len(found)} layers: "
                 f"{listed(other)}. Load the base model that it names, or pass a config= with check_base = False."
+            )
+        if any(_kind(known[name]) != _kind(value) for name, value in found.items()):
+            warnings.warn(
+                "the mask was learned over a quantized copy of its base, or this is one: they are not compared.",
+                stacklevel=2,
             )
     config.base_fingerprint = found
 

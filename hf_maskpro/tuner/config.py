@@ -21,20 +21,26 @@ RULES = ("magnitude", "random", "wanda", "ria", "sparsegpt", "gblm", "pruner-zer
 DATA_FREE = ("magnitude", "random")
 
 
-def split_init_mask(init_mask: str) -> tuple[str, bool]:
+REFINEMENTS = ("swaps", "blocks")
+
+
+def split_init_mask(init_mask: str) -> tuple[str, list[str]]:
     """
-    The rule or source of a starting mask, and whether swaps refine it.
+    The rule or source of a starting mask, and what refines it, of `REFINEMENTS`.
 
     Raises:
         `ValueError`: if it is neither a rule nor looks like a path or Hub id.
     """
     # A folder may be called so itself; of a name that is longer than any folder's, `Path` would raise.
-    refined = init_mask.endswith("+swaps") and not os.path.exists(init_mask)
-    rule = init_mask.removesuffix("+swaps") if refined else init_mask
+    rule, refined = init_mask, list[str]()
+    for refinement in reversed(REFINEMENTS):
+        if rule.endswith(f"+{refinement}") and not os.path.exists(rule):
+            rule, refined = rule.removesuffix(f"+{refinement}"), [refinement, *refined]
     if rule not in RULES and "/" not in rule and not rule.endswith((".npz", ".safetensors")):
         raise ValueError(
             f"init_mask is {init_mask!r}; use one of {', '.join(map(repr, RULES))}, a folder or Hub id with a slash, "
-            "or a .npz or .safetensors file; each may end in '+swaps'."
+            "or a .npz or .safetensors file; each may end in '+swaps', '+blocks' or "
+            "'+swaps+blocks'."
         )
     return rule, refined
 
@@ -148,7 +154,8 @@ class MaskProConfig(PeftConfig):
             better: the rules `"wanda"`, `"ria"`, `"sparsegpt"`, `"gblm"` and `"pruner-zero"`, or where a mask comes
             from, with a slash or a suffix in its name: an adapter or pruned checkpoint (folder or Hub id), or a
             `.npz` or `.safetensors` file of masks. With `"+swaps"` at the end, as in `"wanda+swaps"`, swaps within
-            the groups then lower every layer's reconstruction error.
+            the groups then lower every layer's reconstruction error; with `"+blocks"` after that, the masks of one
+            decoder layer after another are learned against the dense model's outputs.
         logit_scale (`float`, *optional*):
             `C`: a kept member of the starting mask has the logit `C` more than a dropped one. The larger, the fewer
             groups change in a sample, about `(m - n) * exp(-C)` times 1 to `n`. `None` is the estimator's own default,

@@ -34,6 +34,7 @@ from ..subset import (
     unpack_codes,
 )
 from ..subset.codec import word_layout
+from .base import is_quantized, plain
 from .config import DATA_FREE, MaskProConfig
 
 
@@ -69,7 +70,7 @@ class _ApplyMask(torch.autograd.Function):
             grad_weight = layer.masked(grad, name, ctx.seed)
         if ctx.needs_input_grad[1]:
             config, packed = layer.maskpro_config[name], layer.packed_initial_mask(name)
-            rows = layer.out_in(grad), layer.out_in(weight)
+            rows = layer.out_in(grad), layer.out_in(plain(weight))
             grad_theta = theta_gradient(theta, packed, logit_scale(config), config.n, *rows)
         return grad_weight, grad_theta, None, None, None
 
@@ -174,7 +175,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskProConfig) -> None:
         super().__init__()
         self.base_layer: Any = base_layer
-        self.out_features, self.in_features = self.out_in(self.base_weight).shape
+        self.out_features, self.in_features = self.out_in(plain(self.base_weight)).shape
         self.maskpro_theta = nn.ParameterDict()
         self.maskpro_mask = BufferDict(persistent=True)
         self.maskpro_config: dict[str, MaskProConfig] = {}
@@ -337,7 +338,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
 
     def matrices(self) -> list[torch.Tensor]:
         """The weight as one matrix `[out_features, in_features]`, or one for each expert; views."""
-        return [self.out_in(self.base_weight)]
+        return [self.out_in(plain(self.base_weight))]
 
     def rows_of(self, matrix: int) -> slice:
         """The rows of one of [`matrices`] among all."""
@@ -408,7 +409,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         config, theta = self.maskpro_config[adapter_name], self._theta(adapter_name, sampled=seed is not None)
         if seed is None and not has_memory(theta):
             return self.initially_masked(weight, adapter_name)
-        rows, packed, n = self.out_in(weight), self.packed_initial_mask(adapter_name), config.n
+        rows, packed, n = self.out_in(plain(weight)), self.packed_initial_mask(adapter_name), config.n
         if seed is None:
             return self.out_in(mode_and_apply(rows, theta, packed, logit_scale(config), n))
         masked = sample_and_apply(rows, theta, packed, logit_scale(config), n, seed, layer, distribution)
@@ -417,7 +418,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
     def initially_masked(self, weight: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """[`masked`] by the starting mask."""
         config, packed = self.maskpro_config[adapter_name], self.packed_initial_mask(adapter_name)
-        return self.out_in(apply_packed(self.out_in(weight), packed, config.n, config.m))
+        return self.out_in(apply_packed(self.out_in(plain(weight)), packed, config.n, config.m))
 
     def move_logits(
         self, adapter_name: str, moves: list[tuple[int, float]], layer: int, distribution: Distribution
@@ -473,7 +474,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
                 for name in names:
                     sampled = self.training and name in trained
                     if sampled and self.choose_mask is not None:
-                        weight = self.choose_mask(weight)
+                        weight = self.choose_mask(plain(weight))
                     else:
                         seed = self._seed() if sampled else None
                         weight = _ApplyMask.apply(weight, self.maskpro_theta[name], self, name, seed)
@@ -495,7 +496,8 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
                 masked = weight
                 for name in names:
                     masked = self.masked(masked, name)
-            if state is None:
+            # What is quantized is so that no copy in full size stays.
+            if state is None or is_quantized(weight):
                 return masked
             # Their memory is held so that no other can come to lie at its address.
             self._masked_weight = (state, masked, [tensor.detach() for tensor in tensors])
@@ -513,7 +515,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         names = self._adapters_to_apply()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if self.is_plain() and not args and not kwargs:
+        if (self.is_plain() or is_quantized(self.base_weight)) and not args and not kwargs:
             return self.linear(x, self._mask_weight(names))
         with onloaded([self]):
             # An attribute goes before a parameter of its name, which is left as it is: hooks may exchange it.
@@ -533,13 +535,19 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             keep (`bool`): Keep the dropped weights for [`unmerge`], bit for bit.
 
         Raises:
-            `ValueError`: if a logit is not finite; with `safe_merge`, if a kept weight is not.
+            `ValueError`: if a logit is not finite or the base is quantized; with `safe_merge`, if a kept weight is
+                not finite.
         """
         self._masked_weight = None
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.maskpro_theta:
                 continue
             weight = self.base_weight
+            if is_quantized(weight):
+                raise ValueError(
+                    f"the base weights are quantized ({type(weight).__name__}), and a mask is merged into those that "
+                    "they were made from: load the base model without quantization, or use hf-maskpro merge."
+                )
             masked = self.masked(weight.detach(), name)
             if safe_merge and not masked.isfinite().all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from .base import is_quantized
 from .layer import MaskProLayer
 
 
@@ -51,7 +52,7 @@ def layer_class(module: nn.Module) -> type[MaskProLinear] | None:
     # nn.MultiheadAttention reads the weight of its output projection and never calls it.
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return None
-    if isinstance(module, nn.Linear) and module.weight.is_floating_point():
+    if isinstance(module, nn.Linear) and (module.weight.is_floating_point() or is_quantized(module.weight)):
         return MaskProLinear
     if isinstance(module, Conv1D):
         return MaskProConv1DLinear

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..subset import mode_codes, pack_codes, unpack_codes
-from .base import cached_commit, check_base, listed
+from .base import cached_commit, check_base, listed, plain
 from .config import MaskProConfig
 from .experts import OFFLOADED, MaskProExperts, expert_inputs, expert_parameters, router_names, why_not
 from .layer import LOGITS, NO_MASK, MaskProLayer, has_memory, logit_scale, members_first
@@ -115,7 +115,7 @@ class MaskProModel(BaseTuner):
                 elif _in_features(base) % peft_config.m:
                     indivisible[name] = base.weight.numel()
                 else:
-                    weights[name] = cast(torch.Tensor, base.weight).detach()
+                    weights[name] = cast(torch.Tensor, base.weight)
         for name, module, parameter in _targeted_parameters(peft_config, model):
             problem, weight = why_not(module, parameter, peft_config), module.get_parameter(parameter).detach()
             if problem:
@@ -459,7 +459,7 @@ def _check_patterns(config: MaskProConfig, names: list[str]) -> None:
 
 def _unsupported(module: nn.Module) -> str:
     if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
-        return f"its weight is {module.weight.dtype}, and quantized layers are not supported"
+        return f"its weight is {module.weight.dtype}; of quantized layers, torchao's and 4-bit ones can be masked"
     return f"{type(module).__name__} is not nn.Linear or Conv1D; change target_modules"
 
 
@@ -492,7 +492,7 @@ def _why_not(module: nn.Module, config: MaskProConfig, embeddings: set[int]) -> 
 
 def _in_features(module: nn.Module) -> int:
     assert isinstance(module.weight, torch.Tensor)
-    return module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
+    return plain(module.weight).shape[1 if isinstance(module, nn.Linear) else 0]
 
 
 def _leave_dense(config: MaskProConfig, indivisible: dict[str, int], masked: int) -> None:

@@ -462,6 +462,14 @@ class TestBadInput:
         assert "fewer than one window" in fails("train", "--model", checkpoint, *text, "--output", tmp_path / "a")
         assert not (tmp_path / "a").exists()
 
+    def test_tokens_that_the_model_does_not_know(self, checkpoint, text, tmp_path):
+        copytree(checkpoint, tmp_path / "m")
+        config = json.loads((tmp_path / "m" / "config.json").read_text())
+        (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"vocab_size": 20}))
+        given = ["train", "--model", tmp_path / "m", "--text", text, "--seq-len", 16, "--output", tmp_path / "a"]
+        assert "and the model a vocabulary of 20; tokenise with its tokenizer" in fails(*given)
+        assert not (tmp_path / "a").exists()
+
     def test_folders_in_use(self, checkpoint, text, adapter, tmp_path):
         output = tmp_path / "a"
         output.mkdir()

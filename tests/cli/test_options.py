@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -224,6 +225,20 @@ class TestInterrupted:
                 assert [path.name for path in tmp_path.iterdir()] == ["a"]
         run(*train, "--overwrite")
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+    def test_a_run_that_is_told_to_stop_can_be_resumed(self, train, monkeypatch, tmp_path):
+        step = MaskProTrainer.training_step
+
+        def stopped(trainer, *arguments):
+            signal.raise_signal(signal.SIGTERM)
+            return step(trainer, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MaskProTrainer, "training_step", stopped)
+            run(*train, code=143)
+        assert [path.name for path in (tmp_path / "a").iterdir()] == ["checkpoint-1"]
+        run(*train, "--resume")
+        assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
 
     def test_a_run_with_checkpoints_stays_to_be_resumed(self, train, tmp_path):
         output = tmp_path / "a"

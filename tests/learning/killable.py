@@ -2,8 +2,9 @@
 Runs that are killed again and again, in processes forked from one that has imported everything and computed nothing.
 
 `python -m tests.learning.killable FOLDER KILLS RUN...` fails if a run does not end, bit for bit, as one that was let
-alone, and prints how many kills fell within the writing of a checkpoint. A run is the name of an estimator, of its
-data and how many batches it accumulates, as `simple,rows,2`; or `hf-maskpro,MODEL,TEXT`, which is the command's.
+alone, and prints how many kills were in the middle of writing a checkpoint, with certainty. A run is the name of an
+estimator, of its data and how many batches it accumulates, as `simple,rows,2`; or `hf-maskpro,MODEL,TEXT`, which is
+the command's.
 """
 
 import os
@@ -110,13 +111,13 @@ def main(folder: Path, kills: int, runs: list[str]) -> None:
                 time.sleep(moments.uniform(0, 0.5) * seconds)
                 os.kill(process, signal.SIGKILL)
             status = os.waitpid(process, 0)[1]
-            written += (killed / UNFINISHED).is_dir()
+            written += event is not None and status == signal.SIGKILL
             assert status in (0, signal.SIGKILL), f"it could not go on after {kill} kills"
             if status == 0:
                 compare(whole, killed)
         assert os.waitpid(started(killed, *settings), 0)[1] == 0
         compare(whole, killed)
-        print(f"{run}: {kills} kills, {written} of them within the writing of a checkpoint")
+        print(f"{run}: {kills} kills, {written} of them in the middle of writing a checkpoint")
 
 
 def compare(whole: Path, killed: Path) -> None:

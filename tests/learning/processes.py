@@ -1,6 +1,7 @@
 """What `test_processes` runs in several processes at once, by torchrun."""
 
 import json
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -61,6 +62,14 @@ class Parts(TrainerCallback):
             layer.maskpro_theta["default"].data[0, 0, 0] += 1e-3
 
 
+class IsStopped(TrainerCallback):
+    """Has one process alone be asked to stop, in the third step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2 and args.process_index == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
 def main(folder: Path, masks: int) -> None:
     options = {"gradient_accumulation_steps": masks}
     told = {}
@@ -77,11 +86,17 @@ def main(folder: Path, masks: int) -> None:
     told["seeds"] = seeds[:10]
 
     run = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "masks_per_step": masks, **options}
-    trainer = trainer_of("scaled", folder / "resumed", **run)
+    trainer = trainer_of("scaled", folder / "whole", **run)
     trainer.train()
     save_file(logits_of(trainer), folder / f"whole-{rank}.safetensors")
-    trainer = trainer_of("scaled", folder / "resumed", **run)
-    trainer.train(resume_from_checkpoint=str(folder / "resumed" / "checkpoint-2"))
+    trainer = trainer_of("scaled", folder / "stopped", **run)
+    trainer.add_callback(IsStopped())
+    try:
+        trainer.train()
+    except SystemExit:
+        told["stopped"] = trainer.state.global_step
+    trainer = trainer_of("scaled", folder / "stopped", **run)
+    trainer.train(resume_from_checkpoint=True)
     save_file(logits_of(trainer), folder / f"resumed-{rank}.safetensors")
 
     trainer = trainer_of("raw", folder, masks_per_step=masks, **options)

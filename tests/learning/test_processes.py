@@ -89,7 +89,8 @@ def test_processes_that_part_stop(ran):
         assert told["parted"].startswith(f"{last - 1} after step {last} process 1 does not have the masks and logits")
 
 
-def test_several_processes_resume_exactly(ran):
+def test_several_processes_stop_together_and_resume_exactly(ran):
+    assert [told["stopped"] for told in ran.told] == [3] * ran.processes
     for rank in range(ran.processes):
         whole, resumed = ran.logits("whole", rank), ran.logits("resumed", rank)
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)

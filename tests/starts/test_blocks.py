@@ -1,0 +1,71 @@
+"""Masks that are learned one decoder layer after another."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from hf_maskpro import MaskProConfig, check_sparsity, initialize_masks
+from hf_maskpro.starts import blocks
+from hf_maskpro.tuner import masked_layers
+from hf_maskpro.tuner.layer import has_memory
+
+from ..conftest import tiny_gpt2, tiny_llama
+
+
+def calibration():
+    ids = torch.randint(2, 34, (16, 24), generator=torch.Generator().manual_seed(2))
+    return [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in ids.split(4)]
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("start", ["magnitude", "wanda+swaps"])
+def test_learning_brings_the_outputs_of_a_decoder_layer_near_the_dense_ones(make, start, monkeypatch):
+    errors = []
+
+    def learn(adapter_name, layers, examples):
+        def error():
+            return sum(blocks.relative_error(run(), target) for run, target in examples)
+
+        before = error()
+        own(adapter_name, layers, examples)
+        errors.append((before, error()))
+
+    own = blocks.learn
+    monkeypatch.setattr(blocks, "learn", learn)
+    model = get_peft_model(make(), MaskProConfig(init_mask=f"{start}+blocks"))
+    initialize_masks(model, calibration())
+    assert len(errors) == 2
+    assert all(after < before for before, after in errors)
+    assert model.peft_config["default"].start["init_mask"] == f"{start}+blocks"
+    check_sparsity(model.merge_and_unload(), 2, 4)
+
+
+def test_nothing_but_masks_is_left(monkeypatch):
+    """Logits and gradients are there for one decoder layer at a time, of an adapter for inference too."""
+    seen = []
+
+    def learn(adapter_name, layers, examples):
+        def run(run=examples[0][0]):
+            theirs = [layer for layer in every_layer.values() if has_memory(layer.maskpro_theta["default"])]
+            seen.append(theirs == layers)
+            return run()
+
+        own(adapter_name, layers, [(run, examples[0][1])])
+
+    own = blocks.learn
+    monkeypatch.setattr(blocks, "learn", learn)
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="magnitude+blocks", inference_mode=True))
+    every_layer = masked_layers(model)
+    initialize_masks(model, calibration())
+    assert seen == [True] * 2 * blocks.STEPS
+    for layer in every_layer.values():
+        theta = layer.maskpro_theta["default"]
+        assert not has_memory(theta)
+        assert not theta.requires_grad
+        assert theta.grad is None
+        assert layer._masked_weight is None
+
+
+def test_a_start_is_followed_by_no_other_refinement():
+    with pytest.raises(ValueError, match="init_mask is 'wanda\\+blocks\\+swaps'"):
+        MaskProConfig(init_mask="wanda+blocks+swaps")

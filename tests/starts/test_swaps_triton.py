@@ -1,0 +1,45 @@
+"""Swaps in Triton: interpreted on a CPU, compiled on a GPU."""
+
+import pytest
+import torch
+
+from hf_maskpro.starts import swaps
+
+from .test_rules import random_layer
+from .test_swaps import random_mask
+
+
+pytest.importorskip("triton")
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there they are compiled")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture
+def in_triton(monkeypatch):
+    """What a GPU runs, on whatever device the operands are."""
+    monkeypatch.setattr(swaps, "_library", lambda: None)
+    monkeypatch.setattr(swaps, "_on_gpu", lambda weight: True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("n", "m", "shifted"), [(2, 4, False), (1, 4, True), (4, 8, False)])
+def test_swaps_are_those_in_torch(in_triton, device, n, m, shifted):
+    weight, _, calibration = random_layer(out_features=3, in_features=24, tokens=100)
+    weight, gram = weight.to(device), calibration.inputs.gram.to(device)
+    start = random_mask(3, n, m, 24 // m).to(device)
+    shift = 0.1 * weight @ gram if shifted else None
+    refined = swaps.refine(weight, start, gram, shift)
+    assert refined.equal(swaps.refine_in_torch(weight, start, gram, shift))
+    assert not refined.equal(start)
+    assert refined.sum(1).eq(n).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_is_swapped_without_a_gain(in_triton, device):
+    weight, start = torch.randn(4, 16).to(device), random_mask(4, 2, 4, 4).to(device)
+    assert swaps.refine(weight, start, torch.zeros(16, 16, device=device)).equal(start)
+    everything = torch.ones_like(start)
+    assert swaps.refine(weight, everything, torch.eye(16, device=device)).equal(everything)

@@ -1,0 +1,84 @@
+"""Masks over quantized weights, which are never there in full size but for the layer at work."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments, initialize_masks
+from hf_maskpro.deploy import merge
+from hf_maskpro.tuner import masked_layers
+
+from ..conftest import tiny_llama
+
+
+torchao = pytest.importorskip("torchao.quantization")
+
+KINDS = {
+    "int8": torchao.Int8WeightOnlyConfig(),
+    "int4": torchao.IntxWeightOnlyConfig(torch.int4),
+}
+
+
+def quantized(kind="int8", seed=0, dtype=torch.bfloat16):
+    model = tiny_llama(seed, dtype)
+    torchao.quantize_(model.model, KINDS[kind])
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("estimator", ["simple", "residual"])
+def test_what_is_learned_is_what_the_weights_in_full_size_would_have_learned(kind, estimator, ids, tmp_path):
+    def learn(base):
+        model = get_peft_model(base, MaskProConfig(init_mask="wanda+swaps"))
+        initialize_masks(model, [{"input_ids": ids}])
+        # Adam would make much of what is rounding.
+        settings = {"optim": "sgd", "learning_rate": 300.0} if estimator == "simple" else {}
+        args = MaskProTrainingArguments(
+            str(tmp_path), estimator=estimator, max_steps=2, save_strategy="no", report_to="none", **settings
+        )
+        data = [{"input_ids": row, "labels": row} for row in ids]
+        MaskProTrainer(model, args, train_dataset=data).train()
+        return {name: layer.maskpro_theta["default"].detach() for name, layer in masked_layers(model).items()}
+
+    base, plain = quantized(kind, dtype=torch.float32), tiny_llama()
+    for name, module in base.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            plain.model.get_submodule(name).weight.data.copy_(module.weight.dequantize())
+    theirs, mine = learn(plain), learn(base)
+    for name, theta in mine.items():
+        assert theta.any()
+        torch.testing.assert_close(theta, theirs[name], rtol=1e-2, atol=1e-3)
+
+
+def test_no_copy_in_full_size_stays(ids):
+    model = get_peft_model(quantized(), MaskProConfig())
+    for train in (False, True):
+        model.train(train)
+        model(input_ids=ids, labels=ids, use_cache=False)
+        for layer in masked_layers(model).values():
+            assert layer._masked_weight is None
+
+
+def test_a_mask_is_merged_into_the_weights_in_full_size(ids, tmp_path):
+    tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = get_peft_model(quantized(), MaskProConfig())
+    known = model.peft_config["default"].base_fingerprint
+    assert all(value.startswith("Int8Tensor:") for value in known.values())
+    with pytest.raises(ValueError, match="quantized \\(Int8Tensor\\), and a mask is merged"):
+        model.merge_and_unload()
+    model.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+
+    with pytest.warns(UserWarning, match="learned over a quantized copy"):
+        loaded = PeftModel.from_pretrained(tiny_llama(dtype=torch.bfloat16), tmp_path / "adapter")
+    for layer, other in zip(masked_layers(loaded).values(), masked_layers(model).values(), strict=True):
+        assert layer.learned_mask("default").equal(other.learned_mask("default"))
+    # A copy of other weights is not the one that it was learned over.
+    with pytest.raises(ValueError, match="learned for other weights"):
+        PeftModel.from_pretrained(quantized(seed=1), tmp_path / "adapter")
+
+
+def test_rules_that_look_at_gradients_are_refused(ids):
+    model = get_peft_model(quantized(), MaskProConfig(init_mask="gblm"))
+    with pytest.raises(ValueError, match="is quantized, and has no gradient"):
+        initialize_masks(model, [{"input_ids": ids}])
