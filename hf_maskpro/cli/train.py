@@ -202,7 +202,7 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Where to report to besides, as tensorboard or wandb.",
+            help="Where to report to besides, as tensorboard or trackio.",
             rich_help_panel=EVALUATION,
         ),
     ] = None,

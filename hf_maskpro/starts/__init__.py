@@ -16,6 +16,7 @@ from ..tuner import (
     MaskProConfig,
     MaskProExpertWeight,
     MaskProLayer,
+    check_calls,
     masked_layers,
     one_adapter,
     split_init_mask,
@@ -25,7 +26,7 @@ from .batches import read_batches, sequences_in, tokens_in
 from .calibration import generated_text, random_windows, start_token_of
 from .gradients import gradient_norms
 from .sources import fill_masks
-from .walk import FEWEST_TOKENS, Calibration, Inputs, walk
+from .walk import FEWEST_TOKENS, Calibration, Inputs, one_pass, walk
 
 
 __all__ = ["generated_text", "initialize_masks", "needs_data", "random_windows", "start_token_of"]
@@ -103,6 +104,8 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
             config.start["init_mask"] = config.init_mask
     if not with_data:
         return
+    if batches:
+        check_calls(model, partial(one_pass, model, batches[0]))
     gradients = gradient_norms(model, adapter_name, batches) if rule in ("gblm", "pruner-zero") else {}
 
     by_magnitude: set[tuple[str, int]] = set()

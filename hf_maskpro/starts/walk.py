@@ -609,6 +609,12 @@ def _stacks(model: nn.Module, names: dict[MaskProLayer, str], batch: dict[str, A
     return list(ran.values())
 
 
+def one_pass(model: nn.Module, batch: dict[str, Any]) -> None:
+    """Run a model on a batch, up to its output head."""
+    with _stopping_at_head(model, {}):
+        _run(model, batch)
+
+
 def _run(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     """Run a model on what it reads of a batch: labels are for a loss, but make an encoder-decoder's inputs too."""
     base = _pretrained(model)

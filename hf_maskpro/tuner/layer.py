@@ -220,7 +220,11 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         weight = self.base_weight
         shape = (self.out_features, config.m, self.in_features // config.m)
         data_free = not config.awaits_file and config.init_mask in DATA_FREE and not weight.is_meta
-        if data_free:
+        # The configuration of an adapter that is here already, as TRL's trainers give it to their reference.
+        twin = next((name for name, known in self.maskpro_config.items() if known is config), None)
+        if twin is not None:
+            packed = self.maskpro_mask[twin].clone()
+        elif data_free:
             # One after the other, since scores take as much memory as weights.
             packed = torch.cat([_packed_by_rule(matrix.detach(), config) for matrix in self.matrices()])
         else:
@@ -231,7 +235,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self.maskpro_theta[adapter_name] = nn.Parameter(theta, requires_grad=False)
         self.maskpro_mask[adapter_name] = packed
         self.maskpro_config[adapter_name] = config
-        if not data_free:
+        if not data_free if twin is None else self._is_unfilled(twin):
             self._unfilled[adapter_name] = packed
         if config.save_logits or not config.inference_mode:
             self.materialize(adapter_name)
