@@ -55,7 +55,8 @@ def check_free(output: str | Path, overwrite: bool, *inputs: str | Path | None) 
         path = Path(given or "").resolve()
         if given and path.exists() and output.resolve() in (path, *path.parents):
             raise ValueError(f"{output} holds {given}, which would be lost; choose another output folder.")
-    if output.is_file():
-        raise ValueError(f"{output} is a file; choose another output folder.")
+    # A device or a pipe is no file, and would be lost as one.
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file or device; choose another output folder.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise ValueError(f"{output} is not empty; choose another output folder or pass --overwrite.")

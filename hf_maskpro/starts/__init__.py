@@ -16,6 +16,7 @@ from ..tuner import (
     MaskProConfig,
     MaskProExpertWeight,
     MaskProLayer,
+    check_calls,
     masked_layers,
     one_adapter,
     split_init_mask,
@@ -25,12 +26,15 @@ from .batches import read_batches, sequences_in, tokens_in
 from .calibration import generated_text, random_windows, start_token_of
 from .gradients import gradient_norms
 from .sources import fill_masks
-from .walk import FEWEST_TOKENS, Calibration, Inputs, walk
+from .walk import FEWEST_TOKENS, Calibration, Inputs, one_pass, walk
 
 
 __all__ = ["generated_text", "initialize_masks", "needs_data", "random_windows", "start_token_of"]
 
 logger = logging.getLogger(__name__)
+
+# Swaps of an expert that saw fewer tokens than so many for each of its inputs suit these tokens alone.
+TOKENS_TO_REFINE = 0.25
 
 # How far swaps go from the outputs of a layer's own inputs towards those of the dense model.
 TOWARDS_DENSE = 0.3
@@ -100,6 +104,8 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
             config.start["init_mask"] = config.init_mask
     if not with_data:
         return
+    if batches:
+        check_calls(model, partial(one_pass, model, batches[0]))
     gradients = gradient_norms(model, adapter_name, batches) if rule in ("gblm", "pruner-zero") else {}
 
     by_magnitude: set[tuple[str, int]] = set()
@@ -111,13 +117,14 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
         calibration = Calibration(inputs, gradients[name][rows] if name in gradients else None)
         if calibration.gradient is not None and not calibration.gradient.isfinite().all():
             raise ValueError(f"{name}: its gradients are not finite; load the model in bfloat16 or float32.")
-        blind = inputs is not None and not inputs.sequences
-        if blind and isinstance(layer, MaskProExpertWeight):
+        expert, tokens = isinstance(layer, MaskProExpertWeight), 0 if inputs is None else inputs.tokens
+        blind = inputs is not None and not tokens
+        if blind and expert:
             by_magnitude.add((name.rpartition(".")[0], number))
         mask = _mask_by_rule("magnitude" if blind and rule in RULES else rule, weight, calibration, config, name)
         if mask is None:
             mask = mask_of(layer.initial_codes(adapter_name)[rows], config.m)
-        if "swaps" in refined and not blind:
+        if "swaps" in refined and not blind and not (expert and tokens < TOKENS_TO_REFINE * layer.in_features):
             assert inputs is not None
             assert inputs.gram is not None
             shift = None if inputs.lost is None else TOWARDS_DENSE * weight @ inputs.lost

@@ -3,7 +3,7 @@
 from .config import DATA_FREE, RULES, MaskProConfig, saved_config, split_init_mask
 from .experts import MaskProExperts, MaskProExpertWeight
 from .layer import PLAIN_LOGIT_SCALE, MaskProLayer, logit_scale
-from .model import MaskProModel, evaluating, masked_layers, one_adapter, unmasked
+from .model import MaskProModel, check_calls, evaluating, masked_layers, one_adapter, unmasked
 from .registration import register
 
 
@@ -18,6 +18,7 @@ __all__ = [
     "MaskProExperts",
     "MaskProLayer",
     "MaskProModel",
+    "check_calls",
     "evaluating",
     "logit_scale",
     "masked_layers",

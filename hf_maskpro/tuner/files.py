@@ -39,6 +39,9 @@ def private_folder(folder: str | Path, *brought: str) -> Iterator[Path]:
     Args:
         folder (`str` or `Path`): Where the files belong; made if it is not there.
         brought (`str`): Files of it that are copied into the temporary folder, if they are there.
+
+    Raises:
+        `ValueError`: if something else than a file, as a device, has the name of one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,6 +59,8 @@ def private_folder(folder: str | Path, *brought: str) -> Iterator[Path]:
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             if (folder / file).exists():
+                if not (folder / file).is_file():
+                    raise ValueError(f"{folder / file} is no file, and would be lost; choose another name.")
                 (old / file).parent.mkdir(parents=True, exist_ok=True)
                 _keep(folder / file, old / file)
         for file in files:

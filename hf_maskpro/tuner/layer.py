@@ -107,6 +107,13 @@ def logit_scale(config: MaskProConfig) -> float:
     return PLAIN_LOGIT_SCALE if config.logit_scale is None else config.logit_scale
 
 
+def _packed_by_rule(weight: torch.Tensor, config: MaskProConfig) -> torch.Tensor:
+    """The packed mask of a rule without data, for a weight `[out_features, in_features]`."""
+    size = group_members(weight.abs(), config.m)
+    scores = size if config.init_mask == "magnitude" else torch.rand(size.shape).to(weight.device)
+    return pack_codes(codes_of(mode(scores, config.n)), config.n, config.m)
+
+
 def _placeholder(out_features: int, in_features: int, config: MaskProConfig, device: torch.device) -> torch.Tensor:
     """
     What stands for a mask that is not there yet, in a state dict too: digits out of range, or of patterns for which no
@@ -220,22 +227,25 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MaskProConfig) -> None:
         """Add an adapter, with its starting mask if that needs neither data nor a file."""
-        weight = self.out_in(plain(self.base_weight).detach())
-        out_features, in_features = weight.shape
-        shape = (out_features, config.m, in_features // config.m)
+        weight = self.base_weight
+        shape = (self.out_features, config.m, self.in_features // config.m)
         data_free = not config.awaits_file and config.init_mask in DATA_FREE and not weight.is_meta
-        if data_free:
-            scores = group_members(weight.abs(), config.m) if config.init_mask == "magnitude" else torch.rand(shape)
-            packed = pack_codes(codes_of(mode(scores.to(weight.device), config.n)), config.n, config.m)
+        # The configuration of an adapter that is here already, as TRL's trainers give it to their reference.
+        twin = next((name for name, known in self.maskpro_config.items() if known is config), None)
+        if twin is not None:
+            packed = self.maskpro_mask[twin].clone()
+        elif data_free:
+            # One after the other, since scores take as much memory as weights.
+            packed = torch.cat([_packed_by_rule(matrix.detach(), config) for matrix in self.matrices()])
         else:
-            packed = _placeholder(out_features, in_features, config, weight.device)
+            packed = _placeholder(self.out_features, self.in_features, config, weight.device)
         # An adapter for inference has no logits to move: one zero, expanded, stands for all of them.
         dtype = getattr(torch, config.logits_dtype)
         theta = torch.zeros((), dtype=dtype, device=weight.device).expand(shape)
         self.maskpro_theta[adapter_name] = nn.Parameter(theta, requires_grad=False)
         self.maskpro_mask[adapter_name] = packed
         self.maskpro_config[adapter_name] = config
-        if not data_free:
+        if not data_free if twin is None else self._is_unfilled(twin):
             self._unfilled[adapter_name] = packed
         if config.save_logits or not config.inference_mode:
             self.materialize(adapter_name)

@@ -47,12 +47,17 @@ class MaskProConv1DLinear(MaskProLinear):
         return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.shape[1])
 
 
+def is_ordinary(weight: torch.Tensor) -> bool:
+    """Whether a weight is a plain matrix of numbers of two bytes or more, as no quantized one is."""
+    return type(weight.data) is torch.Tensor and weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
 def layer_class(module: nn.Module) -> type[MaskProLinear] | None:
     """The class that masks a module, or `None` if there is none."""
     # nn.MultiheadAttention reads the weight of its output projection and never calls it.
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return None
-    if isinstance(module, nn.Linear) and (module.weight.is_floating_point() or is_quantized(module.weight)):
+    if isinstance(module, nn.Linear) and (is_ordinary(module.weight) or is_quantized(module.weight)):
         return MaskProLinear
     if isinstance(module, Conv1D):
         return MaskProConv1DLinear

@@ -3,7 +3,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -23,14 +23,18 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from ..subset import mode_codes, pack_codes, unpack_codes
 from .base import cached_commit, check_base, listed, plain
+from .calls import tiny_inputs, used_without_a_call, without_hooks
 from .config import MaskProConfig
-from .experts import OFFLOADED, MaskProExperts, expert_parameters, router_names, why_not
+from .experts import OFFLOADED, MaskProExperts, expert_inputs, expert_parameters, router_names, why_not
 from .layer import LOGITS, NO_MASK, MaskProLayer, has_memory, logit_scale, members_first
-from .linear import layer_class
+from .linear import is_ordinary, layer_class
 
+
+logger = logging.get_logger(__name__)
 
 # Of processor time, for all names of a model, which take milliseconds; by the clock ten times as much.
 SECONDS_TO_MATCH = 2
@@ -91,6 +95,19 @@ class MaskProModel(BaseTuner):
         names = [*EMBEDDING_LAYER_NAMES, *(name for name, _ in model.named_modules())]
         _check_patterns(self.peft_config[adapter_name], names)
         super().inject_adapter(model, adapter_name, *args, **options)
+        if isinstance(model, PreTrainedModel):
+            try:
+                with without_hooks(model):
+                    check_calls(model, lambda: model(**tiny_inputs(model)))
+            except UncalledError:
+                if len(self.peft_config) > 1:
+                    self.delete_adapter(adapter_name)
+                else:
+                    self._unload_and_optionally_merge(merge=False, progressbar=False)
+                raise
+            # A model may need other inputs: then its first batch tells, in initialize_masks.
+            except Exception as error:
+                logger.info(f"whether every masked layer is called was not seen: {error}")
 
     def _prepare_adapter_config(self, peft_config: MaskProConfig, model_config: dict) -> MaskProConfig:
         if peft_config.target_modules is None:
@@ -103,12 +120,13 @@ class MaskProModel(BaseTuner):
             _include_all_linear(peft_config, model, inside)
             _keep_layers_to_transform(peft_config)
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        places = _places(model)
         problems: dict[str, list[str]] = {}
         weights: dict[str, torch.Tensor] = {}
         indivisible: dict[str, int] = {}
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and check_target_module_exists(peft_config, name):
-                problem = _why_not(module, peft_config, embeddings)
+                problem = _why_not(module, peft_config, embeddings, places)
                 base = module.get_base_layer() if isinstance(module, MaskProLayer) else module
                 if problem:
                     problems.setdefault(problem, []).append(name)
@@ -117,14 +135,19 @@ class MaskProModel(BaseTuner):
                 else:
                     weights[name] = cast(torch.Tensor, base.weight)
         for name, module, parameter in _targeted_parameters(peft_config, model):
-            problem = why_not(module, parameter, peft_config)
+            problem, weight = why_not(module, parameter, peft_config), module.get_parameter(parameter).detach()
             if problem:
                 problems.setdefault(problem, []).append(name)
+            elif expert_inputs(module, parameter) % peft_config.m:
+                indivisible[name] = weight.numel()
             else:
-                weights[name] = module.get_parameter(parameter).detach()
+                weights[name] = weight
         for problem, names in problems.items():
             raise ValueError(f"cannot mask {listed(names)}: {problem}.")
         if indivisible:
+            peft_config.target_parameters = {
+                name for name, *_ in _targeted_parameters(peft_config, model) if name not in indivisible
+            } or None
             _leave_dense(peft_config, indivisible, sum(weight.numel() for weight in weights.values()))
         if isinstance(model, PreTrainedModel) and peft_config.revision is None and not peft_config.awaits_file:
             peft_config.revision = cached_commit(model.name_or_path)
@@ -251,10 +274,11 @@ class MaskProModel(BaseTuner):
             raise ValueError(f"the adapter file has masks for layers that the model has not: {listed(surplus)}.")
         # PEFT would load them into the base model.
         weights = [key for key in result if key not in known and ".modules_to_save." not in key]
-        if weights:
+        if weights and not (set(weights) <= _embedding_names(model) and _is_resized(model)):
             raise ValueError(
                 f"the adapter file has weights besides its masks: {listed(weights)}. Those that belong to it come by "
-                "modules_to_save; save it without others (save_embedding_layers=False)."
+                "modules_to_save, or with tokens that were added to the model, if they have been to this one; save it "
+                "without others (save_embedding_layers=False)."
             )
         for name, layer in layers.items():
             mask_key, theta_key = f"{name}.maskpro_mask.{adapter_name}", f"{name}.maskpro_theta.{adapter_name}"
@@ -377,6 +401,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.forget_masked_weight()
 
 
+class UncalledError(ValueError):
+    """A masked layer's weight is used without calling the layer."""
+
+
+def check_calls(model: nn.Module, run: Callable[[], Any]) -> None:
+    """
+    Look at one forward pass whether every masked layer sees its mask.
+
+    Args:
+        model (`torch.nn.Module`): A model with a mask adapter.
+        run (`Callable`): The forward pass.
+
+    Raises:
+        `UncalledError`: if the weight of a layer is used without calling the layer.
+    """
+    with evaluating(model):
+        uncalled = used_without_a_call(model, run)
+    if uncalled:
+        raise UncalledError(
+            f"cannot mask {listed([_bare(name) for name in uncalled])}: the model uses the weight without calling the "
+            "layer, so no mask would apply; take it out by exclude_modules."
+        )
+
+
 @contextmanager
 def one_adapter(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """Let no other mask adapter be active, without touching what is trained."""
@@ -417,6 +465,37 @@ def _bare(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
+def _embedding_names(model: nn.Module) -> set[str]:
+    """The parameters of a model's embeddings and of its head, which PEFT saves too if tokens were added."""
+    base = _pretrained(model)
+    if base is None:
+        return set()
+    embeddings = {base.get_input_embeddings(), base.get_output_embeddings()} - {None}
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if module in embeddings
+        for name in module.state_dict()
+    }
+
+
+def _is_resized(model: nn.Module) -> bool:
+    """Whether tokens were added to a model after it was loaded."""
+    base = _pretrained(model)
+    if base is None:
+        return False
+    try:
+        loaded = type(base.config).from_pretrained(base.name_or_path)
+    # It was not loaded from anywhere, or what it was loaded from is gone.
+    except (OSError, ValueError):
+        return False
+    return loaded.get_text_config().vocab_size != base.config.get_text_config().vocab_size
+
+
+def _pretrained(model: nn.Module) -> PreTrainedModel | None:
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+
+
 def _check_finite(name: str, theta: torch.Tensor) -> None:
     if has_memory(theta) and not theta.is_meta and not theta.isfinite().all():
         raise ValueError(f"{name} has logits that are not finite: {NO_MASK}.")
@@ -453,12 +532,29 @@ def _check_patterns(config: MaskProConfig, names: list[str]) -> None:
 
 
 def _unsupported(module: nn.Module) -> str:
-    if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
-        return f"its weight is {module.weight.dtype}; of quantized layers, torchao's and 4-bit ones can be masked"
+    if isinstance(module, BaseTunerLayer):
+        return (
+            "another adapter is on it already; merge that one, or mask the base model first and add it over the mask"
+        )
+    if isinstance(module, nn.Linear) and not is_ordinary(module.weight):
+        kind = module.weight.dtype if type(module.weight.data) is torch.Tensor else type(module.weight.data).__name__
+        return f"its weight is {kind}; of quantized layers, torchao's and 4-bit ones can be masked"
     return f"{type(module).__name__} is not nn.Linear or Conv1D; change target_modules"
 
 
-def _why_not(module: nn.Module, config: MaskProConfig, embeddings: set[int]) -> str | None:
+def _places(model: nn.Module) -> dict[int, list[str]]:
+    """The layers that each parameter is in, by the names that they have in the modules that hold them."""
+    places: dict[int, list[str]] = {}
+    for prefix, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            for parameter in child._parameters.values() if child is not None else ():
+                places.setdefault(id(parameter), []).append(f"{prefix}.{name}".removeprefix("."))
+    return places
+
+
+def _why_not(
+    module: nn.Module, config: MaskProConfig, embeddings: set[int], places: dict[int, list[str]]
+) -> str | None:
     """Why a module cannot be masked, or `None` if it can."""
     if isinstance(module, MaskProLayer):
         module = module.get_base_layer()
@@ -477,6 +573,8 @@ def _why_not(module: nn.Module, config: MaskProConfig, embeddings: set[int]) -> 
         return OFFLOADED
     if id(module.weight) in embeddings:
         return "its weight is that of an embedding, which merging would destroy; take it out of target_modules"
+    if len(shared := places[id(module.weight)]) > 1:
+        return f"{' and '.join(shared)} share one weight, and a mask is for one layer; exclude them by exclude_modules"
     if config.on_indivisible == "error" and (in_features := _in_features(module)) % config.m:
         return (
             f"in_features {in_features} is not a multiple of m = {config.m}; exclude it with exclude_modules, or all "
@@ -526,7 +624,7 @@ def _include_all_linear(config: MaskProConfig, model: nn.Module, inside: tuple[s
     assert isinstance(config.target_modules, set)
     config.target_modules -= router_names(model)
     if config.target_parameters is None:
-        _refuse_fused_experts(model, inside)
+        _refuse_other_matrices(model)
         config.target_parameters = {
             f"{name}.{parameter}"
             for name, module in _modules(model)
@@ -552,17 +650,20 @@ def _targeted_parameters(config: MaskProConfig, model: nn.Module) -> Iterator[tu
                 yield name, module, parameter
 
 
-def _refuse_fused_experts(model: nn.Module, inside: tuple[str, ...]) -> None:
-    """Experts fused into 3-D parameters in a way that is not known would stay dense, as most of such a model."""
-    fused = [
-        f"{name}.{parameter_name}"
-        for name, module in model.named_modules()
-        if not isinstance(module, _ConvNd) and not name.startswith(inside) and not expert_parameters(module)
-        for parameter_name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and parameter.shape[0] > 1
-    ]
+def _refuse_other_matrices(model: nn.Module) -> None:
+    """Matrices that are no layers, as experts that are kept in a way of their own, would stay dense."""
+    layers = (nn.Linear, Conv1D, nn.Embedding, _ConvNd, BaseTunerLayer, MaskProExperts)
+    inside = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, layers) or expert_parameters(module)
+    )
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+    others = {name: parameter for name, parameter in parameters if not name.startswith(inside)}
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)))
+    fused = [name for name, parameter in others.items() if parameter.ndim == 3 and parameter.shape[0] > 1]
+    if not fused and sum(parameter.numel() for parameter in others.values()) > linear:
+        fused = sorted(others, key=lambda name: -others[name].numel())
     if fused:
         raise ValueError(
-            f"cannot mask {listed(fused)}: fused expert parameters would stay dense; "
-            "name target_modules to mask the linear layers alone."
+            f"cannot mask {listed(fused)}: what is no linear layer would stay dense, as experts fused in an unknown "
+            "way; name target_modules to mask the linear layers alone."
         )

@@ -1,6 +1,8 @@
 import json
+import os
 import runpy
 import shutil
+import stat
 import sys
 import threading
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 from hf_maskpro import MaskProConfig, check_sparsity
 from hf_maskpro.deploy import merge, new_folder
 from hf_maskpro.tuner import masked_layers
+from hf_maskpro.tuner.files import private_folder
 
 from ..conftest import headers, tiny_gpt2, tiny_llama
 
@@ -126,7 +129,7 @@ def test_other_adapters(tmp_path):
     lora = get_peft_model(masked.merge_and_unload(), LoraConfig(init_lora_weights=False))
     with pytest.raises(ValueError, match="groups have more than 2 of 4"):
         check_sparsity(lora.merge_and_unload(), 2, 4)
-    with pytest.raises(ValueError, match=r"is not nn\.Linear or Conv1D"):
+    with pytest.raises(ValueError, match="another adapter is on it already"):
         get_peft_model(get_peft_model(tiny_llama(), LoraConfig()), MaskProConfig())
     two = get_peft_model(tiny_llama(), MaskProConfig())
     two.add_adapter("other", MaskProConfig(n=1, init_mask="random"))
@@ -356,6 +359,16 @@ def test_nothing_on_disk_is_lost(tmp_path):
         (folder / "new").write_text("y")
     assert [path.name for path in output.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="is a file or device"), new_folder(tmp_path / "pipe", overwrite):
+            pass
+    with pytest.raises(ValueError, match="is no file, and would be lost"), private_folder(tmp_path) as folder:
+        (folder / "pipe").write_text("a plot")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_fine_tuning_keeps_zeros(tmp_path, checkpoint, text, monkeypatch, capsys):

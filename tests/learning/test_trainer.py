@@ -10,7 +10,17 @@ from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import DataCollatorWithFlattening, LlamaForCausalLM, Trainer, TrainerState, TrainingArguments
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    DataCollatorWithFlattening,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
 from hf_maskpro.learning import residual
@@ -301,6 +311,39 @@ def test_what_has_no_loss_of_its_own_is_never_cached(tmp_path, llama, examples, 
     assert baseline_of(tmp_path, llama, 8, examples, **options) == "step"
     with pytest.raises(ValueError, match="baseline='cache' needs"):
         baseline_of(tmp_path, llama, 8, examples, baseline="cache", **options)
+
+
+def bart():
+    """A decoder whose own loss does not shift the labels."""
+    config = BartConfig(
+        vocab_size=34,
+        d_model=16,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=32,
+        max_position_embeddings=64,
+        dropout=0.0,
+    )
+    return BartForCausalLM(config)
+
+
+def t5():
+    config = T5Config(
+        vocab_size=34,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("make", [bart, t5])
+def test_a_loss_that_is_not_the_next_tokens_is_never_cached(tmp_path, make):
+    assert baseline_of(tmp_path, make(), 8) == "step"
 
 
 def test_a_loss_that_a_subclass_computes_is_never_cached(tmp_path, llama):

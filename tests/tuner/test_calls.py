@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
+from transformers import FalconMambaConfig, FalconMambaForCausalLM, WavLMConfig, WavLMModel
 
 from hf_maskpro import MaskProConfig, initialize_masks
 from hf_maskpro.tuner import masked_layers
@@ -51,10 +52,11 @@ def with_patched_layer():
 def test_a_forward_of_its_own_gets_the_masked_weight(ids, make):
     base, layer = make()
     model = get_peft_model(base, MaskProConfig()).eval()
+    before = layer.calls if isinstance(layer, Doubled) else 0
     masked = logits(model, ids)
     assert not torch.equal(masked, logits(get_peft_model(tiny_llama(), MaskProConfig()).eval(), ids))
     if isinstance(layer, Doubled):
-        assert layer.calls == 1
+        assert layer.calls == before + 1
     assert torch.equal(logits(model.merge_and_unload(), ids), masked)
 
 
@@ -172,3 +174,124 @@ def test_weights_that_are_swapped_there_and_back_are_seen(llama, ids):
         for weight, value in zip(weights, own, strict=True):
             weight.data = value
         assert torch.equal(logits(model, ids), before)
+
+
+def wavlm():
+    config = WavLMConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=(16, 16),
+        conv_kernel=(8, 3),
+        conv_stride=(4, 2),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+    )
+    return WavLMModel(config).eval(), MaskProConfig(target_modules=["q_proj", "v_proj"])
+
+
+def mamba():
+    config = FalconMambaConfig(
+        vocab_size=34, hidden_size=16, state_size=4, num_hidden_layers=1, time_step_rank=4, intermediate_size=32
+    )
+    return FalconMambaForCausalLM(config).eval(), MaskProConfig()
+
+
+@pytest.mark.parametrize(("make", "name"), [(wavlm, "q_proj"), (mamba, "dt_proj")])
+def test_layers_whose_weight_is_used_without_calling_them_are_refused(make, name):
+    model, config = make()
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(ValueError, match=rf"^cannot mask .*{name}.*: the model uses the weight without calling"):
+        get_peft_model(model, config)
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    uncalled = ["q_proj", "k_proj", "v_proj", "out_proj"] if name == "q_proj" else [name]
+    get_peft_model(model, MaskProConfig(exclude_modules=uncalled))
+
+
+class Lists(nn.Module):
+    """A model that keeps a layer where nothing that replaces modules finds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.order = [self.first, self.second]
+
+    def forward(self, x, **_):
+        return self.second(self.order[0](x))
+
+
+def test_the_first_batch_tells_where_nothing_is_known_of_a_models_inputs():
+    model = get_peft_model(Lists(), MaskProConfig(init_mask="wanda", target_modules=["first", "second"]))
+    with pytest.raises(ValueError, match=r"^cannot mask first: the model uses the weight without calling"):
+        initialize_masks(model, [{"x": torch.ones(2, 16)}])
+    model = get_peft_model(Lists(), MaskProConfig(init_mask="wanda", target_modules=["second"]))
+    initialize_masks(model, [{"x": torch.ones(2, 16)}])
+
+
+def test_looking_at_a_pass_leaves_the_model_and_the_generator_as_they_were(llama):
+    called = []
+    llama.register_forward_hook(lambda *_: called.append(1))
+    hooks = [module._forward_hooks for module in llama.modules()]
+    llama.train()
+    state = torch.get_rng_state()
+    model = get_peft_model(llama, MaskProConfig())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not called
+    assert all(module.training for module in model.modules())
+    assert not any(layer.dense for layer in masked_layers(model).values())
+    assert hooks[0] is llama._forward_hooks
+
+
+class Shared(nn.Module):
+    def __init__(self, share):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        share(self)
+
+
+def share_weight(model):
+    model.b.weight = model.a.weight
+
+
+def share_layer(model):
+    model.b = model.a
+
+
+@pytest.mark.parametrize("share", [share_weight, share_layer])
+@pytest.mark.parametrize("targets", [["a", "b"], ["a"]])
+def test_a_weight_that_two_layers_share_is_refused(share, targets):
+    with pytest.raises(ValueError, match=r"^cannot mask a.*: a and b share one weight"):
+        get_peft_model(Shared(share), MaskProConfig(target_modules=targets))
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj"]])
+def test_a_layer_that_another_adapter_is_on_is_refused_as_that(llama, targets):
+    base = get_peft_model(llama, LoraConfig(target_modules=["q_proj"])).base_model.model
+    with pytest.raises(ValueError, match=r"q_proj.*: another adapter is on it already"):
+        get_peft_model(base, MaskProConfig(target_modules=targets))
+
+
+@pytest.mark.parametrize("init_mask", ["random", "wanda", "saved"])
+def test_the_configuration_of_an_adapter_makes_another_that_starts_from_its_mask(llama, ids, tmp_path, init_mask):
+    """As TRL's trainers make their reference of the adapter that they train."""
+    model = get_peft_model(llama, MaskProConfig(init_mask="random" if init_mask == "saved" else init_mask)).eval()
+    if init_mask == "wanda":
+        model.add_adapter("early", model.peft_config["default"])
+        model.set_adapter("early")
+        with pytest.raises(ValueError, match="call initialize_masks"):
+            logits(model, ids)
+        model.delete_adapter("early")
+        model.set_adapter("default")
+        initialize_masks(model, [{"input_ids": ids}])
+    elif init_mask == "saved":
+        model.save_pretrained(tmp_path / "a")
+        model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "a", is_trainable=True).eval()
+    expected = logits(model, ids)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default" in name:
+            model.get_parameter(name.replace(".default", ".ref")).data.copy_(parameter.data)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, ids), expected)

@@ -17,7 +17,15 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DbrxConfig,
+    DbrxForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 from transformers.pytorch_utils import Conv1D
 
 from hf_maskpro import MaskProConfig, check_sparsity, initialize_masks
@@ -26,6 +34,10 @@ from hf_maskpro.subset import group_members, keep_of
 from hf_maskpro.tuner import MaskProLayer, masked_layers
 
 from ..conftest import tiny_gpt2, tiny_llama
+
+
+class Int8(torch.Tensor):
+    """As torchao's tensors: quantized, and says that it is floating-point."""
 
 
 def logits(model, ids):
@@ -494,6 +506,58 @@ class TestRefusals:
         layer = llama.model.layers[0].mlp.up_proj
         layer.weight = nn.Parameter(torch.zeros(32, 16, dtype=torch.uint8), requires_grad=False)
         self.refused(llama, "its weight is torch.uint8")
+
+    @pytest.mark.parametrize(
+        "weight", [torch.zeros(32, 16).to(torch.float8_e4m3fn), torch.ones(32, 16).as_subclass(Int8)]
+    )
+    def test_quantized_weights_that_pass_for_floating_point(self, llama, weight):
+        llama.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight, requires_grad=False)
+        self.refused(llama, r"up_proj: its weight is (torch.float8_e4m3fn|Int8); of quantized layers")
+
+    def test_experts_in_matrices_that_are_no_layers(self):
+        config = DbrxConfig(
+            vocab_size=34,
+            d_model=16,
+            n_heads=2,
+            n_layers=1,
+            max_seq_len=64,
+            attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+            ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+        )
+        self.refused(DbrxForCausalLM(config), r"experts\.mlp\.\w+.*: what is no linear layer would stay dense")
+
+
+def test_a_weight_normed_convolution_is_not_taken_for_experts():
+    config = Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=(16, 16),
+        conv_kernel=(8, 3),
+        conv_stride=(4, 2),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+    )
+    assert len(masked_layers(get_peft_model(Wav2Vec2Model(config), MaskProConfig()))) == 7
+
+
+def test_a_model_with_added_tokens_is_loaded_with_them(base_folder, tmp_path, ids):
+    def base():
+        model = AutoModelForCausalLM.from_pretrained(base_folder)
+        model.resize_token_embeddings(40, mean_resizing=False)
+        return model
+
+    model = get_peft_model(base(), MaskProConfig()).eval()
+    perturb(model)
+    model.save_pretrained(tmp_path / "a")
+    added = torch.cat([ids, torch.full((len(ids), 2), 38)], dim=1)
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "a").eval()
+    assert torch.equal(logits(loaded, added), logits(model, added))
+    # Into a model without those tokens they would come in silence.
+    with pytest.raises(ValueError, match="weights besides its masks"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "a")
 
 
 def test_a_base_that_is_not_there_is_said_to_be_so(ids, tmp_path):
