@@ -111,8 +111,8 @@ TargetModules = Annotated[
     str | None,
     typer.Option(
         metavar="NAMES",
-        help="Layers to mask: ends of names, separated by commas, or a regular expression. All linear layers but the "
-        "output head unless given.",
+        help="Layers to mask: ends of names, separated by commas, or a regular expression. All linear layers and "
+        "experts but the output head and routers unless given.",
         rich_help_panel=MASK,
     ),
 ]

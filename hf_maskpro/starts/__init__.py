@@ -34,6 +34,9 @@ __all__ = ["generated_text", "initialize_masks", "needs_data", "random_windows",
 
 logger = logging.getLogger(__name__)
 
+# Swaps of an expert that saw fewer tokens than so many for each of its inputs suit these tokens alone.
+TOKENS_TO_REFINE = 0.25
+
 _SCORES = {
     "magnitude": magnitude.scores,
     "random": random.scores,
@@ -112,13 +115,14 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
         calibration = Calibration(inputs, gradients[name][rows] if name in gradients else None)
         if calibration.gradient is not None and not calibration.gradient.isfinite().all():
             raise ValueError(f"{name}: its gradients are not finite; load the model in bfloat16 or float32.")
-        blind = inputs is not None and not inputs.sequences
-        if blind and isinstance(layer, MaskProExpertWeight):
+        expert, tokens = isinstance(layer, MaskProExpertWeight), 0 if inputs is None else inputs.tokens
+        blind = inputs is not None and not tokens
+        if blind and expert:
             by_magnitude.add((name.rpartition(".")[0], number))
         mask = _mask_by_rule("magnitude" if blind and rule in RULES else rule, weight, calibration, config, name)
         if mask is None:
             mask = mask_of(layer.initial_codes(adapter_name)[rows], config.m)
-        if "swaps" in refined and not blind:
+        if "swaps" in refined and not blind and not (expert and tokens < TOKENS_TO_REFINE * layer.in_features):
             assert inputs is not None
             assert inputs.gram is not None
             shift = None if inputs.lost is None else TOWARDS_DENSE * weight @ inputs.lost

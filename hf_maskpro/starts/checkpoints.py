@@ -80,7 +80,7 @@ def matrices_of(model: nn.Module) -> dict[str, Matrix]:
             found[f"{name}.weight"] = Matrix(tuple(module.weight.shape), isinstance(module, Conv1D))
         for parameter in expert_parameters(module):
             shape = tuple(module.get_parameter(parameter).shape)
-            found[f"{name}.{parameter}"] = Matrix(shape, is_transposed(module))
+            found[f"{name}.{parameter}"] = Matrix(shape, bool(is_transposed(module)))
     return found
 
 

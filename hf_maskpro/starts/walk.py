@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..tuner import MaskProExperts, MaskProExpertWeight, MaskProLayer, evaluating, masked_layers
 from ..tuner.base import listed
+from ..tuner.experts import has_kernels
 from .batches import sequences_in
 from .blocks import TOWARDS_DENSE, Example
 
@@ -34,18 +35,20 @@ class Inputs:
             tokens of size 1, so that a few massive ones do not rule.
         lost (`torch.Tensor` or `None`): (X_dense - X)^T X of such tokens, where X_dense is what the dense model gives
             the layer: what the masks before it have lost.
-        sequences (`int`): How many sequences the tokens came in.
+        tokens (`int`): How many tokens there were.
+        sequences (`int`): How many sequences they came in.
     """
 
     def __init__(self, in_features: int, device: torch.device, with_gram: bool):
         self.squares = torch.zeros(in_features, device=device)
         self.gram = torch.zeros(in_features, in_features, device=device) if with_gram else None
         self.lost: torch.Tensor | None = None
-        self.sequences = 0
+        self.tokens = self.sequences = 0
 
     def update(self, rows: torch.Tensor, sequences: int) -> None:
         """Add inputs `[tokens, in_features]`."""
         rows = rows.float()
+        self.tokens += len(rows)
         self.sequences += sequences
         if self.gram is None:
             self.squares += rows.square().sum(0)
@@ -56,6 +59,7 @@ class Inputs:
     def update_beside_dense(self, rows: torch.Tensor, dense: torch.Tensor | None, sequences: int) -> None:
         """Add inputs, and if they are known those that the dense model would have had for the same tokens."""
         assert self.gram is not None
+        self.tokens += len(rows)
         self.sequences += sequences
         exact = rows.float()
         squares = exact.square()
@@ -198,7 +202,7 @@ class Routed:
         return Routed(_rows(self.tokens, attention_mask), _rows(self.experts, attention_mask))
 
 
-# An expert that saw fewer tokens keeps its largest weights.
+# An expert that saw fewer tokens keeps its largest weights: what Wanda chooses by fewer loses hardly less on others.
 FEWEST_TOKENS = 16
 
 
@@ -345,19 +349,23 @@ def _choose_experts(
     last by what the first make of these, as they are masked if in order.
     """
     base, masked = experts.base_layer, {layer.parameter_name: layer for layer in experts.masked() if layer in names}
-    first = "gate_up_proj" if base.has_gate else "up_proj"
-    for number in range(base.num_experts):
+    for number in range(max(layer.experts for layer in masked.values())):
         sent = [(call.routed.experts == number).any(1) for call in calls]
         rows = [call.routed.tokens[here] for call, here in zip(calls, sent, strict=True)]
         dense = [None if call.dense is None else call.dense[here] for call, here in zip(calls, sent, strict=True)]
-        enough = sum(map(len, rows)) >= FEWEST_TOKENS
+        if sum(map(len, rows)) < FEWEST_TOKENS:
+            for layer in masked.values():
+                if number < layer.experts:
+                    choose(names[layer], layer, _nothing(layer, with_gram), number)
+            continue
+        first = "gate_up_proj" if base.has_gate else "up_proj"
         for parameter in (first, "down_proj"):
             weight = experts.matrix(parameter, number)
             kept = weight
             if parameter in masked:
                 layer = masked[parameter]
                 inputs = _nothing(layer, with_gram)
-                for call, own, beside in zip(calls, rows, dense, strict=True) if enough else ():
+                for call, own, beside in zip(calls, rows, dense, strict=True):
                     if in_order:
                         inputs.update_beside_dense(own, beside, call.sequences)
                     else:
@@ -654,7 +662,11 @@ def _recording(units: list[Unit], record: Callable[[Unit, Any], None]) -> Iterat
 
     def hand_on(unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [*args, *kwargs.values()]
-        record(unit, Routed(given[0], given[1]) if isinstance(unit, MaskProExperts) else given[0])
+        if not isinstance(unit, MaskProExperts):
+            record(unit, given[0])
+        # Of others it is not known which tokens go where.
+        elif has_kernels(unit.base_layer):
+            record(unit, Routed(given[0], given[1]))
 
     handles = [unit.register_forward_pre_hook(hand_on, with_kwargs=True) for unit in units]
     try:

@@ -3,15 +3,17 @@
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import MaskProConfig
 from .layer import MaskProLayer, onloaded
 
 
+# What transformers' kernels multiply by.
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 # What decides where tokens go, and how much of a shared expert joins, is a millionth of the weights and is left alone.
 ROUTERS = {"router", "gate", "shared_expert_gate"}
-
 
 OFFLOADED = "its weight is offloaded; add the adapter to the whole model, then offload that"
 
@@ -28,7 +30,7 @@ class MaskProExpertWeight(MaskProLayer):
     def __init__(self, experts: nn.Module, parameter_name: str, adapter_name: str, config: MaskProConfig) -> None:
         self.parameter_name = parameter_name
         self.experts, first, second = getattr(experts, parameter_name).shape
-        self.is_transposed = is_transposed(experts)
+        self.is_transposed = bool(is_transposed(experts))
         self.rows_per_expert = second if self.is_transposed else first
         super().__init__(experts, adapter_name, config)
         # It is the module around this that has the experts; here it would give their parameters a second name.
@@ -85,6 +87,11 @@ class MaskProExperts(nn.Module):
         return weight.T if is_transposed(self.base_layer) else weight
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if isinstance(self.base_layer, BaseTunerLayer):
+            raise ValueError(
+                f"a {type(self.base_layer).__name__} lies between masked experts and their mask, which would be lost; "
+                "put the other adapter on other layers."
+            )
         own = vars(self.base_layer)
         with onloaded(self.masked()):
             weights = {layer.parameter_name: layer() for layer in self.masked()}
@@ -105,17 +112,33 @@ class MaskProExperts(nn.Module):
         return self.base_layer
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """Whether experts are stored as `[experts, in_features, out_features]`, of a module that has experts."""
-    return vars(module)["is_transposed"]
+def is_transposed(module: nn.Module) -> bool | None:
+    """
+    Whether the experts of a module are stored as `[experts, in_features, out_features]`, rather than `[experts,
+    out_features, in_features]`; `None` if it has none, or does not tell.
+    """
+    # So transformers marks the classes whose forward is one of its kernels.
+    if "is_transposed" in vars(module):
+        return vars(module)["is_transposed"]
+    shapes = {name: weight.shape[1:] for name, weight in module.named_parameters(recurse=False) if weight.ndim == 3}
+    if shapes.keys() != {"gate_up_proj", "down_proj"}:
+        return None
+    (rows, columns), (out_features, in_features) = shapes["gate_up_proj"], shapes["down_proj"]
+    if (rows, columns) == (2 * in_features, out_features):
+        return False
+    return True if (columns, rows) == (2 * out_features, in_features) else None
 
 
 def expert_parameters(module: nn.Module) -> list[str]:
     """The parameters of a module that are the weights of experts."""
-    # So transformers marks the classes whose forward is one of its kernels.
-    if "is_transposed" not in vars(module):
+    if is_transposed(module) is None:
         return []
-    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
+    return [name for name, parameter in module.named_parameters(recurse=False) if name in WEIGHTS]
+
+
+def has_kernels(module: nn.Module) -> bool:
+    """Whether experts are called as transformers' kernels are: with tokens, and which experts each goes to."""
+    return "is_transposed" in vars(module)
 
 
 def why_not(module: nn.Module, parameter_name: str, config: MaskProConfig) -> str | None:
@@ -125,10 +148,19 @@ def why_not(module: nn.Module, parameter_name: str, config: MaskProConfig) -> st
     weight = module.get_parameter(parameter_name)
     if weight.is_meta and "_hf_hook" in vars(module):
         return OFFLOADED
-    in_features = weight.shape[1 if is_transposed(module) else 2]
-    if in_features % config.m:
-        return f"its experts' in_features {in_features} is not a multiple of m = {config.m}; take it out"
+    if weight.dtype.itemsize < 2:
+        return f"it is {weight.dtype}, and quantized experts are not supported; leave it out of target_parameters"
+    if config.on_indivisible == "error" and (in_features := expert_inputs(module, parameter_name)) % config.m:
+        return (
+            f"its experts' in_features {in_features} is not a multiple of m = {config.m}; take it out of "
+            "target_parameters, or leave all such layers dense by on_indivisible='dense'"
+        )
     return None
+
+
+def expert_inputs(module: nn.Module, parameter_name: str) -> int:
+    """The `in_features` of experts."""
+    return module.get_parameter(parameter_name).shape[1 if is_transposed(module) else 2]
 
 
 def router_names(model: nn.Module) -> set[str]:

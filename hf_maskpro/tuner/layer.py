@@ -11,6 +11,8 @@ import torch.distributed as dist
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..subset import (
     Distribution,
@@ -92,9 +94,24 @@ def members_first(theta: torch.Tensor) -> torch.Tensor:
     return theta.transpose(0, 1).contiguous().transpose(0, 1)
 
 
+def rows_here(theta: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The rows of theta that are in this process, all of them unless FSDP has split it, and the index of the first."""
+    if not isinstance(theta, DTensor):
+        return theta, 0
+    _, offsets = compute_local_shape_and_global_offset(theta.shape, theta.device_mesh, theta.placements)
+    return theta.to_local(), offsets[0]
+
+
 def logit_scale(config: MaskProConfig) -> float:
     """`C`, which matters only once theta has moved."""
     return PLAIN_LOGIT_SCALE if config.logit_scale is None else config.logit_scale
+
+
+def _packed_by_rule(weight: torch.Tensor, config: MaskProConfig) -> torch.Tensor:
+    """The packed mask of a rule without data, for a weight `[out_features, in_features]`."""
+    size = group_members(weight.abs(), config.m)
+    scores = size if config.init_mask == "magnitude" else torch.rand(size.shape).to(weight.device)
+    return pack_codes(codes_of(mode(scores, config.n)), config.n, config.m)
 
 
 def _placeholder(out_features: int, in_features: int, config: MaskProConfig, device: torch.device) -> torch.Tensor:
@@ -210,19 +227,18 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MaskProConfig) -> None:
         """Add an adapter, with its starting mask if that needs neither data nor a file."""
-        weight = self.out_in(plain(self.base_weight).detach())
-        out_features, in_features = weight.shape
-        shape = (out_features, config.m, in_features // config.m)
+        weight = self.base_weight
+        shape = (self.out_features, config.m, self.in_features // config.m)
         data_free = not config.awaits_file and config.init_mask in DATA_FREE and not weight.is_meta
         # The configuration of an adapter that is here already, as TRL's trainers give it to their reference.
         twin = next((name for name, known in self.maskpro_config.items() if known is config), None)
         if twin is not None:
             packed = self.maskpro_mask[twin].clone()
         elif data_free:
-            scores = group_members(weight.abs(), config.m) if config.init_mask == "magnitude" else torch.rand(shape)
-            packed = pack_codes(codes_of(mode(scores.to(weight.device), config.n)), config.n, config.m)
+            # One after the other, since scores take as much memory as weights.
+            packed = torch.cat([_packed_by_rule(matrix.detach(), config) for matrix in self.matrices()])
         else:
-            packed = _placeholder(out_features, in_features, config, weight.device)
+            packed = _placeholder(self.out_features, self.in_features, config, weight.device)
         # An adapter for inference has no logits to move: one zero, expanded, stands for all of them.
         dtype = getattr(torch, config.logits_dtype)
         theta = torch.zeros((), dtype=dtype, device=weight.device).expand(shape)
@@ -361,6 +377,9 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             `ValueError`: if it is not finite: what is compared with NaN keeps any number of members.
         """
         theta = self.maskpro_theta[adapter_name].detach()
+        if isinstance(theta, DTensor):
+            # Within a forward pass FSDP has it whole.
+            theta = theta.full_tensor()
         if not has_memory(theta):
             return theta
         # Once for every content, since looking waits for the device; while it is trained, once for all.
@@ -427,12 +446,14 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         Args:
             moves (`list[tuple[int, float]]`): The seed of every mask, and its step.
         """
-        config, theta = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
-        packed, scale = self.packed_initial_mask(adapter_name), logit_scale(config)
+        config, whole = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
+        theta, start = rows_here(whole)
+        packed = self.packed_initial_mask(adapter_name)[start : start + len(theta)]
+        scale, rows = logit_scale(config), None if theta is whole else (start, len(whole))
         # One mask moves each logit when it has read it; several read what none of them has moved.
         into = None if len(moves) == 1 else theta.to(torch.float32, copy=True)
         for seed, step in moves:
-            score_and_update(theta, packed, scale, config.n, step, seed, layer, distribution, into)
+            score_and_update(theta, packed, scale, config.n, step, seed, layer, distribution, into, rows)
         if into is not None:
             store_logits(theta, into, moves[0][0], layer)
 

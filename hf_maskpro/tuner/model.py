@@ -29,7 +29,7 @@ from ..subset import mode_codes, pack_codes, unpack_codes
 from .base import cached_commit, check_base, listed, plain
 from .calls import tiny_inputs, used_without_a_call, without_hooks
 from .config import MaskProConfig
-from .experts import OFFLOADED, MaskProExperts, expert_parameters, router_names, why_not
+from .experts import OFFLOADED, MaskProExperts, expert_inputs, expert_parameters, router_names, why_not
 from .layer import LOGITS, NO_MASK, MaskProLayer, has_memory, logit_scale, members_first
 from .linear import is_ordinary, layer_class
 
@@ -135,14 +135,19 @@ class MaskProModel(BaseTuner):
                 else:
                     weights[name] = cast(torch.Tensor, base.weight)
         for name, module, parameter in _targeted_parameters(peft_config, model):
-            problem = why_not(module, parameter, peft_config)
+            problem, weight = why_not(module, parameter, peft_config), module.get_parameter(parameter).detach()
             if problem:
                 problems.setdefault(problem, []).append(name)
+            elif expert_inputs(module, parameter) % peft_config.m:
+                indivisible[name] = weight.numel()
             else:
-                weights[name] = module.get_parameter(parameter).detach()
+                weights[name] = weight
         for problem, names in problems.items():
             raise ValueError(f"cannot mask {listed(names)}: {problem}.")
         if indivisible:
+            peft_config.target_parameters = {
+                name for name, *_ in _targeted_parameters(peft_config, model) if name not in indivisible
+            } or None
             _leave_dense(peft_config, indivisible, sum(weight.numel() for weight in weights.values()))
         if isinstance(model, PreTrainedModel) and peft_config.revision is None and not peft_config.awaits_file:
             peft_config.revision = cached_commit(model.name_or_path)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 
-from hf_maskpro import MaskProConfig, initialize_masks
+from hf_maskpro import MaskProConfig, initialize_masks, starts
 from hf_maskpro.starts.walk import FEWEST_TOKENS
 from hf_maskpro.tuner import masked_layers
 from tests.conftest import tiny_gpt_oss, tiny_mixtral
@@ -22,8 +22,8 @@ def text():
     return [{"input_ids": torch.randint(2, 34, (4, 24), generator=torch.Generator().manual_seed(i))} for i in range(2)]
 
 
-def masks(make, text, init_mask):
-    model = get_peft_model(make(1), MaskProConfig(init_mask=init_mask))
+def masks(make, text, init_mask, **options):
+    model = get_peft_model(make(1), MaskProConfig(init_mask=init_mask, **options))
     initialize_masks(model, text)
     return {
         name.rpartition(".")[2]: layer.initial_mask("default").unflatten(0, (EXPERTS, -1))
@@ -84,6 +84,14 @@ def test_swaps_lower_what_the_experts_lose(make, text):
             totals["chosen"] += lost(weight, chosen[name][number], inputs)
             totals["wanda"] += lost(weight, wanda[name][number], inputs)
     assert totals["chosen"] < totals["wanda"]
+
+
+def test_swaps_wait_for_enough_tokens(text, monkeypatch):
+    only = {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}
+    wanda = masks(tiny_mixtral, text, "wanda", **only)["gate_up_proj"]
+    assert not torch.equal(masks(tiny_mixtral, text, "wanda+swaps", **only)["gate_up_proj"], wanda)
+    monkeypatch.setattr(starts, "TOKENS_TO_REFINE", 100)
+    assert torch.equal(masks(tiny_mixtral, text, "wanda+swaps", **only)["gate_up_proj"], wanda)
 
 
 @pytest.mark.parametrize("rule", ["ria", "sparsegpt", "gblm", "pruner-zero"])

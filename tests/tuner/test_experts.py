@@ -1,12 +1,15 @@
 """Experts that a model keeps in 3-D parameters."""
 
+import logging
+
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import Llama4ForCausalLM, Llama4TextConfig, MixtralConfig, MixtralForCausalLM
 
-from hf_maskpro import MaskProConfig
+from hf_maskpro import MaskProConfig, initialize_masks
 from hf_maskpro.tuner import masked_layers
 from hf_maskpro.tuner.base import fingerprint
 from tests.conftest import tiny_gpt_oss, tiny_mixtral
@@ -53,6 +56,28 @@ def test_a_gradient_reaches_the_logits_of_every_expert_that_saw_a_token(make, id
     for layer in masked_layers(model).values():
         assert layer.maskpro_theta["default"].grad.any()
         assert not layer.base_weight.requires_grad
+
+
+def test_experts_without_kernels_are_known_by_their_shapes(ids, caplog):
+    """As Llama 4's, which are stored transposed, and given tokens in another way."""
+
+    def make():
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 34, "hidden_size": 16, "intermediate_size": 16, "num_local_experts": 4, "head_dim": 8}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1, "pad_token_id": 1}
+        return Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads)).eval()
+
+    model = get_peft_model(make(), MaskProConfig(init_mask="wanda"))
+    with caplog.at_level(logging.WARNING):
+        initialize_masks(model, [{"input_ids": ids}])
+    assert "calibration: 4 experts saw fewer than" in caplog.text
+    expected = make().model.layers[0].feed_forward.experts.gate_up_proj.detach()
+    largest = expected.unflatten(1, (4, 4)).abs().topk(2, dim=2).indices
+    kept = torch.zeros(4, 4, 4, 32).scatter_(2, largest, 1).flatten(1, 2)
+    masked = logits(model, ids)
+    merged = model.merge_and_unload()
+    assert torch.equal(merged.model.layers[0].feed_forward.experts.gate_up_proj, expected * kept)
+    assert (logits(merged, ids) - masked).abs().max() < ROUNDING
 
 
 def test_routers_stay_dense_and_so_does_what_is_excluded():
@@ -153,3 +178,30 @@ def test_offloaded_experts_are_masked_as_they_are_brought(ids):
     expected = logits(model, ids)
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert torch.equal(logits(model, ids), expected)
+
+
+def test_experts_that_the_pattern_does_not_fit_stay_dense_if_asked(tmp_path, ids):
+    config = MaskProConfig(n=3, m=5, target_modules=[], target_parameters=["experts.down_proj"])
+    sizes = {"vocab_size": 34, "hidden_size": 20, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+
+    def make():
+        torch.manual_seed(0)
+        return MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
+
+    with pytest.raises(ValueError, match="experts' in_features 32 is not a multiple of m = 5"):
+        get_peft_model(make(), config)
+    with pytest.warns(UserWarning, match=r"experts\.down_proj stay dense, 2,560 of 9,280 weights"):
+        model = get_peft_model(make(), MaskProConfig(n=3, m=5, on_indivisible="dense")).eval()
+    assert {name for name in masked_layers(model) if "experts" in name} == {"model.layers.0.mlp.experts.gate_up_proj"}
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(make(), tmp_path), ids), logits(model, ids))
+
+
+def test_another_adapter_between_experts_and_their_mask_is_refused(ids):
+    masked = get_peft_model(tiny_mixtral(), MaskProConfig())
+    names = sorted(masked.peft_config["default"].target_parameters)
+    config = LoraConfig(target_modules=[], target_parameters=names)
+    model = get_peft_model(masked.base_model.model, config, adapter_name="lora")
+    with pytest.raises(ValueError, match="ParamWrapper lies between masked experts and their mask"):
+        logits(model, ids)
