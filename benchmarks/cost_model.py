@@ -94,7 +94,7 @@ def block_memory(model: Decoder, tokens: int = 8 * 256, calibration: int = 128 *
     """
     Bytes of learning one decoder layer after another, without the other layers' weights: bfloat16 weights and their
     masked copies, logits and two moments in float32, the gradient of the largest linear layer, activations of a batch
-    with a backward pass, and what enters the layer, dense and masked, for all of the calibration text.
+    with a backward pass, and for all of the calibration text what enters the layer, dense and masked, and its target.
     """
     largest = model.hidden * model.intermediate
     return {
@@ -102,7 +102,7 @@ def block_memory(model: Decoder, tokens: int = 8 * 256, calibration: int = 128 *
         "logits and moments": 12 * model.layer,
         "gradient of one linear layer": (4 + 2 + 2) * largest,
         "activations": 2 * tokens * (14 * model.hidden + 5 * model.intermediate),
-        "calibration text": 2 * 2 * calibration * model.hidden,
+        "calibration text": 3 * 2 * calibration * model.hidden,
     }
 
 

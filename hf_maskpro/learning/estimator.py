@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
@@ -35,6 +36,8 @@ class Estimator:
 
     # A dataclass of the settings that are its own: they become fields of `MaskProTrainingArguments`.
     Arguments: type | None = None
+    # Whether the optimizer keeps anything from step to step.
+    has_optimizer_state = True
     # The `C` of an adapter that was given none.
     logit_scale = PLAIN_LOGIT_SCALE
 
@@ -175,6 +178,8 @@ class Estimator:
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = self.gradient_norm([p.grad for p in parameters])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         self._steps = norm is None or self.is_finite(norm)
         if self._steps:
             self.before_step()
@@ -188,7 +193,9 @@ class Estimator:
         if self._steps:
             self.after_step()
         step, processes = self.trainer.state.global_step + 1, self.trainer.accelerator.num_processes
-        if processes > 1 and (step % STEPS_BETWEEN_HASHES == 0 or step in (1, self.trainer.state.max_steps)):
+        # FSDP has no copies that could part.
+        copies = processes > 1 and not self.trainer.is_fsdp_enabled
+        if copies and (step % STEPS_BETWEEN_HASHES == 0 or step in (1, self.trainer.state.max_steps)):
             self._check_processes(step)
 
     def _check_processes(self, step: int) -> None:

@@ -79,6 +79,7 @@ class Residual(Estimator):
     """
 
     Arguments = ResidualArguments
+    has_optimizer_state = False
 
     @classmethod
     def defaults(cls, args: TrainingArguments) -> dict[str, Any]:
@@ -132,7 +133,9 @@ class Residual(Estimator):
         if self.trainer.reward_fn is not None and args.baseline == "cache":
             raise ValueError("baseline='cache' is for losses of tokens, not for reward_fn; use baseline='step'.")
         if args.baseline == "cache" and not self._has_fixed_examples():
-            raise ValueError("baseline='cache' needs map-style data in the usual order; use baseline='step'.")
+            raise ValueError(
+                "baseline='cache' needs map-style data in the usual order, and no FSDP; use baseline='step'."
+            )
 
     def begin(self) -> None:
         accelerator = self.trainer.accelerator
@@ -330,7 +333,10 @@ class Residual(Estimator):
 
     def _has_fixed_examples(self) -> bool:
         dataset = self.trainer.train_dataset
-        map_style = dataset is not None and not isinstance(dataset, IterableDataset)
+        # FSDP has not split the model yet when a run's data are asked for.
+        map_style = (
+            dataset is not None and not self.trainer.is_fsdp_enabled and not isinstance(dataset, IterableDataset)
+        )
         return map_style and self.trainer.args.train_sampling_strategy in ("random", "sequential")
 
     def _cache_is_sound(self) -> bool:

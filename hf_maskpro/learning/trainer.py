@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.hooks import RemovableHandle
 from transformers import ProgressCallback, Trainer, default_data_collator
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, has_length, rotate_checkpoints
 
 from ..tuner import MaskProConfig, saved_config
@@ -105,6 +105,8 @@ class MaskProTrainer(Trainer):
             raise ValueError("fp16 scales gradients, which moves the logits by the scale; use bf16.")
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed partitions the logits, which masks need whole; train without it.")
+        if args.fsdp or self.is_fsdp_enabled:
+            self._check_fsdp()
         weights = objective_weights(args.objective)
         # Of the plain language-model loss a model's own is the best implementation.
         self.distillation = None
@@ -116,6 +118,8 @@ class MaskProTrainer(Trainer):
                     f"objective='distillation' runs in one process a GPU, and this one has {args.n_gpu}; "
                     "start it with torchrun or accelerate launch, or show it one GPU by CUDA_VISIBLE_DEVICES."
                 )
+            if self.is_fsdp_enabled:
+                raise ValueError("objective='distillation' runs the head by itself, which FSDP has split; drop fsdp.")
             self.distillation = Distillation(model, weights, args.distillation_temperature)
         self._unfinished = ""
         self._ending = EndsWithCheckpoint(self.accelerator)
@@ -126,6 +130,28 @@ class MaskProTrainer(Trainer):
         self._hooks: list[RemovableHandle] = []
         self.estimator = ESTIMATORS[args.estimator](self, self.adapter)
         self.estimator.check()
+
+    def _check_fsdp(self) -> None:
+        if not self.is_fsdp_enabled:
+            raise ValueError("accelerate ignores fsdp on CPUs; drop fsdp, or drop use_cpu where there are GPUs.")
+        plugin = self.accelerator.state.fsdp_plugin
+        for wrong, reason in (
+            (plugin.fsdp_version != 2, "version 1 splits within groups of logits; set version to 2"),
+            (
+                "FULL" not in str(plugin.state_dict_type),
+                "an adapter is saved whole; set state_dict_type to FULL_STATE_DICT",
+            ),
+            (
+                plugin.cpu_ram_efficient_loading,
+                "starting masks are buffers, which cpu_ram_efficient_loading loses; drop it",
+            ),
+            (
+                self.accelerator.mixed_precision != "no",
+                "masks would be drawn from rounded logits; load the model in bfloat16 instead of bf16=True",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"fsdp: {reason}.")
 
     @property
     def config(self) -> MaskProConfig:
@@ -140,6 +166,10 @@ class MaskProTrainer(Trainer):
         # What an earlier run of this trainer left behind is not this run's.
         self.estimator = ESTIMATORS[self.args.estimator](self, self.adapter)
         self.optimizer = self._given_optimizer
+        if self.is_fsdp_enabled:
+            for theta in self.adapter.thetas():
+                # FSDP takes no other layout.
+                theta.data = theta.data.contiguous()
         self.estimator.begin()
         dataset = self.train_dataset
         if isinstance(dataset, IterableDataset) and not has_length(dataset):
@@ -349,6 +379,11 @@ class MaskProTrainer(Trainer):
             self.estimator.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.is_fsdp_enabled and checkpoint is not None and not self.estimator.has_optimizer_state:
+            # torch gives the state of an optimizer to sharded parameters only where there is some.
+            schedule = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
+            self.lr_scheduler.load_state_dict(schedule)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.estimator.load(Path(checkpoint))

@@ -9,7 +9,9 @@ from ..tuner import MaskProLayer
 from ..tuner.layer import members_first
 
 
-STEPS, WARMUP, RATE, BETAS = 32, 4, 0.3, (0.9, 0.98)
+# How far refinements go from the outputs of a layer's own inputs towards those of the dense model.
+TOWARDS_DENSE = 0.3
+STEPS, WARMUP, RATE, BETAS = 24, 4, 0.7, (0.9, 0.98)
 
 # A decoder layer's outputs for the tokens of one batch, `[tokens, hidden]`: under its masks, and those to come near.
 Example = tuple[Callable[[], torch.Tensor], torch.Tensor]

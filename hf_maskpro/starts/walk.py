@@ -19,7 +19,7 @@ from ..tuner import MaskProExperts, MaskProExpertWeight, MaskProLayer, evaluatin
 from ..tuner.base import listed
 from ..tuner.experts import has_kernels
 from .batches import sequences_in
-from .blocks import Example
+from .blocks import TOWARDS_DENSE, Example
 
 
 logger = logging.getLogger(__name__)
@@ -127,11 +127,13 @@ class _Batch:
             }
         )
 
-    def example(self, block: nn.Module, index: int) -> Example:
+    def example(self, block: nn.Module, index: int, inside: list[MaskProLayer]) -> Example:
         """What to learn from once the dense output is known; what was remembered of other masks is forgotten."""
         assert self.dense_hidden is not None
         self.known.clear()
-        return lambda: self.rows(self.run(block, index, self.hidden)), self.rows(self.dense_hidden)
+        with _dense(inside):
+            target = self.run(block, index, self.hidden).lerp(self.dense_hidden, TOWARDS_DENSE)
+        return lambda: self.rows(self.run(block, index, self.hidden)), self.rows(target)
 
     def rows(self, inputs: torch.Tensor) -> torch.Tensor:
         return _rows(inputs, self.attention_mask)
@@ -274,7 +276,7 @@ def _walk_blocks(
         if in_order:
             _choose_in_order(block, index, inside, captured, names, choose)
             if learn is not None:
-                learn(inside, [batch.example(block, index) for batch in captured])
+                learn(inside, [batch.example(block, index, inside) for batch in captured])
         else:
             gathered, routed = _gather(block, index, inside, captured, with_gram)
             for layer, inputs in gathered.items():

@@ -88,14 +88,26 @@ def uniform_bits(
     return hash_positions(position, *keys(seed, layer))
 
 
-def random_keys(seed: int, layer: int, device: torch.device) -> list[torch.Tensor]:
-    """The two [`keys`] as int32 tensors, which a compiled kernel takes without compiling them in."""
+def random_keys(seed: int, layer: int, device: torch.device, start: int = 0) -> list[torch.Tensor]:
+    """
+    The two [`keys`] as int32 tensors, which a compiled kernel takes without compiling them in; positions count from
+    `start`.
+    """
+    first, second = keys(seed, layer)
+    # A position and the first key are added before anything else is done with either.
+    words = _signed((first + start) & _WORD), second
     # full, unlike tensor, does not wait for the device.
-    return [torch.full((), key, dtype=torch.int32, device=device) for key in keys(seed, layer)]
+    return [torch.full((), word, dtype=torch.int32, device=device) for word in words]
 
 
-def position_words(like: torch.Tensor, first: torch.Tensor, second: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """The words of [`uniform_bits`] of shape `[count, rows, groups]`, given a tensor `[rows, groups]` and the keys."""
+def position_words(
+    like: torch.Tensor, first: torch.Tensor, second: torch.Tensor, count: int, of: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """
+    The words of [`uniform_bits`] of shape `[count, rows, groups]`, given a tensor `[rows, groups]` and the keys; where
+    these are some of a layer's rows, `of` is the number of all its groups, an int32 scalar.
+    """
     rows, groups = like.shape
     position = torch.arange(rows * groups, dtype=torch.int32, device=like.device).view(rows, groups)
-    return [hash_positions(position + i * (rows * groups), first, second) for i in range(count)]
+    apart = rows * groups if of is None else of
+    return [hash_positions(position + i * apart, first, second) for i in range(count)]

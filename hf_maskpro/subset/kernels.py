@@ -244,10 +244,11 @@ def _update_kernel(n: int, m: int, distribution: Distribution, dtype: torch.dtyp
         second: torch.Tensor,
         step: torch.Tensor,
         into: list[torch.Tensor] | None,
+        of: torch.Tensor | None,
     ) -> None:
         planes = _planes(read(packed, table, theta[0].shape[1]), theta, scale)
         weights = weights_of(planes, n, work_dtype(n))
-        words = position_words(theta[0], first, second, draws(n, distribution))
+        words = position_words(theta[0], first, second, draws(n, distribution), of)
         codes = draw(weights, n, words, distribution)
         if n > 2 and distribution == "plackett_luce":
             scores = list(score(torch.stack(planes, dim=1), mask_of(codes, m), distribution).unbind(1))
@@ -287,6 +288,7 @@ def score_and_update(
     layer: int = 0,
     distribution: Distribution = "plackett_luce",
     into: torch.Tensor | None = None,
+    rows: tuple[int, int] | None = None,
 ) -> None:
     """
     `theta += step * score(mask)` in place, with the mask of [`sample_codes`] (beyond n = 2 up to the rounding of exp);
@@ -295,14 +297,18 @@ def score_and_update(
     Args:
         step (`float`): Minus the learning rate times the advantage.
         into (`torch.Tensor`, *optional*): What is moved in theta's place, of theta's shape; see [`store_logits`].
+        rows (`tuple[int, int]`, *optional*): Where theta and the packed mask are some rows of a layer's: the index of
+            the first, and how many the layer has.
     """
     m = theta.shape[1]
-    first, second = random_keys(seed, layer, theta.device)
+    groups = theta.shape[2]
+    first, second = random_keys(seed, layer, theta.device, rows[0] * groups if rows else 0)
+    of = torch.full((), rows[1] * groups, dtype=torch.int32, device=theta.device) if rows else None
     amount = torch.full((), step, dtype=torch.float32, device=theta.device)
     # The score of Plackett-Luce beyond n = 2 sums over 2**n subsets, which do not fit into one compiled kernel.
-    groups = 0 if n > 2 and distribution == "plackett_luce" else theta.numel() // m
+    size = 0 if n > 2 and distribution == "plackett_luce" else theta.numel() // m
     _update_kernel(n, m, distribution, theta.dtype if into is None else into.dtype)(
-        groups,
+        size,
         list(theta.unbind(1)),
         packed,
         code_table(n, m, theta.device),
@@ -311,6 +317,7 @@ def score_and_update(
         second,
         amount,
         None if into is None else list(into.unbind(1)),
+        of,
     )
 
 

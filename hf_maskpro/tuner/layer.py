@@ -11,6 +11,8 @@ import torch.distributed as dist
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..subset import (
     Distribution,
@@ -90,6 +92,14 @@ def _content(*tensors: torch.Tensor) -> tuple[tuple[int, int], ...] | None:
 def members_first(theta: torch.Tensor) -> torch.Tensor:
     """A copy in which each member of all groups lies in memory from end to end, as the kernels read it."""
     return theta.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def rows_here(theta: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The rows of theta that are in this process, all of them unless FSDP has split it, and the index of the first."""
+    if not isinstance(theta, DTensor):
+        return theta, 0
+    _, offsets = compute_local_shape_and_global_offset(theta.shape, theta.device_mesh, theta.placements)
+    return theta.to_local(), offsets[0]
 
 
 def logit_scale(config: MaskProConfig) -> float:
@@ -367,6 +377,9 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             `ValueError`: if it is not finite: what is compared with NaN keeps any number of members.
         """
         theta = self.maskpro_theta[adapter_name].detach()
+        if isinstance(theta, DTensor):
+            # Within a forward pass FSDP has it whole.
+            theta = theta.full_tensor()
         if not has_memory(theta):
             return theta
         # Once for every content, since looking waits for the device; while it is trained, once for all.
@@ -433,12 +446,14 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         Args:
             moves (`list[tuple[int, float]]`): The seed of every mask, and its step.
         """
-        config, theta = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
-        packed, scale = self.packed_initial_mask(adapter_name), logit_scale(config)
+        config, whole = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
+        theta, start = rows_here(whole)
+        packed = self.packed_initial_mask(adapter_name)[start : start + len(theta)]
+        scale, rows = logit_scale(config), None if theta is whole else (start, len(whole))
         # One mask moves each logit when it has read it; several read what none of them has moved.
         into = None if len(moves) == 1 else theta.to(torch.float32, copy=True)
         for seed, step in moves:
-            score_and_update(theta, packed, scale, config.n, step, seed, layer, distribution, into)
+            score_and_update(theta, packed, scale, config.n, step, seed, layer, distribution, into, rows)
         if into is not None:
             store_logits(theta, into, moves[0][0], layer)
 

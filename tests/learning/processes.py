@@ -7,8 +7,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from peft import get_peft_model
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
@@ -16,7 +19,7 @@ from hf_maskpro import MaskProConfig, MaskProTrainer
 from hf_maskpro.tuner import MaskProLayer
 
 from ..conftest import tiny_llama
-from .test_trainer import arguments, rows, thetas
+from .test_trainer import arguments, rows
 
 
 RUNS = {
@@ -25,6 +28,7 @@ RUNS = {
     "bfloat16": {"estimator": "residual", "max_steps": 6, "learning_rate": 0.5},
     "simple": {"estimator": "simple", "max_steps": 50},
 }
+SHARDED = ("residual", "simple")
 
 
 def trainer_of(name: str, folder: Path, **options) -> MaskProTrainer:
@@ -36,7 +40,39 @@ def trainer_of(name: str, folder: Path, **options) -> MaskProTrainer:
 
 
 def logits_of(trainer: MaskProTrainer) -> dict[str, torch.Tensor]:
-    return {str(i): theta.contiguous() for i, theta in enumerate(thetas(trainer.model))}
+    found = [theta.detach() for theta in trainer.adapter.thetas()]
+    whole = [theta.full_tensor() if isinstance(theta, DTensor) else theta for theta in found]
+    return {str(i): theta.contiguous() for i, theta in enumerate(whole)}
+
+
+def sharded(estimator: str, folder: Path, **options) -> MaskProTrainer:
+    """A trainer of a model that FSDP splits between processes."""
+    options |= {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "learning_rate": 1.0}
+    args = arguments(folder, estimator, per_device_train_batch_size=2, baseline="step", **options)
+    if args.fsdp:
+        # accelerate splits models on GPUs alone; torch does on CPUs as well.
+        assert args.device.type == "cpu"
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    # Of layers with 37 rows processes have unlike parts.
+    model = tiny_llama(intermediate_size=37)
+    model = get_peft_model(model, MaskProConfig(logit_scale=2.0, target_modules=["q_proj", "up_proj"]))
+    return MaskProTrainer(model, args, train_dataset=rows(64))
+
+
+def run_sharded(folder: Path, rank: int) -> None:
+    for estimator in SHARDED:
+        whole = sharded(estimator, folder / f"whole-{estimator}")
+        whole.train()
+        save_file(logits_of(whole), folder / f"whole-{estimator}-{rank}.safetensors")
+        split = {"fsdp": True, "fsdp_config": {"version": 2}}
+        trainer = sharded(estimator, folder / f"split-{estimator}", **split)
+        trainer.train()
+        trainer.save_model()
+        save_file(logits_of(trainer), folder / f"split-{estimator}-{rank}.safetensors")
+        trainer = sharded(estimator, folder / f"split-{estimator}", **split)
+        trainer.train(resume_from_checkpoint=str(folder / f"split-{estimator}" / "checkpoint-2"))
+        assert isinstance(trainer.adapter.thetas()[0], DTensor)
+        save_file(logits_of(trainer), folder / f"rejoined-{estimator}-{rank}.safetensors")
 
 
 class Traffic(TorchDispatchMode):
@@ -98,6 +134,12 @@ def main(folder: Path, masks: int) -> None:
     trainer = trainer_of("scaled", folder / "stopped", **run)
     trainer.train(resume_from_checkpoint=True)
     save_file(logits_of(trainer), folder / f"resumed-{rank}.safetensors")
+
+    run_sharded(folder, rank)
+    try:
+        trainer_of("simple", folder, fsdp=True)
+    except ValueError as error:
+        told["refused"] = str(error)
 
     trainer = trainer_of("raw", folder, masks_per_step=masks, **options)
     trainer.add_callback(Parts())

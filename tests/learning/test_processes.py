@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
-from .processes import RUNS, logits_of, trainer_of
+from hf_maskpro.subset import group_members, mode
+from hf_maskpro.tuner import masked_layers
+
+from ..conftest import tiny_llama
+from .processes import RUNS, SHARDED, logits_of, trainer_of
 
 
 ROOT = Path(__file__).parents[2]
@@ -94,3 +99,31 @@ def test_several_processes_stop_together_and_resume_exactly(ran):
     for rank in range(ran.processes):
         whole, resumed = ran.logits("whole", rank), ran.logits("resumed", rank)
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.parametrize("estimator", SHARDED)
+def test_a_split_model_learns_what_a_whole_one_does(ran, estimator):
+    """Masks go by the position in the whole layer, so that each process has a part of the same."""
+    whole, split = ran.logits(f"whole-{estimator}"), ran.logits(f"split-{estimator}")
+    assert all(theta.any() for theta in whole.values())
+    for key, theta in whole.items():
+        torch.testing.assert_close(split[key], theta, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", SHARDED)
+def test_a_split_model_is_saved_and_resumed(ran, estimator):
+    split, rejoined = ran.logits(f"split-{estimator}"), ran.logits(f"rejoined-{estimator}")
+    assert all(torch.equal(split[key], rejoined[key]) for key in split)
+    model = PeftModel.from_pretrained(tiny_llama(intermediate_size=37), ran.folder / f"split-{estimator}")
+    for key, layer in enumerate(masked_layers(model).values()):
+        scaled = 2.0 * magnitude(layer) + split[str(key)]
+        assert torch.equal(layer.learned_mask("default"), mode(scaled, 2))
+
+
+def magnitude(layer) -> torch.Tensor:
+    """The mask that the runs started from."""
+    return mode(group_members(layer.get_base_layer().weight.detach().abs(), 4), 2).float()
+
+
+def test_fsdp_on_cpus_is_refused(ran):
+    assert all(told["refused"].startswith("accelerate ignores fsdp on CPUs") for told in ran.told)

@@ -80,6 +80,18 @@ def test_sample_and_update(compiled, n, m, distribution):
     torch.testing.assert_close(moved, theta - 0.5 * score(logits, drawn, distribution), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
+def test_some_rows_move_as_they_do_in_the_whole_layer(n, m):
+    """Of n = 4 a group has several random words, which lie a whole layer apart."""
+    theta, packed, _, _ = layer(n, m)
+    moved = theta.clone()
+    kernels.score_and_update(moved, packed, 2.0, n, -0.5, 7, 3)
+    for rows in (slice(0, 3), slice(3, len(theta))):
+        part = theta[rows].clone()
+        kernels.score_and_update(part, packed[rows], 2.0, n, -0.5, 7, 3, rows=(rows.start, len(theta)))
+        torch.testing.assert_close(part, moved[rows], atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [2.0, 10.0])
 @pytest.mark.parametrize(
     ("n", "distribution"),
