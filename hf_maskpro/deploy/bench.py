@@ -107,7 +107,8 @@ def sparse_pair(
 def _to_fp8(model: PreTrainedModel, packing_format: str) -> dict[str, str]:
     """Convert the 2:4 layers, and say why others were left."""
     layers = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    left = {name: reason for name, module in layers.items() if (reason := own_forward(module) or _why_not_fp8(module.weight))}
+    reasons = {name: own_forward(module) or _why_not_fp8(module.weight) for name, module in layers.items()}
+    left = {name: reason for name, reason in reasons.items() if reason}
     if len(left) == len(layers):
         name, reason = next(iter(left.items()))
         raise ValueError(f"nothing was measured: no layer can be FP8 + 2:4; {name}: {reason}.")
