@@ -38,7 +38,7 @@ def flatten_inputs(model: nn.Module) -> None:
             module.__class__ = FlatLinear
             # What accelerate's hooks call is bound when they are attached.
             if "_old_forward" in vars(module):
-                module._old_forward = MethodType(FlatLinear.forward, module)
+                vars(module)["_old_forward"] = MethodType(FlatLinear.forward, module)
 
 
 def own_forward(module: nn.Module) -> str | None:
