@@ -210,8 +210,19 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
 
     @property
     def base_weight(self) -> torch.Tensor:
-        """The weight that is masked, in the base layer's own layout."""
-        return getattr(self.get_base_layer(), self.parameter_name)
+        """
+        The weight that is masked, in the base layer's own layout.
+
+        Raises:
+            `ValueError`: if it is no parameter, but computed from others.
+        """
+        weight = self.base_layer._parameters.get(self.parameter_name)
+        if weight is None:
+            raise ValueError(
+                "the weight of a masked layer is computed from others, as by pruning or weight_norm, so a mask "
+                "over it would be lost; make it a parameter again (prune.remove, remove_parametrizations)."
+            )
+        return weight
 
     def out_in(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as `[out_features, in_features]`, or back; a view where there is one."""
@@ -481,12 +492,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         return self._mask_weight(self._masking_adapters())
 
     def _mask_weight(self, names: list[str]) -> torch.Tensor:
-        weight = self.base_layer._parameters.get(self.parameter_name)
-        if weight is None:
-            raise ValueError(
-                "the weight of a masked layer is computed from others, as by pruning or weight_norm, so a mask "
-                "over it would be lost; make it a parameter again (prune.remove, remove_parametrizations)."
-            )
+        weight = self.base_weight
         if self.training or torch.is_grad_enabled():
             trained = [name for name in names if self.maskpro_theta[name].requires_grad]
             if (self.training and trained) or (torch.is_grad_enabled() and (trained or weight.requires_grad)):

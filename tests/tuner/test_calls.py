@@ -130,11 +130,13 @@ def test_a_weight_that_something_else_computes_is_refused(llama, alter):
         get_peft_model(llama, MaskProConfig())
 
 
-def test_a_weight_that_something_else_computes_is_not_masked_in_vain(llama, ids):
+@pytest.mark.parametrize("alter", [weight_norm, lambda layer: prune.l1_unstructured(layer, "weight", amount=0.1)])
+def test_a_weight_that_something_else_computes_is_not_masked_in_vain(llama, ids, alter):
     model = get_peft_model(llama, MaskProConfig())
-    prune.l1_unstructured(masked_layers(model)["model.layers.0.mlp.up_proj"].base_layer, "weight", amount=0.5)
-    with pytest.raises(ValueError, match="computed from others"):
-        logits(model, ids)
+    alter(masked_layers(model)["model.layers.0.mlp.up_proj"].base_layer)
+    for use in (lambda: logits(model, ids), lambda: model.merge_and_unload(safe_merge=True)):
+        with pytest.raises(ValueError, match="computed from others"):
+            use()
 
 
 @torch.inference_mode()
