@@ -151,6 +151,13 @@ def onloaded(layers: Sequence["MaskProLayer"]) -> Iterator[None]:
     """
     parts = [part for layer in layers for part in (layer.base_layer, layer.maskpro_theta, layer.maskpro_mask)]
     hooked = [(part, vars(part)["_hf_hook"]) for part in dict.fromkeys(parts) if "_hf_hook" in vars(part)]
+    thetas = [(layer, theta) for layer in layers for theta in layer.maskpro_theta.values() if theta.is_meta]
+    if torch.is_grad_enabled() and any(layer.training and theta.requires_grad for layer, theta in thetas):
+        raise ValueError(
+            "the logits are offloaded, where no gradient reaches them; train without offloading (accelerate's "
+            "remove_hook_from_submodules(model))."
+        )
+    flags = [(part, name, each.requires_grad) for part, _ in hooked for name, each in part.named_parameters("", False)]
     for part, hook in hooked:
         hook.pre_forward(part)
     try:
@@ -158,6 +165,9 @@ def onloaded(layers: Sequence["MaskProLayer"]) -> Iterator[None]:
     finally:
         for part, hook in hooked:
             hook.post_forward(part, None)
+        # accelerate takes it from the masked weight, which has been in the base weight's place.
+        for part, name, flag in flags:
+            part.get_parameter(name).requires_grad_(flag)
         if hooked:
             for layer in layers:
                 layer.forget_masked_weight()

@@ -100,6 +100,16 @@ def test_offloaded_weights_are_masked_where_they_are_used(ids, offload_buffers):
         assert layer._masked_weight is None
 
 
+def test_offloaded_logits_are_not_trained_in_vain(ids):
+    model = get_peft_model(tiny_llama(), MaskProConfig()).eval()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    model(input_ids=ids)
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == frozen
+    with pytest.raises(ValueError, match="logits are offloaded.* train without"):
+        model.train()(input_ids=ids)
+
+
 def test_of_offloaded_logits_nothing_is_saved(ids, tmp_path):
     model = get_peft_model(tiny_llama(), MaskProConfig())
     cpu_offload(model, execution_device=torch.device("cpu"))
