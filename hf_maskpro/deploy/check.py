@@ -112,8 +112,9 @@ def _linear_weights(
             for one in weight if weight.ndim == 3 else [weight]:
                 yield name, one.T if matrix.transposed else one
     elif isinstance(model, Mapping):
+        left = set() if everything else _NOT_MASKED
         for name, weight in model.items():
-            if name.endswith(".weight") and weight.ndim == 2 and (everything or not _NOT_MASKED & set(name.split("."))):
+            if name.endswith(".weight") and weight.ndim == 2 and not left & set(name.split(".")):
                 yield name, weight
     else:
         folder = Path(model)

@@ -106,7 +106,7 @@ def test_offloaded_logits_are_not_trained_in_vain(ids):
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     model(input_ids=ids)
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == frozen
-    with pytest.raises(ValueError, match="logits are offloaded.* train without"):
+    with pytest.raises(ValueError, match=r"logits are offloaded.* train without"):
         model.train()(input_ids=ids)
 
 

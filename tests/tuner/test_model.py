@@ -801,7 +801,9 @@ def test_layers_that_m_does_not_divide_stay_dense_when_asked_for(tmp_path, ids, 
 
 
 def test_a_layer_that_m_does_not_divide_leaves_no_other_dense_whose_name_ends_alike():
-    base = nn.ModuleDict({"fc": nn.Linear(6, 8), "inner": nn.ModuleDict({"fc": nn.Linear(8, 8), "out": nn.Linear(8, 4)})})
+    base = nn.ModuleDict(
+        {"fc": nn.Linear(6, 8), "inner": nn.ModuleDict({"fc": nn.Linear(8, 8), "out": nn.Linear(8, 4)})}
+    )
     config = MaskProConfig(target_modules=["fc", "out"], exclude_modules=["out"], on_indivisible="dense")
     with pytest.warns(UserWarning, match="^fc stay dense, 48 of 112 weights"):
         model = get_peft_model(base, config)
