@@ -49,8 +49,9 @@ lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# A process a core, since most of it is single small steps.
 test: lint
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist loadfile
 
 slow: $(VENV)/slow
 	$(BIN)/pytest -q -m slow

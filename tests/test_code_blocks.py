@@ -99,6 +99,7 @@ def workplace(tmp_path_factory) -> Iterator[None]:
         kept = {name: (merged.get_parameter(name) != 0).to(torch.uint8) for name in check_sparsity(merged, 2, 4)}
         save_file(kept, "mask.safetensors")
         shutil.copytree("M", "quickstart/base")
+        shutil.copytree("sparse", "quickstart/merged")
         for name in ("wanda", "simple"):
             shutil.copytree("mask", f"quickstart/{name}")
         for name in ("calibration.txt", "held_out.txt"):

@@ -61,7 +61,7 @@ def bench(
         raise ValueError(f"--prefill-tokens {max(prefill_tokens)} is more than the model's {longest:,} positions.")
     form: benchmark.Form = "fp8" if fp8 else "packed" if packed else "semi-structured"
     dense, sparse, left = benchmark.sparse_pair(base, form, min_weights)
-    rows = benchmark.compare(dense, sparse, prefill_tokens, batch_size, repeats)
+    rows = list(benchmark.compare(dense, sparse, prefill_tokens, batch_size, repeats))
     packages = ("torch", "transformers") + (("torchao",) if fp8 else ())
     figures = {
         "model": model or f"random layers of {shapes} shape",

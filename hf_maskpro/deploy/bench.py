@@ -3,7 +3,7 @@
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from ..subset import group_members
-from .flat import flatten_inputs
+from .flat import flatten_inputs, own_forward
 from .packed import pack_layers
 from .semi_structured import to_semi_structured
 
@@ -107,7 +107,8 @@ def sparse_pair(
 def _to_fp8(model: PreTrainedModel, packing_format: str) -> dict[str, str]:
     """Convert the 2:4 layers, and say why others were left."""
     layers = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    left = {name: reason for name, module in layers.items() if (reason := _why_not_fp8(module.weight))}
+    reasons = {name: own_forward(module) or _why_not_fp8(module.weight) for name, module in layers.items()}
+    left = {name: reason for name, reason in reasons.items() if reason}
     if len(left) == len(layers):
         name, reason = next(iter(left.items()))
         raise ValueError(f"nothing was measured: no layer can be FP8 + 2:4; {name}: {reason}.")
@@ -135,7 +136,7 @@ def _why_not_fp8(weight: torch.Tensor) -> str | None:
 @torch.no_grad()
 def compare(
     dense: PreTrainedModel, sparse: PreTrainedModel, prefill_tokens: list[int], batch_sizes: list[int], repeats: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """
     Time two forms of a model in turns: prefill of a sequence, and decoding at several batch sizes. On a GPU each is
     timed as torch runs it, call by call, and replayed as one CUDA graph, which is how servers decode.
@@ -150,12 +151,12 @@ def compare(
         batch_sizes (`list[int]`): Sequences that are decoded together.
         repeats (`int`): Timed passes of each model.
 
-    Returns:
-        `list[dict]`: By `phase`, `batch_size`, `tokens` and `mode` (`"eager"` or `"graph"`): the medians
+    Yields:
+        `dict`: Of a `phase`, `batch_size`, `tokens` and `mode` (`"eager"` or `"graph"`): the medians
             `dense_seconds` and `sparse_seconds`, the median `ratio` of the two in a pair of turns, what that makes
             sparse (`"faster"`, `"slower"` or within 2 % `"even"`), and `difference`, the largest absolute difference
-            of their logits relative to the largest logit. Where a pass could not become a graph, `failed` says why
-            instead of the times.
+            of their logits relative to the largest logit. Where a pass fails, as for want of memory or because it
+            cannot become a graph, `failed` says why instead of the times.
     """
     phases: list[tuple[str, int, int, Callable[[PreTrainedModel, torch.Tensor], Step]]] = [
         ("prefill", 1, tokens, _prefill) for tokens in prefill_tokens
@@ -163,31 +164,34 @@ def compare(
     phases += [("decode", size, DECODE_CONTEXT, _decode) for size in batch_sizes]
     device = next(dense.parameters()).device
     modes = ("eager", "graph") if device.type == "cuda" else ("eager",)
-    rows = []
-    for (phase, batch_size, tokens, make), mode in tqdm([*product(phases, modes)], desc="bench"):
-        row: dict[str, Any] = {"phase": phase, "batch_size": batch_size, "tokens": tokens, "mode": mode}
-        rows.append(row)
-        ids = torch.randint(dense.config.vocab_size, (batch_size, tokens), device=device)
-        steps = make(dense, ids), make(sparse, ids)
-        if mode == "graph":
-            try:
+    # Graphs last, since one that cannot be captured may leave the device unusable.
+    for mode, (phase, batch_size, tokens, make) in tqdm([*product(modes, phases)], desc="bench"):
+        row = {"phase": phase, "batch_size": batch_size, "tokens": tokens, "mode": mode}
+        # Drawn on the CPU: after a failed capture the generator of the GPU refuses to draw.
+        ids = torch.randint(dense.config.vocab_size, (batch_size, tokens))
+        try:
+            ids = ids.to(device)
+            steps = make(dense, ids), make(sparse, ids)
+            if mode == "graph":
                 steps = captured(steps[0]), captured(steps[1])
-            # What refuses to be captured is a result as well.
-            except RuntimeError as error:
-                row["failed"] = str(error).strip().partition("\n")[0]
-                continue
-        logits, sparse_logits = (step().float() for step in steps)
-        difference = (logits - sparse_logits).abs().max() / logits.abs().max()
-        times = in_turns(*steps, repeats)
-        ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
-        row |= {
-            "dense_seconds": statistics.median(times[0]),
-            "sparse_seconds": statistics.median(times[1]),
-            "ratio": ratio,
-            "sparse": "even" if abs(ratio - 1) < _EVEN else "faster" if ratio > 1 else "slower",
-            "difference": difference.item(),
-        }
-    return rows
+            figures = _compared(*steps, repeats)
+        except RuntimeError as error:
+            figures = {"failed": str(error).strip().partition("\n")[0]}
+        yield row | figures
+
+
+def _compared(dense: Step, sparse: Step, repeats: int) -> dict[str, Any]:
+    logits, sparse_logits = (step().float() for step in (dense, sparse))
+    difference = (logits - sparse_logits).abs().max() / logits.abs().max()
+    times = in_turns(dense, sparse, repeats)
+    ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
+    return {
+        "dense_seconds": statistics.median(times[0]),
+        "sparse_seconds": statistics.median(times[1]),
+        "ratio": ratio,
+        "sparse": "even" if abs(ratio - 1) < _EVEN else "faster" if ratio > 1 else "slower",
+        "difference": difference.item(),
+    }
 
 
 def _prefill(model: PreTrainedModel, ids: torch.Tensor) -> Step:
@@ -228,7 +232,8 @@ def captured(step: Step) -> Step:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A capture that fails leaves its own stream as the current one; the outer context does not.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         outputs = step()
 
     def replay() -> Any:

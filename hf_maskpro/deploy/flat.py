@@ -1,5 +1,7 @@
 """Inputs as 2:4 products on CUDA want them."""
 
+from types import MethodType
+
 import torch
 from torch import nn
 
@@ -34,3 +36,13 @@ def flatten_inputs(model: nn.Module) -> None:
         if type(module) is nn.Linear:
             # So it keeps its name, hooks and whatever the weight has become.
             module.__class__ = FlatLinear
+            # What accelerate's hooks call is bound when they are attached.
+            if "_old_forward" in vars(module):
+                vars(module)["_old_forward"] = MethodType(FlatLinear.forward, module)
+
+
+def own_forward(module: nn.Module) -> str | None:
+    """Why a linear layer may do more than multiply by its weight, or `None` if it does not."""
+    if type(module) not in (nn.Linear, FlatLinear):
+        return f"{type(module).__name__} has a forward of its own"
+    return None

@@ -117,7 +117,9 @@ class PackedLinear(nn.Module):
             # Only here, since on a CPU there may be no Triton.
             from . import packed_triton
 
-            return packed_triton.linear(x, self.values, self.positions, self.bias)
+            # Triton launches on the current device, whatever that of its operands is.
+            with torch.cuda.device(x.device):
+                return packed_triton.linear(x, self.values, self.positions, self.bias)
         if dtype != torch.bfloat16:
             raise ValueError(f"on a CPU packed products are in bfloat16, and this layer's values are {dtype}.")
         tokens = x.numel() // self.in_features
@@ -178,6 +180,8 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         for name, layer in model.named_modules():
             if isinstance(layer, PackedLinear):
+                if layer.values.is_cpu:
+                    _library()
                 for kind, tensor in layer.named_buffers():
                     # The mark that transformers gives to what it has loaded; anything else is memory as it was found.
                     if not hasattr(tensor, "_is_hf_initialized"):

@@ -6,7 +6,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .check import linear_names, violation
-from .flat import flatten_inputs
+from .flat import flatten_inputs, own_forward
 
 
 def to_semi_structured(model: nn.Module, min_weights: int = 0) -> dict[str, str]:
@@ -52,6 +52,8 @@ def _why_dense(module: nn.Module, min_weights: int = 0) -> str | None:
     """Why a linear layer's weight is not to be multiplied by as a 2:4 one, or `None` if it is."""
     if isinstance(module, Conv1D):
         return "Conv1D multiplies by the transposed weight"
+    if reason := own_forward(module):
+        return reason
     weight = module.get_parameter("weight").detach()
     if weight.numel() < min_weights:
         return f"it has {weight.numel():,} weights, fewer than the {min_weights:,} asked for"

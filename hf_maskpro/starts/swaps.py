@@ -1,8 +1,10 @@
 """Swaps of kept against dropped weights while the layer's reconstruction error falls (the idea of SparseSwaps)."""
 
 import ctypes
+import warnings
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -20,6 +22,24 @@ def _library() -> ctypes.CDLL | None:
     if library is not None:
         library.refine.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3 + [ctypes.c_int]
     return library
+
+
+@cache
+def _triton(device: torch.device) -> ModuleType | None:
+    """The swaps of a GPU, or after a warning `None` where Triton is not there or does not work."""
+    try:
+        # Only here, since on a CPU there may be no Triton.
+        from . import swaps_triton
+
+        # What is missing shows at the first launch, for which one group is enough.
+        one = torch.eye(4, device=device)
+        swaps_triton.refine(one.view(4, 4, 1), one.view(4, 4, 1) > 0, one.view(4, 1, 4, 1), one.view(4, 4, 1), one[0])
+    # It raises many kinds of errors for a missing compiler, header, driver or architecture.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(f"swaps in plain torch take several times as long; Triton does not work: {reason}", stacklevel=3)
+        return None
+    return swaps_triton
 
 
 def reconstruction_error(weight: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -48,7 +68,7 @@ def refine(
     `2 w_p c_p + w_p^2 G_pp - 2 w_q c_q + w_q^2 G_qq - 2 w_p w_q G_pq`.
 
     On a CPU this is compiled at first use, on a GPU it is in Triton, and in both a row's swaps are ranked in float32.
-    Elsewhere, and without a compiler, it is [`refine_in_torch`].
+    Elsewhere, and without a compiler or Triton, it is [`refine_in_torch`].
 
     Args:
         weight (`torch.Tensor`): `[out_features, in_features]`.
@@ -61,8 +81,8 @@ def refine(
         `torch.Tensor`: The refined mask, of the same shape. No single swap of it lowers the error of a row by more
             than rounding, a billionth of `sum_j d_j^2 G_jj` at first.
     """
-    library = _library() if weight.device.type == "cpu" else None
-    if library is None and not _on_gpu(weight):
+    way = _triton(weight.device) if _on_gpu(weight) else _library() if weight.device.type == "cpu" else None
+    if way is None:
         return refine_in_torch(weight, mask, gram, shift)
     rows, m, groups = mask.shape
     # What is compiled reads float32, whatever is there.
@@ -73,14 +93,11 @@ def refine(
     # Of both, the same member of all groups in a row.
     weight, product = (group_members(matrix, m).contiguous() for matrix in (weight, product))
     gram = gram.view(groups, m, groups, m).permute(1, 0, 3, 2).contiguous()
-    if library is None:
-        # Only here, since on a CPU there may be no Triton.
-        from . import swaps_triton
-
-        return swaps_triton.refine(weight, mask.contiguous(), gram, product, tolerance)
+    if isinstance(way, ModuleType):
+        return way.refine(weight, mask.contiguous(), gram, product, tolerance)
     refined = mask.clone(memory_format=torch.contiguous_format)
     pointers = [tensor.data_ptr() for tensor in (weight, gram, product, tolerance, refined)]
-    library.refine(*pointers, rows, m, groups, torch.get_num_threads())
+    way.refine(*pointers, rows, m, groups, torch.get_num_threads())
     return refined
 
 

@@ -84,5 +84,8 @@ def refine(
     squares = weight.square() * inner.diagonal(dim1=0, dim2=1).T
     keep = mask.to(torch.int8, copy=True)
     operands = (weight, gram, squares.contiguous(), inner, product.double(), tolerance.double(), keep)
-    _swap[(rows,)](*operands, m * groups, groups, M=m, BLOCK=min(_BLOCK, triton.next_power_of_2(groups)), num_warps=4)
+    block = min(_BLOCK, triton.next_power_of_2(groups))
+    # Triton launches on the current device, whatever that of its operands is.
+    with torch.cuda.device_of(weight):
+        _swap[(rows,)](*operands, m * groups, groups, M=m, BLOCK=block, num_warps=4)
     return keep.bool()

@@ -44,7 +44,7 @@ def test_the_slower_and_the_different_model_are_found_out(small):
     slow = copy.deepcopy(small)
     slow.model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.05))
     slow.model.layers[1].mlp.down_proj.weight.data *= 1.5
-    same, worse = (benchmark.compare(small, other, [24], [1, 3], 3) for other in (copy.deepcopy(small), slow))
+    same, worse = (list(benchmark.compare(small, other, [24], [1, 3], 3)) for other in (copy.deepcopy(small), slow))
     assert [(row["phase"], row["batch_size"], row["tokens"]) for row in worse] == [
         ("prefill", 1, 24),
         ("decode", 1, 128),
@@ -57,6 +57,18 @@ def test_the_slower_and_the_different_model_are_found_out(small):
         assert row["ratio"] < 0.5
         assert (row["mode"], row["sparse"]) == ("eager", "slower")
         assert row["sparse_seconds"] > 0.05 > row["dense_seconds"] > 0
+
+
+def test_a_pass_that_fails_costs_no_other(small, monkeypatch):
+    broken = copy.deepcopy(small)
+
+    def refuse(module, inputs):
+        if inputs[0].shape[0] == 3:
+            raise RuntimeError("out of memory\nand more")
+
+    broken.model.layers[0].mlp.up_proj.register_forward_pre_hook(refuse)
+    rows = list(benchmark.compare(small, broken, [24], [3, 1], 1))
+    assert [row.get("failed") for row in rows] == [None, "out of memory", None]
 
 
 class NoWaiting(TorchDispatchMode):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import get_peft_model
 from torch import nn
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
@@ -117,6 +118,45 @@ def test_semi_structured_layers_compile(semi_structured, ids):
     dense, sparse = semi_structured
     compiled = torch.compile(sparse, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids).logits, dense(ids).logits, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("hooked", ["before", "after"])
+@torch.no_grad()
+def test_inputs_are_flattened_under_the_hooks_of_accelerate(hooked):
+    shapes = []
+
+    class Weight(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is F.linear:
+                shapes.append(args[0].shape)
+            return super().__torch_function__(function, types, args, kwargs)
+
+    layer, x = nn.Linear(16, 32), torch.randn(2, 3, 16)
+    expected = layer(x)
+    if hooked == "before":
+        add_hook_to_module(layer, ModelHook())
+    flatten_inputs(layer)
+    if hooked == "after":
+        add_hook_to_module(layer, ModelHook())
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Weight))
+    torch.testing.assert_close(layer(x).as_subclass(torch.Tensor), expected)
+    remove_hook_from_module(layer)
+    layer(x)
+    assert shapes == [(6, 16)] * 2
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_layers_with_a_forward_of_their_own_stay_dense(semi_structured):
+    dense, _ = semi_structured
+    dense.model.layers[0].mlp.up_proj.__class__ = Doubled
+    left = to_semi_structured(dense)
+    assert left == {"model.layers.0.mlp.up_proj.weight": "Doubled has a forward of its own"}
+    assert type(dense.model.layers[0].mlp.up_proj.weight) is nn.Parameter
 
 
 def test_layers_below_a_size_stay_dense(semi_structured):

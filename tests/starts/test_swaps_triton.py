@@ -37,6 +37,24 @@ def test_swaps_are_those_in_torch(in_triton, device, n, m, shifted):
     assert refined.sum(1).eq(n).all()
 
 
+def test_without_a_working_triton_swaps_are_in_torch(in_triton, monkeypatch):
+    from hf_maskpro.starts import swaps_triton
+
+    def refine(*operands):
+        raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+    monkeypatch.setattr(swaps_triton, "refine", refine)
+    swaps._triton.cache_clear()
+    weight, _, calibration = random_layer(out_features=3, in_features=24, tokens=100)
+    start = random_mask(3, 2, 4, 6)
+    expected = swaps.refine_in_torch(weight, start, calibration.inputs.gram)
+    with pytest.warns(UserWarning, match=r"Triton does not work: Failed to find C compiler\.$") as warned:
+        found = [swaps.refine(weight, start, calibration.inputs.gram) for _ in range(2)]
+    swaps._triton.cache_clear()
+    assert len(warned) == 1
+    assert all(mask.equal(expected) for mask in found)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_nothing_is_swapped_without_a_gain(in_triton, device):
     weight, start = torch.randn(4, 16).to(device), random_mask(4, 2, 4, 4).to(device)
