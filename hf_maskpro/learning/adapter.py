@@ -64,11 +64,11 @@ class TrainedAdapter:
         """Whether any logit is elsewhere than at the start."""
         return any(bool(theta.any()) for theta in self.thetas())
 
-    def digest(self) -> int:
-        """A hash of the bits of all logits and starting masks, 63 bits."""
+    def digest(self, logits: bool) -> int:
+        """A hash of the bits of all starting masks and, if asked for, of all logits, 63 bits."""
         found = hashlib.blake2b(digest_size=8)
         for layer, theta in zip(self.layers, self.thetas(), strict=True):
-            for tensor in (theta.detach(), layer.maskpro_mask[self.name]):
+            for tensor in (layer.maskpro_mask[self.name], *[theta.detach()] * logits):
                 # One number a row and member, since what cancels out within all of a layer would not be seen.
                 found.update(torch.hash_tensor(tensor, -1).cpu().numpy().tobytes())
         return int.from_bytes(found.digest()) >> 1

@@ -1,5 +1,6 @@
 """Trains a mask adapter: a `Trainer` that asks its estimator."""
 
+import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,10 @@ from .dataset import Repeated, rows_of
 from .objectives import Distillation, objective_weights, ranks_of_loss
 from .progress import MaskProgress
 from .record import add_to_card, card_path, objective_name, plot_run, record_training
+
+
+# In a checkpoint, how many updates were not finite.
+SKIPPED_NAME = "skipped.json"
 
 
 class MaskProTrainer(Trainer):
@@ -305,6 +310,8 @@ class MaskProTrainer(Trainer):
         return self._unfinished or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # What has parted would be resumed as it is.
+        self.estimator.check_processes(self.state.global_step)
         run = Path(self._get_output_dir(trial))
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         unfinished = run / UNFINISHED
@@ -387,6 +394,7 @@ class MaskProTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             self.estimator.save(Path(output_dir))
+            Path(output_dir, SKIPPED_NAME).write_text(json.dumps(self.estimator.skipped))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.is_fsdp_enabled and checkpoint is not None and not self.estimator.has_optimizer_state:
@@ -397,3 +405,6 @@ class MaskProTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.estimator.load(Path(checkpoint))
+            # A plain trainer counts none.
+            if (skipped := Path(checkpoint, SKIPPED_NAME)).is_file():
+                self.estimator.skipped = int(json.loads(skipped.read_text()))
