@@ -36,7 +36,7 @@ class TrainedAdapter:
     def of(cls, model: nn.Module) -> Self:
         """
         Raises:
-            `ValueError`: if the model has none or several, or the adapter was loaded for inference.
+            `ValueError`: if the model has none or several, or the adapter was loaded for inference or is offloaded.
         """
         layers = [layer for layer in model.modules() if isinstance(layer, MaskProLayer)]
         names = {name for layer in layers for name in layer.active_adapters}
@@ -49,6 +49,11 @@ class TrainedAdapter:
         masked = list(masked_layers(model, name).values())
         if not masked[0].maskpro_theta[name].requires_grad:
             raise ValueError(f"adapter {name!r} was loaded for inference; load it with is_trainable=True.")
+        if any(layer.maskpro_theta[name].is_meta for layer in masked):
+            raise ValueError(
+                f"adapter {name!r} has logits that are offloaded, which cannot be trained; load the model without "
+                "device_map and without cpu_offload, or quantized where it does not fit."
+            )
         return cls(name, masked[0].maskpro_config[name], masked)
 
     def thetas(self) -> list[nn.Parameter]:
