@@ -62,8 +62,9 @@ INPUTS ?= 6667
 fuzz: $(VENV)/test
 	FUZZ_INPUTS=$(INPUTS) $(BIN)/pytest -q --hypothesis-show-statistics tests/hub/test_fuzz.py
 
-gpu: $(VENV)/test
-	PYTHONPATH=. $(BIN)/python benchmarks/gpu.py
+# Without the environment where there is none: a machine with a GPU has what it needs, and perhaps no network.
+gpu:
+	PYTHONPATH=. $(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py
 
 # Each has an environment of its own, and nothing of constraints.txt. TORCH may name a build or version of torch.
 oldest: VERSIONS := --constraint constraints-oldest.txt

@@ -247,7 +247,7 @@ def train(
     from ..deploy import check_free
     from ..evaluation import check_length, mixed_windows, windows
     from ..learning import MaskProTrainer
-    from ..learning.checkpoints import newest_checkpoint
+    from ..learning.checkpoints import checkpoint_to_resume, newest_checkpoint
     from ..learning.dataset import check_tokens
     from ..starts import generated_text, start_token_of
     from ..starts.calibration import SAMPLES, SEQ_LEN
@@ -270,9 +270,7 @@ def train(
     )
     from .common import init_mask as source_or_rule
 
-    checkpoint = newest_checkpoint(output) if resume else None
-    if resume and checkpoint is None:
-        raise ValueError(f"{output} has no checkpoint to resume from; drop --resume.")
+    checkpoint = checkpoint_to_resume(output) if resume else None
     if checkpoint is not None and max_steps < int(checkpoint.rpartition("-")[2]):
         raise ValueError(f"--max-steps is {max_steps}, and {checkpoint} is beyond it; raise it or drop --resume.")
     if not resume:

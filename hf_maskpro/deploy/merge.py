@@ -18,7 +18,7 @@ from ..starts.checkpoints import Matrix, Piece, matrices_of, pieces_of, shapes_o
 from ..starts.sources import Tensors, locate, open_adapter, saved_codes
 from ..subset import keep_of
 from ..tuner import masked_layers, saved_config
-from ..tuner.base import fingerprint_of_sample, is_other, sampled_step
+from ..tuner.base import fingerprint_of_sample, is_other, sampled_step, warn_if_quantized
 from ..tuner.files import inside, json_object, weight_files
 from ..tuner.layer import MaskProLayer
 from .card import write_merged_card
@@ -73,6 +73,8 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
         }
         saved = open_adapter(masks, stack)
         _check_fit(layers, saved, pieces)
+        if config.base_fingerprint is not None:
+            warn_if_quantized(config.base_fingerprint, dict.fromkeys(config.base_fingerprint, ""))
         prints = {
             parameter: _Fingerprint(config.base_fingerprint.get(name), matrices[parameter])
             for parameter, (name, _) in layers.items()

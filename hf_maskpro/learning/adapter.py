@@ -36,7 +36,7 @@ class TrainedAdapter:
     def of(cls, model: nn.Module) -> Self:
         """
         Raises:
-            `ValueError`: if the model has none or several, or the adapter was loaded for inference.
+            `ValueError`: if the model has none or several, or the adapter was loaded for inference or is offloaded.
         """
         layers = [layer for layer in model.modules() if isinstance(layer, MaskProLayer)]
         names = {name for layer in layers for name in layer.active_adapters}
@@ -49,6 +49,11 @@ class TrainedAdapter:
         masked = list(masked_layers(model, name).values())
         if not masked[0].maskpro_theta[name].requires_grad:
             raise ValueError(f"adapter {name!r} was loaded for inference; load it with is_trainable=True.")
+        if any(layer.maskpro_theta[name].is_meta for layer in masked):
+            raise ValueError(
+                f"adapter {name!r} has logits that are offloaded, which cannot be trained; load the model without "
+                "device_map and without cpu_offload, or quantized where it does not fit."
+            )
         return cls(name, masked[0].maskpro_config[name], masked)
 
     def thetas(self) -> list[nn.Parameter]:
@@ -59,11 +64,11 @@ class TrainedAdapter:
         """Whether any logit is elsewhere than at the start."""
         return any(bool(theta.any()) for theta in self.thetas())
 
-    def digest(self) -> int:
-        """A hash of the bits of all logits and starting masks, 63 bits."""
+    def digest(self, logits: bool) -> int:
+        """A hash of the bits of all starting masks and, if asked for, of all logits, 63 bits."""
         found = hashlib.blake2b(digest_size=8)
         for layer, theta in zip(self.layers, self.thetas(), strict=True):
-            for tensor in (theta.detach(), layer.maskpro_mask[self.name]):
+            for tensor in (layer.maskpro_mask[self.name], *[theta.detach()] * logits):
                 # One number a row and member, since what cancels out within all of a layer would not be seen.
                 found.update(torch.hash_tensor(tensor, -1).cpu().numpy().tobytes())
         return int.from_bytes(found.digest()) >> 1

@@ -18,29 +18,53 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Where a checkpoint is written, in the folder of the run; and the names of its files, by which half of one shows.
+# Where a checkpoint is written, in the folder of the run; and the sizes of its files, by which half of one shows.
 UNFINISHED, FILES_NAME = ".unfinished", "files.json"
 
 
 def place_checkpoint(written: Path, folder: Path) -> None:
     """Give a checkpoint that is written its place, at once; an earlier run's of that name goes."""
-    names = [str(path.relative_to(written)) for path in sorted(written.rglob("*")) if path.is_file()]
-    (written / FILES_NAME).write_text(json.dumps(names))
-    for path in (written / FILES_NAME, *(written / name for name in names), written):
-        # A file system may keep a renaming and lose what was written before it, when the machine stops.
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    paths = sorted(written.rglob("*"))
+    sizes = {str(path.relative_to(written)): path.stat().st_size for path in paths if path.is_file()}
+    (written / FILES_NAME).write_text(json.dumps(sizes))
+    # A file system may keep a renaming and lose what was written before it, when the machine stops.
+    for path in (written / FILES_NAME, *paths, written):
+        _to_disk(path)
     if folder.exists():
         folder.rename(written.with_name("replaced"))
     written.rename(folder)
+    _to_disk(folder.parent)
     shutil.rmtree(written.parent, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def checkpoint_to_resume(run: str | Path) -> str:
+    """
+    The [`newest_checkpoint`] of a run.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    if (newest := newest_checkpoint(run)) is not None:
+        return newest
+    for folder in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if not (folder / FILES_NAME).exists():
+            raise ValueError(
+                f"{folder} has no {FILES_NAME}, as those of an earlier version or a plain Trainer, so nothing says "
+                "whether it is whole; pass its path to trainer.train(resume_from_checkpoint=...)."
+            )
+    raise ValueError(f"{run} has no whole checkpoint to resume from; start a new run.")
 
 
 def newest_checkpoint(run: str | Path) -> str | None:
     """
     Of the checkpoints in the folder of a run that are whole, the one with most steps. One that was being deleted, or
-    was not copied to its end, is not.
+    was not copied to its end, is not, nor one that another trainer wrote.
     """
     steps = {}
     for folder in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -52,10 +76,10 @@ def newest_checkpoint(run: str | Path) -> str | None:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        names = json.loads((folder / FILES_NAME).read_text())
-    except (OSError, ValueError):
+        sizes = dict(json.loads((folder / FILES_NAME).read_text()))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, TypeError):
         return False
-    return all((folder / name).is_file() for name in names)
 
 
 class EndsWithCheckpoint(TrainerCallback):

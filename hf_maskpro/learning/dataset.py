@@ -35,13 +35,21 @@ class TextWindows(IterableDataset):
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer. Every window begins with its start token, where it adds
             one to a text.
         max_length (`int`): Length of a window, in tokens.
+        model (`nn.Module`): The model, which is to know the tokens.
 
     Raises:
-        `ValueError`: if the rows fill no window, or their text is none.
+        `ValueError`: if the rows fill no window, their text is none, or has tokens that the model does not know.
     """
 
-    def __init__(self, dataset: Any, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int):
+    def __init__(
+        self, dataset: Any, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int, model: nn.Module
+    ):
         self.dataset, self.column, self.tokenizer, self.max_length = dataset, column, tokenizer, max_length
+        self.base_config = _config_of(model)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle the rows as a trainer would have it in an epoch, if they are shuffled."""
+        _set_epoch(self.dataset, epoch)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         start_id = start_token_of(self.tokenizer)
@@ -55,6 +63,8 @@ class TextWindows(IterableDataset):
             known = tokens_after_start(self.tokenizer, self._text(some), start_id, is_first)
             is_first = False
             ids = torch.cat([left, torch.tensor(known, dtype=torch.int64)])
+            if self.base_config is not None:
+                check_tokens(self.base_config, ids)
             whole = len(ids) // length * length
             for window in begin_windows(ids[:whole].view(-1, length), start_id):
                 filled = True
@@ -88,9 +98,7 @@ class Repeated(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         for epoch in count():
-            # As a trainer would, for those that shuffle.
-            if hasattr(self.dataset, "set_epoch"):
-                self.dataset.set_epoch(epoch)
+            _set_epoch(self.dataset, epoch)
             is_empty = True
             for row in self.dataset:
                 is_empty = False
@@ -99,26 +107,39 @@ class Repeated(IterableDataset):
                 return
 
 
-def check_rows(rows: list[dict[str, Any]], model: nn.Module) -> None:
-    """
-    Raises:
-        `ValueError`: if the first rows of a dataset, which hold tokens, have nothing to learn from, or tokens that the
-            model does not know.
-    """
-    found = [
-        {name: torch.as_tensor(row[name]).flatten() for name in ("input_ids", "labels") if name in row} for row in rows
-    ]
-    if all(len(row["input_ids"]) < 2 for row in found):
-        raise ValueError("the dataset's rows have fewer than 2 tokens, of which none is predicted; pass longer ones.")
-    # The first label is no token's next one.
-    if all("labels" in row and (row["labels"][1:] == -100).all() for row in found):
-        raise ValueError(
-            f"all labels of the dataset's first {len(rows)} rows are -100, so there is nothing to learn from; look at "
-            "what masks them."
-        )
+def _set_epoch(dataset: Any, epoch: int) -> None:
+    # As a trainer does, for those that shuffle.
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+
+
+def _config_of(model: nn.Module) -> PreTrainedConfig | None:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if isinstance(base, PreTrainedModel):
-        check_tokens(base.config, torch.cat([row["input_ids"] for row in found]))
+    return base.config if isinstance(base, PreTrainedModel) else None
+
+
+def _has_labels(row: Mapping[str, Any]) -> bool:
+    # The first label is no token's next one.
+    return "labels" not in row or bool((torch.as_tensor(row["labels"]).flatten()[1:] != -100).any())
+
+
+def check_rows(dataset: Any, model: nn.Module) -> None:
+    """
+    Look at the first rows of a dataset, which hold tokens, and where they have no labels at the others too.
+
+    Raises:
+        `ValueError`: if they have nothing to learn from, or tokens that the model does not know.
+    """
+    found = [torch.as_tensor(row["input_ids"]).flatten() for row in islice(dataset, ROWS_LOOKED_AT)]
+    if all(len(ids) < 2 for ids in found):
+        raise ValueError("the dataset's rows have fewer than 2 tokens, of which none is predicted; pass longer ones.")
+    # Not every dataset says by itself where it ends.
+    if not any(map(_has_labels, islice(dataset, len(dataset)))):
+        raise ValueError(
+            "all labels of the dataset's rows are -100, so there is nothing to learn from; look at what masks them."
+        )
+    if (config := _config_of(model)) is not None:
+        check_tokens(config, torch.cat(found))
 
 
 def check_tokens(config: PreTrainedConfig, ids: torch.Tensor) -> None:
@@ -156,7 +177,7 @@ def rows_of(dataset: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase |
     if (forward_arguments(model).keys() - {"labels"}) & row.keys():
         # A stream may not be there again, and its first row may be an odd one.
         if "input_ids" in row and has_length(dataset):
-            check_rows(list(islice(dataset, ROWS_LOOKED_AT)), model)
+            check_rows(dataset, model)
         return dataset
     column = "messages" if "messages" in row else "text"
     if column not in row:
@@ -168,5 +189,5 @@ def rows_of(dataset: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase |
     if column == "messages" and tokenizer.chat_template is None:
         raise ValueError("the dataset has messages, and the tokenizer no chat template; pass a column 'text' instead.")
     check_length(model, max_length, "max_length")
-    windows = TextWindows(dataset, column, tokenizer, max_length)
+    windows = TextWindows(dataset, column, tokenizer, max_length, model)
     return list(windows) if has_length(dataset) else windows

@@ -192,15 +192,24 @@ class Estimator:
     def _after_step(self) -> None:
         if self._steps:
             self.after_step()
-        step, processes = self.trainer.state.global_step + 1, self.trainer.accelerator.num_processes
-        # FSDP has no copies that could part.
-        copies = processes > 1 and not self.trainer.is_fsdp_enabled
-        if copies and (step % STEPS_BETWEEN_HASHES == 0 or step in (1, self.trainer.state.max_steps)):
-            self._check_processes(step)
+        step = self.trainer.state.global_step + 1
+        if step % STEPS_BETWEEN_HASHES == 0 or step in (1, self.trainer.state.max_steps):
+            self.check_processes(step)
 
-    def _check_processes(self, step: int) -> None:
-        digest = torch.tensor([self.adapter.digest()], device=self.trainer.args.device)
-        digests = self.trainer.accelerator.gather(digest).tolist()
+    def agreed(self) -> float:
+        """What it goes by, besides masks and logits, that is the same in all processes."""
+        return 0.0
+
+    def check_processes(self, step: int) -> None:
+        """
+        Raises:
+            `RuntimeError`: in all processes, if they have parted.
+        """
+        if self.trainer.accelerator.num_processes == 1:
+            return
+        # Of logits that FSDP has split there are no copies that could part.
+        known = hash((self.adapter.digest(logits=not self.trainer.is_fsdp_enabled), self.agreed()))
+        digests = self.trainer.accelerator.gather(torch.tensor([known], device=self.trainer.args.device)).tolist()
         other = [process for process, found in enumerate(digests) if found != digests[0]]
         if other:
             raise RuntimeError(

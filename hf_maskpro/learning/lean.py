@@ -27,9 +27,11 @@ class OptimizerInBackward:
     layers' gradients there.
 
     The rule is RMSprop, Adam without its first moment: `theta -= lr * g / (sqrt(v / (1 - beta2^t)) + epsilon)`, with
-    `v` a moving average of `g^2` for every logit. `v` is kept as its logarithm in 8 bits, rounded up or down at
-    random: in 50 steps it fades to a third, and rounded to nearest it would never do so. bfloat16 logits are rounded
-    likewise. Where a gradient is not finite, the layer stays as it is.
+    `v` a moving average of `g^2` for every logit, but by no more than `lr`. Without that limit a mask that was badly
+    drawn moves all logits far at once, where Adam spreads it over ten steps, and a run on a real model diverges. `v`
+    is kept as its logarithm in 8 bits, rounded up or down at random: in 50 steps it fades to a third, and rounded to
+    nearest it would never do so. bfloat16 logits are rounded likewise. Where a gradient is not finite, the layer stays
+    as it is.
 
     Args:
         trainer ([`~transformers.Trainer`]): Whose learning rate, step and arguments count.
@@ -130,7 +132,7 @@ def _update_kernel() -> Kernel:
         known = torch.where(codes > 0, torch.exp2(codes.float() / CODES_PER_OCTAVE + LOWEST_OCTAVE), 0)
         v = beta * known + (1 - beta) * g * g
         scale = (v / (1 - beta ** (updates + 1))).sqrt() + epsilon
-        moved = kept * theta.float() - rate * g / scale
+        moved = kept * theta.float() - rate * (g / scale).clamp(-1, 1)
         if theta.dtype == torch.bfloat16:
             (moved,) = round_at_random([moved], words)
         dither = (words >> 16 & 0xFFFF).float() / 0x10000

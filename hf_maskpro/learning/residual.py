@@ -258,6 +258,9 @@ class Residual(Estimator):
     def distribution(self) -> Distribution:
         return self.adapter.config.distribution
 
+    def agreed(self) -> float:
+        return self.tracker
+
     def settings(self) -> dict[str, Any]:
         args = self.trainer.args
         return {

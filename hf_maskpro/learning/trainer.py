@@ -1,6 +1,8 @@
 """Trains a mask adapter: a `Trainer` that asks its estimator."""
 
+import json
 import shutil
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -19,11 +21,15 @@ from ..tuner import MaskProConfig, saved_config
 from ..tuner.card import PLOT, load_card, save_card
 from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
-from .checkpoints import UNFINISHED, EndsWithCheckpoint, newest_checkpoint, place_checkpoint
+from .checkpoints import UNFINISHED, EndsWithCheckpoint, checkpoint_to_resume, place_checkpoint
 from .dataset import Repeated, rows_of
 from .objectives import Distillation, objective_weights, ranks_of_loss
 from .progress import MaskProgress
 from .record import add_to_card, card_path, objective_name, plot_run, record_training
+
+
+# In a checkpoint, how many updates were not finite.
+SKIPPED_NAME = "skipped.json"
 
 
 class MaskProTrainer(Trainer):
@@ -160,9 +166,7 @@ class MaskProTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from; start a new run.")
+            resume_from_checkpoint = checkpoint_to_resume(str(self.args.output_dir))
         # What an earlier run of this trainer left behind is not this run's.
         self.estimator = ESTIMATORS[self.args.estimator](self, self.adapter)
         self.optimizer = self._given_optimizer
@@ -183,6 +187,9 @@ class MaskProTrainer(Trainer):
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
+        if self._ending.reason is not None:
+            # It came after the last step, which has its checkpoint.
+            raise self._ending.reason
         self._record()
         if self.is_world_process_zero() and find_spec("matplotlib") is not None:
             plot_run(self.state, Path(self.args.output_dir) / PLOT)
@@ -205,6 +212,11 @@ class MaskProTrainer(Trainer):
         try:
             batches, items = super().get_batch_samples(*args, **kwargs)
             if not batches and isinstance(self.train_dataset, Repeated):
+                warnings.warn(
+                    f"the data ended after step {self.state.global_step} of max_steps={self.state.max_steps}, and "
+                    "gave nothing when they were begun again; the run ends here.",
+                    stacklevel=2,
+                )
                 self.control.should_training_stop = True
             return batches, items
         except Exception as error:
@@ -298,6 +310,8 @@ class MaskProTrainer(Trainer):
         return self._unfinished or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # What has parted would be resumed as it is.
+        self.estimator.check_processes(self.state.global_step)
         run = Path(self._get_output_dir(trial))
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         unfinished = run / UNFINISHED
@@ -372,11 +386,15 @@ class MaskProTrainer(Trainer):
         # Resumed from its last checkpoint, a Trainer would take one step more.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
+        else:
+            # A stream has epochs without end.
+            self.control.should_training_stop = True
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             self.estimator.save(Path(output_dir))
+            Path(output_dir, SKIPPED_NAME).write_text(json.dumps(self.estimator.skipped))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.is_fsdp_enabled and checkpoint is not None and not self.estimator.has_optimizer_state:
@@ -387,3 +405,6 @@ class MaskProTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.estimator.load(Path(checkpoint))
+            # A plain trainer counts none.
+            if (skipped := Path(checkpoint, SKIPPED_NAME)).is_file():
+                self.estimator.skipped = int(json.loads(skipped.read_text()))

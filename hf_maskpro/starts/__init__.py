@@ -111,7 +111,7 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
     def choose(name: str, layer: MaskProLayer, inputs: Inputs | None, number: int = 0) -> torch.Tensor:
         if inputs is not None and not inputs.squares.isfinite().all():
             raise ValueError(f"{name}: its inputs are not finite; load the model in bfloat16 or float32.")
-        weight, rows = layer.matrices()[number].detach().float(), layer.rows_of(number)
+        weight, rows = layer.matrix(number).detach().float(), layer.rows_of(number)
         calibration = Calibration(inputs, gradients[name][rows] if name in gradients else None)
         if calibration.gradient is not None and not calibration.gradient.isfinite().all():
             raise ValueError(f"{name}: its gradients are not finite; load the model in bfloat16 or float32.")
@@ -133,7 +133,7 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
     if rule == "pruner-zero" and not refined:
         # It looks at no inputs.
         for name, layer in masked_layers(model, adapter_name).items():
-            for number in range(len(layer.matrices())):
+            for number in range(layer.experts):
                 choose(name, layer, None, number)
     else:
         learn = partial(blocks.learn, adapter_name) if "blocks" in refined else None

@@ -56,6 +56,16 @@ def _kind(fingerprint: str) -> str:
     return fingerprint.rpartition(":")[0]
 
 
+def warn_if_quantized(known: dict[str, str], found: dict[str, str]) -> None:
+    """Warn if fingerprints, by layer, are of a quantized copy and of full weights, or of unlike copies."""
+    if any(_kind(known[name]) != _kind(value) for name, value in found.items()):
+        warnings.warn(
+            "the mask was learned over a quantized copy of its base, or this is one: they are not compared, so see to "
+            "it that they are the same model.",
+            stacklevel=3,
+        )
+
+
 def is_other(known: str | None, found: str) -> bool:
     """Whether a fingerprint is of other weights. That of a quantized copy says nothing of weights unlike it."""
     return known is None or (known != found and _kind(known) == _kind(found))
@@ -93,11 +103,9 @@ def check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
                 f"the mask was learned for other weights than this model has, in {len(other)} of {len(found)} layers: "
                 f"{listed(other)}. Load the base model that it names, or pass a config= with check_base = False."
             )
-        if any(_kind(known[name]) != _kind(value) for name, value in found.items()):
-            warnings.warn(
-                "the mask was learned over a quantized copy of its base, or this is one: they are not compared.",
-                stacklevel=2,
-            )
+        warn_if_quantized(known, found)
+        # Saved again, it can still be compared with what it was learned for.
+        return
     config.base_fingerprint = found
 
 

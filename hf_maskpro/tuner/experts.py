@@ -43,8 +43,9 @@ class MaskProExpertWeight(MaskProLayer):
             return weight.transpose(1, 2) if self.is_transposed else weight
         return (weight.transpose(1, 2) if self.is_transposed else weight).flatten(0, 1)
 
-    def matrices(self) -> list[torch.Tensor]:
-        return [weight.T if self.is_transposed else weight for weight in self.base_weight]
+    def matrix(self, number: int) -> torch.Tensor:
+        weight = self.base_weight[number]
+        return weight.T if self.is_transposed else weight
 
     def forward(self) -> torch.Tensor:  # type: ignore[override]
         """The parameter as the experts read it."""
@@ -141,8 +142,8 @@ def has_kernels(module: nn.Module) -> bool:
     return "is_transposed" in vars(module)
 
 
-def why_not(module: nn.Module, parameter_name: str, config: MaskProConfig) -> str | None:
-    """Why a parameter cannot be masked, or `None` if it can."""
+def why_not(module: nn.Module, parameter_name: str, config: MaskProConfig, places: dict[int, list[str]]) -> str | None:
+    """Why a parameter cannot be masked, or `None` if it can; `places` has the layers that each parameter is in."""
     if parameter_name not in expert_parameters(module):
         return "it is not the weights of experts; name linear layers in target_modules, and change target_parameters"
     weight = module.get_parameter(parameter_name)
@@ -150,6 +151,11 @@ def why_not(module: nn.Module, parameter_name: str, config: MaskProConfig) -> st
         return OFFLOADED
     if weight.dtype.itemsize < 2:
         return f"it is {weight.dtype}, and quantized experts are not supported; leave it out of target_parameters"
+    if len(shared := places[id(weight)]) > 1:
+        return (
+            f"{' and '.join(shared)} share one weight, and a mask is for one layer; exclude them by exclude_modules, "
+            "or leave them out of target_parameters"
+        )
     if config.on_indivisible == "error" and (in_features := expert_inputs(module, parameter_name)) % config.m:
         return (
             f"its experts' in_features {in_features} is not a multiple of m = {config.m}; take it out of "
@@ -167,8 +173,16 @@ def router_names(model: nn.Module) -> set[str]:
     """The linear layers that decide where tokens go, beside experts."""
     names = set()
     for prefix, module in model.named_modules():
-        if any(expert_parameters(child) or isinstance(child, MaskProExperts) for child in module.children()):
+        if any(_are_experts(name, child) for name, child in module.named_children()):
             for name, inner in module.named_modules():
-                if isinstance(inner, nn.Linear) and ROUTERS & set(name.split(".")):
+                # An expert's own gate is none.
+                if isinstance(inner, nn.Linear) and not name.startswith("experts.") and ROUTERS & set(name.split(".")):
                     names.add(f"{prefix}.{name}".removeprefix("."))
     return names
+
+
+def _are_experts(name: str, module: nn.Module) -> bool:
+    """Whether a child is what routers send tokens to, as one module or as modules one by one."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return name == "experts"
+    return isinstance(module, MaskProExperts) or bool(expert_parameters(module))

@@ -184,6 +184,8 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
     # The base layer's parameter that is masked, and what follows this layer's name in its full name.
     parameter_name = "weight"
     parameter_suffix = ".weight"
+    # How many matrices the weight has, one below the other.
+    experts = 1
 
     # What BaseTunerLayer brings; the type checker does not look into PEFT.
     active_adapters: list[str]
@@ -257,7 +259,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             packed = self.maskpro_mask[twin].clone()
         elif data_free:
             # One after the other, since scores take as much memory as weights.
-            packed = torch.cat([_packed_by_rule(matrix.detach(), config) for matrix in self.matrices()])
+            packed = torch.cat([_packed_by_rule(self.matrix(i).detach(), config) for i in range(self.experts)])
         else:
             packed = _placeholder(self.out_features, self.in_features, config, weight.device)
         # An adapter for inference has no logits to move: one zero, expanded, stands for all of them.
@@ -371,13 +373,13 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         moved = mask.float() - self.initial_mask(adapter_name).float()
         self.maskpro_theta[adapter_name].copy_(logit_scale(self.maskpro_config[adapter_name]) * moved)
 
-    def matrices(self) -> list[torch.Tensor]:
-        """The weight as one matrix `[out_features, in_features]`, or one for each expert; views."""
-        return [self.out_in(plain(self.base_weight))]
+    def matrix(self, number: int) -> torch.Tensor:
+        """The weight as `[out_features, in_features]`, or that of one of the `experts`; a view."""
+        return self.out_in(plain(self.base_weight))
 
     def rows_of(self, matrix: int) -> slice:
-        """The rows of one of [`matrices`] among all."""
-        height = self.out_features // len(self.matrices())
+        """The rows of one [`matrix`] among those of all."""
+        height = self.out_features // self.experts
         return slice(matrix * height, (matrix + 1) * height)
 
     def set_initial_mask(self, adapter_name: str, mask: torch.Tensor, rows: slice = slice(None)) -> None:

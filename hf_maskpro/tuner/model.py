@@ -64,6 +64,13 @@ class _Configs(dict[str, PeftConfig]):
                     f"{name!r} is the name of an adapter of masks; give the other one a name of its own, as in "
                     "get_peft_model(model, config, adapter_name='quality')."
                 )
+            # PEFT makes experts of them that it wraps, where a mask is already.
+            experts = any(isinstance(known, MaskProConfig) and known.target_parameters for known in self.values())
+            if experts and getattr(config, "target_modules", None) == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+                raise ValueError(
+                    f"target_modules={config.target_modules!r} of {name!r} takes in experts that are masked; name the "
+                    "layers of the attention, as in LoraConfig(target_modules=['q_proj', 'v_proj'])."
+                )
         super().update(added)
 
 
@@ -135,7 +142,8 @@ class MaskProModel(BaseTuner):
                 else:
                     weights[name] = cast(torch.Tensor, base.weight)
         for name, module, parameter in _targeted_parameters(peft_config, model):
-            problem, weight = why_not(module, parameter, peft_config), module.get_parameter(parameter).detach()
+            problem = why_not(module, parameter, peft_config, places)
+            weight = module.get_parameter(parameter).detach()
             if problem:
                 problems.setdefault(problem, []).append(name)
             elif expert_inputs(module, parameter) % peft_config.m:

@@ -124,8 +124,8 @@ ARCHITECTURES = [
             eoi_token_index=_CLOSING,
         ),
         _LLAVA | {"token_type_ids": (_WITH_IMAGE == _IMAGE).long()},
-        exclude=r".*vision_tower.*",
-        why="the vision tower: one of its layers is read and never called",
+        exclude=r".*vision_tower.*\.head\..*",
+        why="the head of the vision tower: one of its layers is read and never called",
     ),
     Architecture("GPT-2", transformers.GPT2LMHeadModel, transformers.GPT2Config(**_GPT2 | _SPECIAL), _CAUSAL),
     Architecture(
@@ -141,6 +141,23 @@ ARCHITECTURES = [
         "Mixtral, with its experts",
         transformers.MixtralForCausalLM,
         transformers.MixtralConfig(**_TEXT, num_local_experts=4),
+        _CAUSAL,
+    ),
+    Architecture(
+        "Qwen3-MoE, with its experts",
+        transformers.Qwen3MoeForCausalLM,
+        transformers.Qwen3MoeConfig(**_TEXT, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2),
+        _CAUSAL,
+    ),
+    Architecture(
+        "GPT-OSS, experts transposed",
+        transformers.GptOssForCausalLM,
+        transformers.GptOssConfig(
+            **_TEXT,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
         _CAUSAL,
     ),
     Architecture(

@@ -53,7 +53,7 @@ def train(model, known, estimator, folder):
     args = MaskProTrainingArguments(
         output_dir=str(folder), estimator=estimator, max_steps=3, per_device_train_batch_size=2, use_cpu=True,
         report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no",
-        learning_rate={"simple": 5.0, "residual": 5.0}.get(estimator),
+        learning_rate={"simple": 5.0, "residual": 100.0}.get(estimator),
     )  # fmt: skip
     collate = lambda rows: default_data_collator(rows) | known.with_loss  # noqa: E731
     MaskProTrainer(model, args, train_dataset=rows, data_collator=collate).train()
@@ -68,12 +68,17 @@ def live(known, folder, tmp_path, caplog):
     model = calibrated(base, known, "sparsegpt+swaps", caplog)
 
     layers = masked_layers(model).values()
+    start = [layer.initial_mask("default") for layer in layers]
     for estimator in ESTIMATORS:
+        # Logits that one has moved far would leave the next no gradient.
+        for layer in layers:
+            layer.maskpro_theta["default"].data.zero_()
         train(model, known, estimator, tmp_path / "run")
         thetas = [layer.maskpro_theta["default"] for layer in layers]
         assert all(theta.isfinite().all() for theta in thetas)
         # Who learns by the layers' own gradient reaches all of them.
         assert estimator != "simple" or all(theta.any() for theta in thetas)
+        assert not equal([layer.learned_mask("default") for layer in layers], start), estimator
     model.eval()
     masked = outputs(model, known)
     assert not equal(masked, dense)

@@ -439,7 +439,7 @@ class TestBadInput:
         assert "one of --text FILE, --dataset NAME and --self" in fails(
             "init", "--model", checkpoint, "--output", output
         )
-        assert "no checkpoint to resume from" in fails(
+        assert "no whole checkpoint to resume from" in fails(
             "train", "--model", checkpoint, "--text", text, "--output", output, "--resume"
         )
         (tmp_path / "empty.txt").write_text("  \n")

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_maskpro import MaskProConfig, packed
-from hf_maskpro.deploy.packed import PackedLinear, pack, to_packed, unpack
+from hf_maskpro.deploy.packed import PackedConfig, PackedLinear, PackedQuantizer, pack, to_packed, unpack
 
 from ..conftest import tiny_gpt2, tiny_llama
 
@@ -207,6 +207,17 @@ def test_without_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match="compiled at first use, and no-such-compiler is not there"):
         packed._library.__wrapped__()
+
+
+def test_without_a_compiler_on_a_machine_with_cuda_loading_on_the_cpu_fails(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    packed._library.cache_clear()
+    quantizer = PackedQuantizer(PackedConfig([]))
+    quantizer.validate_environment()
+    layer = PackedLinear(32, 16, False)
+    with pytest.raises(ValueError, match="no-such-compiler is not there"):
+        quantizer._process_model_after_weight_loading(torch.nn.Sequential(layer))
 
 
 def test_without_avx512(monkeypatch, tmp_path, compiled):

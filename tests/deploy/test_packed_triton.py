@@ -1,11 +1,16 @@
 """Packed products in Triton: interpreted on a CPU, compiled on a GPU."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import hf_maskpro
 from hf_maskpro.deploy import PackedLinear, pack_layers
 from hf_maskpro.deploy.packed import pack
 
@@ -69,6 +74,50 @@ def test_unpacking_gives_the_weight_back_bit_for_bit(device, dtype):
 
     weight = (sparse_weight(37, 96) + 0).to(device, dtype)
     assert unpack(*pack(weight)).view(torch.int16).equal(weight.view(torch.int16))
+
+
+COMPILE = """
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# By themselves, since the whole package takes longer to import than they to compile.
+sys.path += sys.argv[1:]
+import packed_triton
+import swaps_triton
+
+packed = {"x": "*i64", "pairs": "*i32", "positions": "*i32", "bias": "*bf16", "y": "*bf16", "outputs": "i32"}
+packed |= {"groups": "i32", "tokens": "i32"}
+swaps = dict.fromkeys(("weight", "gram", "squares", "inner"), "*fp32") | {"inputs": "i32", "groups": "i32"}
+swaps |= {"product": "*fp64", "tolerance": "*fp64", "keep": "*i8"}
+
+
+def constants(tile, **others):
+    return {"HALF": False, "ROWS": tile[0], "GROUPS": tile[1]} | others
+
+
+for kernel, types, constexprs in (
+    (packed_triton._one, packed, constants(packed_triton.ONE_TILE)),
+    (packed_triton._few, packed, constants(packed_triton.FEW_TILE)),
+    (packed_triton._unpack, packed | {"weight": "*i64", "count": "i32"}, {"GROUPS": packed_triton._UNPACK_TILE}),
+    (swaps_triton._swap, swaps, {"M": 4, "BLOCK": swaps_triton._BLOCK}),
+):
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
+    print(kernel.__name__, "sm_90" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+"""
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    folders = [str(Path(hf_maskpro.__file__).with_name(name)) for name in ("deploy", "starts")]
+    command = [sys.executable, "-c", COMPILE, *folders]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["_one", "True", "_few", "True", "_unpack", "True", "_swap", "True"]
 
 
 @pytest.mark.gpu

@@ -44,8 +44,9 @@ class Float8(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs)
 
 
-def merged(dtype=torch.bfloat16):
-    return get_peft_model(tiny_llama(dtype=dtype, attention_bias=True), MaskProConfig()).merge_and_unload()
+def merged(dtype=torch.bfloat16, **sizes):
+    model = tiny_llama(dtype=dtype, attention_bias=True, **sizes)
+    return get_peft_model(model, MaskProConfig()).merge_and_unload()
 
 
 @pytest.fixture
@@ -189,3 +190,41 @@ def test_inputs_of_any_shape_and_stride_on_a_gpu(context):
             for strided in INPUTS.values():
                 expected, found = (layer(strided(x)) for layer in layers)
                 torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_semi_structured_model_generates_and_compiles_on_a_gpu(ids):
+    dense, ids = merged(torch.float16).cuda(), ids[:1].cuda()
+    sparse = copy.deepcopy(dense)
+    assert to_semi_structured(sparse) == {}
+    assert_greedy(sparse, dense, ids, 0.02)
+    compiled = torch.compile(sparse, fullgraph=True)
+    torch.testing.assert_close(compiled(ids).logits, dense(ids).logits, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_an_fp8_model_on_a_gpu(ids):
+    pytest.importorskip("torchao")
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    model = merged(hidden_size=128, intermediate_size=256).cuda()
+    dense, sparse, left = benchmark.sparse_pair(model, "fp8")
+    assert left.keys() == {"lm_head.weight"}
+    layers = [model.model.layers[0].mlp.up_proj for model in (dense, sparse)]
+    x = torch.randn(4, 18, 128, device="cuda").bfloat16()
+    for strided in (x, x[:, -1:], x[:1, -1:], x.transpose(0, 1)):
+        expected, found = (layer(strided) for layer in layers)
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    ids = ids[:1].cuda()
+    assert_greedy(sparse, dense, ids, 0.05)
+    compiled = torch.compile(sparse)
+    torch.testing.assert_close(compiled(ids).logits, dense(ids).logits, rtol=0.05, atol=0.05)
+
+
+def assert_greedy(model, other, ids, tolerance):
+    """What a model generates, another would as well, but for rounding."""
+    tokens = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=1)
+    logits = other(tokens).logits[0, ids.shape[1] - 1 : -1]
+    assert (logits.amax(-1) - logits.gather(1, tokens[0, ids.shape[1] :, None])[:, 0]).max() < tolerance

@@ -26,6 +26,8 @@ from ..conftest import tiny_llama
 
 
 STEPS = 8
+# One that hangs ends by an alarm, as no run should.
+SECONDS = 120
 OPTIONS = {
     "proxsparse": {"learning_rate": 0.02, "prox_pull": 0.01},
     "maskllm": {"learning_rate": 0.02},
@@ -83,6 +85,7 @@ def started(folder: Path, name: str, *settings: str, event: int | None = None) -
 
     code = 1
     try:
+        signal.alarm(SECONDS)
         torch.set_num_threads(1)
         if event is not None:
             sys.addaudithook(count)

@@ -59,7 +59,8 @@ def sharded(estimator: str, folder: Path, **options) -> MaskProTrainer:
     return MaskProTrainer(model, args, train_dataset=rows(64))
 
 
-def run_sharded(folder: Path, rank: int) -> None:
+def run_sharded(folder: Path, rank: int) -> str:
+    """Runs of whole and of split models; returns how the last one stops, in which processes part."""
     for estimator in SHARDED:
         whole = sharded(estimator, folder / f"whole-{estimator}")
         whole.train()
@@ -73,6 +74,13 @@ def run_sharded(folder: Path, rank: int) -> None:
         trainer.train(resume_from_checkpoint=str(folder / f"split-{estimator}" / "checkpoint-2"))
         assert isinstance(trainer.adapter.thetas()[0], DTensor)
         save_file(logits_of(trainer), folder / f"rejoined-{estimator}-{rank}.safetensors")
+    trainer = sharded("simple", folder / "parted", **split)
+    trainer.add_callback(HasAnotherMask)
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return str(error)
+    return "not at all"
 
 
 class Traffic(TorchDispatchMode):
@@ -96,6 +104,15 @@ class Parts(TrainerCallback):
         if state.global_step == 2 and args.process_index == 1:
             layer = next(layer for layer in model.modules() if isinstance(layer, MaskProLayer))
             layer.maskpro_theta["default"].data[0, 0, 0] += 1e-3
+
+
+class HasAnotherMask(TrainerCallback):
+    """One process has another starting mask."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2 and args.process_index == 1:
+            layer = next(layer for layer in model.modules() if isinstance(layer, MaskProLayer))
+            layer.maskpro_mask["default"].copy_(layer.maskpro_mask["default"].flip(0))
 
 
 class IsStopped(TrainerCallback):
@@ -135,7 +152,7 @@ def main(folder: Path, masks: int) -> None:
     trainer.train(resume_from_checkpoint=True)
     save_file(logits_of(trainer), folder / f"resumed-{rank}.safetensors")
 
-    run_sharded(folder, rank)
+    told["split"] = run_sharded(folder, rank)
     try:
         trainer_of("simple", folder, fsdp=True)
     except ValueError as error:

@@ -1,5 +1,7 @@
 """Training on text: what a dataset's rows become."""
 
+from itertools import islice
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -8,6 +10,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from hf_maskpro import MaskProConfig, MaskProTrainer
 from hf_maskpro.evaluation import windows
+from hf_maskpro.learning.dataset import Repeated, TextWindows
 
 from ..conftest import VOCABULARY, tiny_gpt2, tiny_llama
 from .test_trainer import arguments, rows
@@ -144,10 +147,30 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, checkpoint, kind, 
         ([], "the dataset has no rows"),
         ([{"input_ids": [3]}, {"input_ids": [4]}], "rows have fewer than 2 tokens"),
         ([{"input_ids": [3, 40]}], "the token 40, and the model a vocabulary of 34; tokenise with its tokenizer"),
-        ([{"input_ids": [3, 4], "labels": [3, -100]}] * 9, "labels of the dataset's first 8 rows are -100"),
+        ([{"input_ids": [3, 4], "labels": [3, -100]}] * 9, "all labels of the dataset's rows are -100"),
     ],
 )
 def test_rows_that_teach_nothing_are_refused_in_one_line(tmp_path, dataset, message):
     with pytest.raises(ValueError, match=message) as caught:
         trainer(tmp_path, dataset)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_rows_without_labels_may_come_first(tmp_path):
+    some = [{"input_ids": [3, 4], "labels": [3, -100]}] * 9 + [{"input_ids": [3, 4], "labels": [3, 4]}]
+    assert trainer(tmp_path, some).train_dataset is some
+
+
+def test_text_of_another_models_tokenizer_is_refused(tmp_path, kind, checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.add_tokens("w99")
+    with pytest.raises(ValueError, match=f"the token {len(tokenizer) - 1}, and the model a vocabulary of 34"):
+        trainer(tmp_path, as_rows(kind, text=["w1 w99"] * 50), processing_class=tokenizer).train()
+
+
+def test_a_stream_of_text_is_shuffled_anew_when_it_is_begun_again(checkpoint):
+    stream = as_rows("stream", text=TEXTS).shuffle(seed=0, buffer_size=200)
+    rows = Repeated(TextWindows(stream, "text", AutoTokenizer.from_pretrained(checkpoint), 16, tiny_llama()))
+    count = len(list(rows.dataset))
+    ids = torch.stack([row["input_ids"] for row in islice(rows, 2 * count)])
+    assert not ids[:count].equal(ids[count:])

@@ -37,3 +37,16 @@ def test_simple_lowers_the_loss_of_transposed_experts(tmp_path):
     args = arguments(tmp_path, "simple", max_steps=40, per_device_train_batch_size=8)
     MaskProTrainer(model, args, train_dataset=rows()).train()
     assert batch_loss(model, rows()) < before - 0.05
+
+
+def test_residual_lowers_the_loss_of_experts(tmp_path):
+    base = tiny_mixtral(1)
+    # As they are drawn, hardly anything depends on them.
+    for parameter in base.model.layers[0].mlp.experts.parameters():
+        parameter.data *= 20
+    config = {"target_modules": [], "target_parameters": ["experts.down_proj"], "init_mask": "random"}
+    model = get_peft_model(base, MaskProConfig(**config, logit_scale=0.5))
+    before = batch_loss(model, rows())
+    args = arguments(tmp_path, "residual", max_steps=100, learning_rate=1.0, per_device_train_batch_size=32)
+    MaskProTrainer(model, args, train_dataset=rows()).train()
+    assert batch_loss(model, rows()) < before - 0.01

@@ -120,6 +120,11 @@ def test_a_split_model_is_saved_and_resumed(ran, estimator):
         assert torch.equal(layer.learned_mask("default"), mode(scaled, 2))
 
 
+def test_processes_with_different_starts_stop_before_the_checkpoint(ran):
+    assert all(told["split"].startswith("after step 2 process 1 does not have the masks") for told in ran.told)
+    assert not list((ran.folder / "parted").glob("checkpoint-*"))
+
+
 def magnitude(layer) -> torch.Tensor:
     """The mask that the runs started from."""
     return mode(group_members(layer.get_base_layer().weight.detach().abs(), 4), 2).float()

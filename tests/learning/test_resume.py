@@ -1,5 +1,6 @@
 """A run ends as if nothing had happened to it, or says why it cannot."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import get_peft_model
+from transformers import TrainerCallback
 
 from hf_maskpro import MaskProConfig, MaskProTrainer
+from hf_maskpro.learning.checkpoints import UNFINISHED, newest_checkpoint, place_checkpoint
 
 from ..conftest import tiny_llama
 from .test_trainer import arguments, rows, thetas
@@ -39,6 +43,14 @@ def test_a_run_killed_at_twenty_moments_ends_with_the_same_bits(tmp_path, estima
 @pytest.mark.slow
 def test_the_command_killed_at_twenty_moments_ends_with_the_same_bits(tmp_path, checkpoint, text):
     killed(tmp_path, 20, f"hf-maskpro,{checkpoint},{text}")
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C interrupts, which is not so where a shell has started Python in its background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Stops(MaskProTrainer):
@@ -119,6 +131,21 @@ def test_without_checkpoints_a_signal_ends_it_at_once(tmp_path):
     assert checkpoints(tmp_path) == []
 
 
+class InterruptedAtTheEnd(TrainerCallback):
+    """Ctrl-C while a run finishes."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
+    trainer = learner(tmp_path, rows())
+    trainer.add_callback(InterruptedAtTheEnd)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-5"]
+
+
 class Stream(torch.utils.data.IterableDataset):
     """Rows that fail at one of them, or come to be looked at and once more."""
 
@@ -149,8 +176,34 @@ def test_data_that_fail_before_the_first_step_leave_nothing(tmp_path):
 
 def test_a_stream_that_ends_too_soon_leaves_a_checkpoint(tmp_path):
     stream = Stream(once=True)
-    assert learner(tmp_path, stream, max_steps=40, save_steps=30).train().global_step == 8
+    with pytest.warns(UserWarning, match="the data ended after step 8 of max_steps=40"):
+        assert learner(tmp_path, stream, max_steps=40, save_steps=30).train().global_step == 8
     assert checkpoints(tmp_path) == ["checkpoint-8"]
+
+
+class HasFewEpochs(TrainerCallback):
+    """Fails where a run would never end."""
+
+    def __init__(self):
+        self.epochs = 0
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.epochs += 1
+        assert self.epochs < 3
+
+
+def test_a_finished_run_over_a_stream_ends_when_it_is_resumed(tmp_path):
+    learner(tmp_path, Stream(), max_steps=2).train()
+    trainer = learner(tmp_path, Stream(), max_steps=2)
+    trainer.add_callback(HasFewEpochs)
+    assert trainer.train(resume_from_checkpoint=True).global_step == 2
+
+
+def test_offloaded_logits_are_refused(tmp_path):
+    trainer = learner(tmp_path, rows())
+    cpu_offload(trainer.model)
+    with pytest.raises(ValueError, match=r"has logits that are offloaded.*; load the model without device_map"):
+        MaskProTrainer(trainer.model, trainer.args, train_dataset=rows())
 
 
 def test_a_checkpoint_that_lacks_a_file_is_passed_over(tmp_path, alone):
@@ -161,8 +214,42 @@ def test_a_checkpoint_that_lacks_a_file_is_passed_over(tmp_path, alone):
     assert same(resumed(tmp_path, rows()), alone)
     for step in (5, 4, 2):
         (tmp_path / f"checkpoint-{step}" / "scheduler.pt").unlink()
+    trainer = learner(tmp_path, rows())
     with pytest.raises(ValueError, match="has no whole checkpoint to resume from"):
-        learner(tmp_path, rows()).train(resume_from_checkpoint=True)
+        trainer.train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-4" / "files.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-4 has no files.json, .*; pass its path"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def placed(run, step, content):
+    written = run / UNFINISHED / f"checkpoint-{step}"
+    written.mkdir(parents=True)
+    (written / "logits").write_text(content)
+    place_checkpoint(written, run / written.name)
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
+    placed(tmp_path, 1, "whole")
+    placed(tmp_path, 2, "whole")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / "logits").write_text("who")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_what_a_checkpoint_replaces_goes_when_its_place_is_on_the_disk(tmp_path, monkeypatch):
+    placed(tmp_path, 1, "old")
+    seen, names = [], ("checkpoint-1", f"{UNFINISHED}/replaced")
+
+    def fsync(descriptor):
+        if os.path.sameopenfile(descriptor, folder):
+            seen.append([(tmp_path / name / "logits").read_text() for name in names])
+
+    folder = os.open(tmp_path, os.O_RDONLY)
+    monkeypatch.setattr(os, "fsync", fsync)
+    placed(tmp_path, 1, "new")
+    os.close(folder)
+    assert seen == [["new", "old"]]
 
 
 def test_the_bar_shows_loss_and_changed_groups(tmp_path, capsys):

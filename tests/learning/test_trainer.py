@@ -486,6 +486,8 @@ def test_several_such_updates_in_a_row_stop_the_run_with_the_checkpoint_in_place
         trainer.train()
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "checkpoint-2")
     assert all(theta.isfinite().all() for theta in thetas(loaded))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert trainer.estimator.skipped == 6
 
 
 class Interrupted(Exception):

@@ -7,7 +7,14 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import Llama4ForCausalLM, Llama4TextConfig, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
 from hf_maskpro import MaskProConfig, initialize_masks
 from hf_maskpro.tuner import masked_layers
@@ -103,6 +110,23 @@ def test_a_router_that_is_a_linear_layer_stays_dense():
         assert set(masked_layers(model, name)) == expected
 
 
+def test_a_router_stays_dense_beside_experts_that_are_modules_of_a_list_or_a_dict():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 34, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "num_experts": 2}
+    model = SwitchTransformersForConditionalGeneration(
+        SwitchTransformersConfig(**sizes, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1)
+    )
+    routers = {name for name, module in model.named_modules() if name.endswith("router.classifier")}
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
+    assert len(routers) == 2
+    assert set(masked_layers(get_peft_model(model, MaskProConfig()))) == linear - routers
+
+    block = nn.ModuleDict({"gate": nn.Linear(16, 2), "experts": nn.ModuleList([nn.ModuleDict(), nn.ModuleDict()])})
+    block["experts"][1]["gate"] = nn.Linear(16, 16)
+    model = get_peft_model(nn.ModuleDict({"moe": block}), MaskProConfig())
+    assert set(masked_layers(model)) == {"moe.experts.1.gate"}
+
+
 @MODELS
 def test_experts_come_back_by_every_loading_path(make, tmp_path, ids):
     model = get_peft_model(make(), MaskProConfig(init_mask="random")).eval()
@@ -173,6 +197,17 @@ def test_parameters_that_cannot_be_masked_are_refused(target, message):
         get_peft_model(tiny_gpt_oss(), MaskProConfig(n=1, m=3, target_modules=[], target_parameters=[target]))
 
 
+def test_experts_that_share_their_weights_are_refused():
+    model = tiny_mixtral()
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    second.gate_up_proj = first.gate_up_proj
+    match = r"0\.mlp\.experts\.gate_up_proj.*: model\.layers\.0\.mlp\.experts and .*1\.mlp\.experts share one weight"
+    with pytest.raises(ValueError, match=match):
+        get_peft_model(model, MaskProConfig())
+    config = MaskProConfig(exclude_modules=["gate_up_proj"])
+    assert len([name for name in masked_layers(get_peft_model(model, config)) if "experts" in name]) == 2
+
+
 def test_offloaded_experts_are_masked_as_they_are_brought(ids):
     model = get_peft_model(tiny_mixtral(), MaskProConfig(init_mask="random")).eval()
     expected = logits(model, ids)
@@ -205,3 +240,23 @@ def test_another_adapter_between_experts_and_their_mask_is_refused(ids):
     model = get_peft_model(masked.base_model.model, config, adapter_name="lora")
     with pytest.raises(ValueError, match="ParamWrapper lies between masked experts and their mask"):
         logits(model, ids)
+
+
+def test_a_lora_learns_beside_masked_experts_and_is_loaded_over_them(tmp_path, ids):
+    masked = get_peft_model(tiny_mixtral(), MaskProConfig(init_mask="random"))
+    with pytest.raises(ValueError, match="'all-linear' of 'quality' takes in experts that are masked; name the"):
+        get_peft_model(masked.get_base_model(), LoraConfig(target_modules="all-linear"), adapter_name="quality")
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(masked.get_base_model(), config, adapter_name="quality").train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e3)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora_" in name or "maskpro_theta" in name}
+    expected = logits(model.eval(), ids)
+    model.save_pretrained(tmp_path)
+    base = tiny_mixtral()
+    PeftModel.from_pretrained(base, tmp_path)
+    both = PeftModel.from_pretrained(base, tmp_path / "quality", adapter_name="quality").eval()
+    assert torch.equal(logits(both, ids), expected)

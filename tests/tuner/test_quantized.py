@@ -67,12 +67,14 @@ def test_a_mask_is_merged_into_the_weights_in_full_size(ids, tmp_path):
     with pytest.raises(ValueError, match="quantized \\(Int8Tensor\\), and a mask is merged"):
         model.merge_and_unload()
     model.save_pretrained(tmp_path / "adapter")
-    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    with pytest.warns(UserWarning, match="learned over a quantized copy"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 
     with pytest.warns(UserWarning, match="learned over a quantized copy"):
         loaded = PeftModel.from_pretrained(tiny_llama(dtype=torch.bfloat16), tmp_path / "adapter")
     for layer, other in zip(masked_layers(loaded).values(), masked_layers(model).values(), strict=True):
         assert layer.learned_mask("default").equal(other.learned_mask("default"))
+    assert loaded.peft_config["default"].base_fingerprint == known
     # A copy of other weights is not the one that it was learned over.
     with pytest.raises(ValueError, match="learned for other weights"):
         PeftModel.from_pretrained(quantized(seed=1), tmp_path / "adapter")
