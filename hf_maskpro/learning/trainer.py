@@ -17,7 +17,7 @@ from transformers import ProgressCallback, Trainer, default_data_collator
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, has_length, rotate_checkpoints
 
-from ..tuner import MaskProConfig, saved_config
+from ..tuner import MaskProConfig, check_calls, saved_config
 from ..tuner.card import PLOT, load_card, save_card
 from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
@@ -65,7 +65,8 @@ class MaskProTrainer(Trainer):
 
     Raises:
         `ValueError`: if the model has no mask adapter, its adapter cannot be trained by the estimator, or a dataset
-            has neither text nor what the model's forward takes.
+            has neither text nor what the model's forward takes; from `train`, if the model uses the weight of a masked
+            layer without calling it.
         `FloatingPointError`: from `train`, if several updates in a row are not finite.
     """
 
@@ -128,6 +129,7 @@ class MaskProTrainer(Trainer):
                 raise ValueError("objective='distillation' runs the head by itself, which FSDP has split; drop fsdp.")
             self.distillation = Distillation(model, weights, args.distillation_temperature)
         self._unfinished = ""
+        self._is_checked = False
         self._ending = EndsWithCheckpoint(self.accelerator)
         self.add_callback(self._ending)
         if self.pop_callback(ProgressCallback) is not None:
@@ -239,6 +241,11 @@ class MaskProTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
+        if not (self._is_checked or return_outputs):
+            # Before the first step, since a model may use weights in train mode alone without calling their layers.
+            self._is_checked = True
+            look = partial(self.compute_loss, model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            check_calls(self.model, look)
         # Evaluation asks for outputs, too; its loss is the language model's whatever is minimised.
         if self.distillation is None or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

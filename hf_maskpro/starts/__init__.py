@@ -17,6 +17,7 @@ from ..tuner import (
     MaskProExpertWeight,
     MaskProLayer,
     check_calls,
+    evaluating,
     masked_layers,
     one_adapter,
     split_init_mask,
@@ -100,10 +101,11 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
             # The adapter may be shared: of a path it says no more than the last name.
             config.init_mask = f"./{Path(rule).name}" + "".join(f"+{refinement}" for refinement in refined)
             config.start["init_mask"] = config.init_mask
+    if batches:
+        with evaluating(model):
+            check_calls(model, partial(one_pass, model, batches[0]))
     if not with_data:
         return
-    if batches:
-        check_calls(model, partial(one_pass, model, batches[0]))
     gradients = gradient_norms(model, adapter_name, batches) if rule in ("gblm", "pruner-zero") else {}
 
     by_magnitude: set[tuple[str, int]] = set()

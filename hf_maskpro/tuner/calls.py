@@ -28,6 +28,10 @@ def tiny_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         inputs = {"pixel_values": torch.zeros(1, config.num_channels, *size)}
     elif model.main_input_name == "input_values":
         inputs = {"input_values": torch.zeros(1, _SAMPLES)}
+    elif model.main_input_name == "input_features":
+        # Whisper's encoder halves the length of what it hears, and takes no other.
+        heard = torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)
+        inputs = {"input_features": heard, "decoder_input_ids": torch.zeros(1, 1, dtype=torch.long)}
     else:
         inputs = {
             name: torch.zeros_like(value[:1]) for name, value in model.dummy_inputs.items() if "mask" not in name
@@ -43,10 +47,10 @@ def used_without_a_call(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     """
     The masked layers whose weight a forward pass uses without calling the layer, so that no mask applies.
 
-    The pass is that of the dense model. It leaves torch's generators as they were.
+    The pass is that of the dense model, in the mode that it is in. It leaves torch's generators as they were.
 
     Args:
-        model (`torch.nn.Module`): A model with a mask adapter, in eval mode.
+        model (`torch.nn.Module`): A model with a mask adapter.
         run (`Callable`): The forward pass.
     """
     layers = [module for module in model.modules() if isinstance(module, MaskProLayer)]
@@ -72,8 +76,8 @@ def used_without_a_call(model: nn.Module, run: Callable[[], Any]) -> list[str]:
         if module in weight_of:
             called.pop()
 
-    devices = [model.device] if isinstance(model, PreTrainedModel) and model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), Watch():
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(list(devices)), torch.compiler.set_stance("force_eager"), Watch():
         handles = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)
         for layer in layers:
             layer.dense = True

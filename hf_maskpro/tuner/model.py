@@ -104,7 +104,7 @@ class MaskProModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **options)
         if isinstance(model, PreTrainedModel):
             try:
-                with without_hooks(model):
+                with without_hooks(model), evaluating(model):
                     check_calls(model, lambda: model(**tiny_inputs(model)))
             except UncalledError:
                 if len(self.peft_config) > 1:
@@ -112,9 +112,13 @@ class MaskProModel(BaseTuner):
                 else:
                     self._unload_and_optionally_merge(merge=False, progressbar=False)
                 raise
-            # A model may need other inputs: then its first batch tells, in initialize_masks.
+            # A model may need other inputs; a skeleton, as merging makes one, computes nothing at all.
             except Exception as error:
-                logger.info(f"whether every masked layer is called was not seen: {error}")
+                tell = logger.info if model.device.type == "meta" else logger.warning_once
+                tell(
+                    f"whether {type(model).__name__} calls every masked layer was not seen ({error}); the first batch "
+                    "of initialize_masks or of a trainer tells."
+                )
 
     def _prepare_adapter_config(self, peft_config: MaskProConfig, model_config: dict) -> MaskProConfig:
         if peft_config.target_modules is None:
@@ -420,7 +424,7 @@ class UncalledError(ValueError):
 
 def check_calls(model: nn.Module, run: Callable[[], Any]) -> None:
     """
-    Look at one forward pass whether every masked layer sees its mask.
+    Look at one forward pass, in the mode that the model is in, whether every masked layer sees its mask.
 
     Args:
         model (`torch.nn.Module`): A model with a mask adapter.
@@ -429,9 +433,7 @@ def check_calls(model: nn.Module, run: Callable[[], Any]) -> None:
     Raises:
         `UncalledError`: if the weight of a layer is used without calling the layer.
     """
-    with evaluating(model):
-        uncalled = used_without_a_call(model, run)
-    if uncalled:
+    if uncalled := used_without_a_call(model, run):
         raise UncalledError(
             f"cannot mask {listed([_bare(name) for name in uncalled])}: the model uses the weight without calling the "
             "layer, so no mask would apply; take it out by exclude_modules."

@@ -166,13 +166,15 @@ ARCHITECTURES = [
         transformers.MambaConfig(**_TEXT | {"state_size": 4, "time_step_rank": 4}),
         _CAUSAL,
         exclude=r".*\.dt_proj",
-        why="`dt_proj`, which is read and never called",
+        why="`dt_proj`, which is read and never called; to train with Mamba's CUDA kernels (not tried) `x_proj` and "
+        "`out_proj`, which these read, too",
     ),
     Architecture(
         "Bamba, a hybrid",
         transformers.BambaForCausalLM,
         transformers.BambaConfig(**_TEXT, **_MAMBA, attn_layer_indices=[1]),
         _CAUSAL,
+        why="nothing; to train with Mamba's CUDA kernels (not tried) `out_proj`, which these read",
     ),
     Architecture(
         "T5",

@@ -91,6 +91,15 @@ class Puzzle(nn.Module):
         return {"loss": error + offset.mean()}
 
 
+class Fused(Puzzle):
+    """A layer that a faster function goes without calling while it is trained, as Mamba's does on a GPU."""
+
+    def forward(self, x, offset, labels=None):
+        if not self.training:
+            return super().forward(x, offset)
+        return {"loss": (F.linear(x, self.layer.weight) - x @ self.target.T).square().mean()}
+
+
 def puzzle_rows(count=64):
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(count, 8, generator=generator)
@@ -120,6 +129,19 @@ def play(tmp_path, seed=0, advantage="raw", **options):
 def test_residual_lowers_the_loss_where_it_can_be_seen(tmp_path, distribution, advantage):
     before, after = play(tmp_path, distribution=distribution, advantage=advantage)
     assert after < 0.2 * before
+
+
+def test_a_weight_that_is_used_without_a_call_in_train_mode_alone_is_refused_before_the_first_step(tmp_path):
+    def trainer(estimator):
+        model = get_peft_model(Fused(), MaskProConfig(target_modules=["layer"]))
+        return MaskProTrainer(model, arguments(tmp_path, estimator, max_steps=1), train_dataset=puzzle_rows(8))
+
+    trained = trainer("simple")
+    with pytest.raises(ValueError, match=r"^cannot mask layer: the model uses the weight without calling"):
+        trained.train()
+    assert not trained.adapter.has_moved()
+    # It learns in eval mode.
+    trainer("residual").train()
 
 
 def advantages(tmp_path, llama, residuals, **options):
@@ -182,7 +204,8 @@ def test_residual_never_builds_a_graph_and_turns_dropout_off(tmp_path, llama):
     )
     trainer = MaskProTrainer(model, arguments(tmp_path, "residual", max_steps=2), train_dataset=rows())
     trainer.train()
-    assert len(seen) == 4
+    # Two steps of two passes, after one that looks whether every masked layer is called.
+    assert len(seen) == 5
     assert set(seen) == {(False, False, False)}
 
 

@@ -12,7 +12,9 @@ from transformers import FalconMambaConfig, FalconMambaForCausalLM, WavLMConfig,
 
 from hf_maskpro import MaskProConfig, initialize_masks
 from hf_maskpro.tuner import masked_layers
+from hf_maskpro.tuner.calls import tiny_inputs
 
+from ..architectures.table import ARCHITECTURES
 from ..conftest import tiny_gpt2, tiny_llama
 
 
@@ -234,11 +236,26 @@ class Lists(nn.Module):
         return self.second(self.order[0](x))
 
 
-def test_the_first_batch_tells_where_nothing_is_known_of_a_models_inputs():
-    model = get_peft_model(Lists(), MaskProConfig(init_mask="wanda", target_modules=["first", "second"]))
+def test_a_look_that_fails_is_told(monkeypatch, caplog):
+    base = tiny_llama()
+    monkeypatch.setattr(base, "forward", lambda **_: 1 / 0)
+    get_peft_model(base, MaskProConfig())
+    assert "whether LlamaForCausalLM calls every masked layer was not seen (division by zero)" in caplog.text
+
+
+def test_a_model_that_hears_is_looked_at():
+    whisper = next(known for known in ARCHITECTURES if known.name == "Whisper")
+    model = whisper.model_class(whisper.config).eval()
+    with torch.no_grad():
+        assert model(**tiny_inputs(model)).logits.shape[:2] == (1, 1)
+
+
+@pytest.mark.parametrize("init_mask", ["wanda", "magnitude"])
+def test_the_first_batch_tells_where_nothing_is_known_of_a_models_inputs(init_mask):
+    model = get_peft_model(Lists(), MaskProConfig(init_mask=init_mask, target_modules=["first", "second"]))
     with pytest.raises(ValueError, match=r"^cannot mask first: the model uses the weight without calling"):
         initialize_masks(model, [{"x": torch.ones(2, 16)}])
-    model = get_peft_model(Lists(), MaskProConfig(init_mask="wanda", target_modules=["second"]))
+    model = get_peft_model(Lists(), MaskProConfig(init_mask=init_mask, target_modules=["second"]))
     initialize_masks(model, [{"x": torch.ones(2, 16)}])
 
 
