@@ -1,6 +1,6 @@
 """The check that a model has a pattern of sparsity."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def check_sparsity(
     """
     if not 1 <= n <= m:
         raise ValueError(f"{n}:{m} is no pattern; n is at least 1 and m no less.")
-    return check_weights(_linear_weights(model), n, m, names)
+    return check_weights(_linear_weights(model, everything=names is not None), n, m, names)
 
 
 def check_weights(
@@ -97,30 +97,39 @@ def sparse_weights(model: nn.Module | Mapping[str, torch.Tensor], n: int, m: int
     return [name for name, sparse in found.items() if sparse]
 
 
-def _linear_weights(model: nn.Module | Mapping[str, torch.Tensor] | str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of linear layers as `[out_features, in_features]`, one at a time: of experts many by one name."""
+def _linear_weights(
+    model: nn.Module | Mapping[str, torch.Tensor] | str | Path, everything: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """
+    The weights of linear layers as `[out_features, in_features]`, one at a time: of experts many by one name. Output
+    head and routers are among them if `everything` is.
+    """
     if isinstance(model, nn.Module):
         if any(isinstance(module, MaskProLayer) for module in model.modules()):
             raise ValueError("the model has a mask adapter that is not merged; call merge_and_unload first.")
-        for name, matrix in _checked(model).items():
+        for name, matrix in (matrices_of(model) if everything else _checked(model)).items():
             weight = model.get_parameter(name).detach()
             for one in weight if weight.ndim == 3 else [weight]:
                 yield name, one.T if matrix.transposed else one
     elif isinstance(model, Mapping):
+        left = set() if everything else _NOT_MASKED
         for name, weight in model.items():
-            if name.endswith(".weight") and weight.ndim == 2 and not _NOT_MASKED & set(name.split(".")):
+            if name.endswith(".weight") and weight.ndim == 2 and not left & set(name.split(".")):
                 yield name, weight
     else:
         folder = Path(model)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} has no config.json; pass the folder of a checkpoint.")
-        yield from saved_weights(folder, skeleton_of(folder))
+        skeleton = skeleton_of(folder)
+        yield from saved_weights(folder, skeleton, matrices_of(skeleton) if everything else _checked(skeleton))
 
 
-def saved_weights(folder: Path, skeleton: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of a checkpoint as `[out_features, in_features]`, piece by piece."""
+def saved_weights(
+    folder: Path, skeleton: PreTrainedModel, names: Container[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights of a checkpoint, by their names, as `[out_features, in_features]`, piece by piece."""
     files = weight_files(folder)
-    names, pieces = _checked(skeleton), pieces_of(skeleton, shapes_of(files))
+    pieces = pieces_of(skeleton, shapes_of(files))
     for file in files:
         with ExitStack() as stack:
             for key, get in open_tensors([file], stack).items():

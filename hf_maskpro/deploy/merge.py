@@ -104,7 +104,7 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
                 _rewrite(file, folder / file.name, masked, bar)
             copy_companions(base, folder, files)
             write_merged_card(folder, config.to_dict())
-            weights = saved_weights(folder, skeleton_of(folder, type(skeleton).__name__))
+            weights = saved_weights(folder, skeleton_of(folder, type(skeleton).__name__), layers)
             return check_weights(weights, config.n, config.m, layers)
 
 

@@ -151,6 +151,13 @@ def onloaded(layers: Sequence["MaskProLayer"]) -> Iterator[None]:
     """
     parts = [part for layer in layers for part in (layer.base_layer, layer.maskpro_theta, layer.maskpro_mask)]
     hooked = [(part, vars(part)["_hf_hook"]) for part in dict.fromkeys(parts) if "_hf_hook" in vars(part)]
+    thetas = [(layer, theta) for layer in layers for theta in layer.maskpro_theta.values() if theta.is_meta]
+    if torch.is_grad_enabled() and any(layer.training and theta.requires_grad for layer, theta in thetas):
+        raise ValueError(
+            "the logits are offloaded, where no gradient reaches them; train without offloading (accelerate's "
+            "remove_hook_from_submodules(model))."
+        )
+    flags = [(part, name, each.requires_grad) for part, _ in hooked for name, each in part.named_parameters("", False)]
     for part, hook in hooked:
         hook.pre_forward(part)
     try:
@@ -158,6 +165,9 @@ def onloaded(layers: Sequence["MaskProLayer"]) -> Iterator[None]:
     finally:
         for part, hook in hooked:
             hook.post_forward(part, None)
+        # accelerate takes it from the masked weight, which has been in the base weight's place.
+        for part, name, flag in flags:
+            part.get_parameter(name).requires_grad_(flag)
         if hooked:
             for layer in layers:
                 layer.forget_masked_weight()
@@ -212,8 +222,19 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
 
     @property
     def base_weight(self) -> torch.Tensor:
-        """The weight that is masked, in the base layer's own layout."""
-        return getattr(self.get_base_layer(), self.parameter_name)
+        """
+        The weight that is masked, in the base layer's own layout.
+
+        Raises:
+            `ValueError`: if it is no parameter, but computed from others.
+        """
+        weight = self.base_layer._parameters.get(self.parameter_name)
+        if weight is None:
+            raise ValueError(
+                "the weight of a masked layer is computed from others, as by pruning or weight_norm, so a mask "
+                "over it would be lost; make it a parameter again (prune.remove, remove_parametrizations)."
+            )
+        return weight
 
     def out_in(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as `[out_features, in_features]`, or back; a view where there is one."""
@@ -483,12 +504,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         return self._mask_weight(self._masking_adapters())
 
     def _mask_weight(self, names: list[str]) -> torch.Tensor:
-        weight = self.base_layer._parameters.get(self.parameter_name)
-        if weight is None:
-            raise ValueError(
-                "the weight of a masked layer is computed from others, as by pruning or weight_norm, so a mask "
-                "over it would be lost; make it a parameter again (prune.remove, remove_parametrizations)."
-            )
+        weight = self.base_weight
         if self.training or torch.is_grad_enabled():
             trained = [name for name in names if self.maskpro_theta[name].requires_grad]
             if (self.training and trained) or (torch.is_grad_enabled() and (trained or weight.requires_grad)):

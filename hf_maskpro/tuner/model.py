@@ -229,6 +229,11 @@ class MaskProModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """The packed mode of every layer, or with `save_logits` the starting mask and theta."""
         assert isinstance(config, MaskProConfig)
+        # Of a head that is targeted PEFT saves the base weight, which it takes from here; a resized one needs it.
+        head = {f"{name}.base_layer.weight" for name, _ in _layers(model, adapter_name)} & _embedding_names(model)
+        if head and not _is_resized(model):
+            for key in head:
+                state_dict.pop(key, None)
         state_dict = {_without_place(key): value for key, value in state_dict.items()}
         result: dict[str, torch.Tensor] = {}
         changed = {}
@@ -598,10 +603,10 @@ def _in_features(module: nn.Module) -> int:
 
 def _leave_dense(config: MaskProConfig, indivisible: dict[str, int], masked: int) -> None:
     """Leave layers out by name, so that what is saved says which."""
-    if isinstance(config.exclude_modules, str):
-        config.exclude_modules = "|".join([config.exclude_modules, *map(re.escape, indivisible)])
-    else:
-        config.exclude_modules = {*(config.exclude_modules or []), *indivisible}
+    # A pattern, since PEFT takes names of a list for ends of names: those of inner layers too.
+    left = config.exclude_modules or []
+    known = [left] if isinstance(left, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in sorted(left)]
+    config.exclude_modules = "|".join([*known, *map(re.escape, indivisible)])
     dense = sum(indivisible.values())
     warnings.warn(
         f"{listed(list(indivisible))} stay dense, {dense:,} of {dense + masked:,} weights: m = {config.m} does not "

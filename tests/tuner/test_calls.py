@@ -100,6 +100,16 @@ def test_offloaded_weights_are_masked_where_they_are_used(ids, offload_buffers):
         assert layer._masked_weight is None
 
 
+def test_offloaded_logits_are_not_trained_in_vain(ids):
+    model = get_peft_model(tiny_llama(), MaskProConfig()).eval()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    model(input_ids=ids)
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == frozen
+    with pytest.raises(ValueError, match=r"logits are offloaded.* train without"):
+        model.train()(input_ids=ids)
+
+
 def test_of_offloaded_logits_nothing_is_saved(ids, tmp_path):
     model = get_peft_model(tiny_llama(), MaskProConfig())
     cpu_offload(model, execution_device=torch.device("cpu"))
@@ -130,11 +140,13 @@ def test_a_weight_that_something_else_computes_is_refused(llama, alter):
         get_peft_model(llama, MaskProConfig())
 
 
-def test_a_weight_that_something_else_computes_is_not_masked_in_vain(llama, ids):
+@pytest.mark.parametrize("alter", [weight_norm, lambda layer: prune.l1_unstructured(layer, "weight", amount=0.1)])
+def test_a_weight_that_something_else_computes_is_not_masked_in_vain(llama, ids, alter):
     model = get_peft_model(llama, MaskProConfig())
-    prune.l1_unstructured(masked_layers(model)["model.layers.0.mlp.up_proj"].base_layer, "weight", amount=0.5)
-    with pytest.raises(ValueError, match="computed from others"):
-        logits(model, ids)
+    alter(masked_layers(model)["model.layers.0.mlp.up_proj"].base_layer)
+    for use in (lambda: logits(model, ids), lambda: model.merge_and_unload(safe_merge=True)):
+        with pytest.raises(ValueError, match="computed from others"):
+            use()
 
 
 @torch.inference_mode()

@@ -800,6 +800,31 @@ def test_layers_that_m_does_not_divide_stay_dense_when_asked_for(tmp_path, ids, 
     assert len(merge(tmp_path / "base", tmp_path / "a", tmp_path / "merged")) == len(masked_layers(model))
 
 
+def test_a_layer_that_m_does_not_divide_leaves_no_other_dense_whose_name_ends_alike():
+    base = nn.ModuleDict(
+        {"fc": nn.Linear(6, 8), "inner": nn.ModuleDict({"fc": nn.Linear(8, 8), "out": nn.Linear(8, 4)})}
+    )
+    config = MaskProConfig(target_modules=["fc", "out"], exclude_modules=["out"], on_indivisible="dense")
+    with pytest.warns(UserWarning, match="^fc stay dense, 48 of 112 weights"):
+        model = get_peft_model(base, config)
+    assert list(masked_layers(model)) == ["inner.fc"]
+
+
+def test_a_head_that_is_named_is_masked_saved_loaded_and_merged(llama, base_folder, tmp_path, ids):
+    model = get_peft_model(llama, MaskProConfig(target_modules=["q_proj", "lm_head"])).eval()
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path / "a")
+    assert all(".maskpro_mask" in key for key in load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "a").eval()
+    assert torch.equal(logits(loaded, ids), expected)
+    report = merge(base_folder, tmp_path / "a", tmp_path / "merged")
+    assert report["lm_head.weight"] == 0.5
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), ids), expected)
+    merged = loaded.merge_and_unload()
+    for form in (merged, merged.state_dict(), tmp_path / "merged"):
+        assert check_sparsity(form, 2, 4, report) == report
+
+
 @pytest.mark.parametrize("target_modules", [None, "all-linear", ["q_proj", "up_proj"]])
 def test_some_decoder_layers_alone(llama, tmp_path, target_modules):
     model = get_peft_model(llama, MaskProConfig(layers_to_transform=[1], target_modules=target_modules))
