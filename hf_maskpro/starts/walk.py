@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..tuner import MaskProExperts, MaskProExpertWeight, MaskProLayer, evaluating, masked_layers
 from ..tuner.base import listed
 from ..tuner.experts import has_kernels
-from .batches import sequences_in
+from .batches import sequences_in, tokens_in
 from .blocks import TOWARDS_DENSE, Example
 
 
@@ -528,15 +528,18 @@ def _choose_at_once(
     in_order: bool,
 ) -> None:
     """Choose the masks of layers from one pass over the model, in which they are dense."""
-    if with_gram:
-        most = sum(4 * layer.in_features**2 for layer in left)
+    gathered: dict[MaskProLayer, Inputs] = {}
+    units = _units(model.modules(), left)
+    routed: dict[MaskProExperts, list[_Call]] = {unit: [] for unit in units if isinstance(unit, MaskProExperts)}
+    if with_gram or routed:
+        # The inputs of experts add up one expert after the other, from the tokens of all.
+        most = sum(4 * unit.in_features**2 for unit in units if isinstance(unit, MaskProLayer)) if with_gram else 0
+        last = [experts.matrix("down_proj", 0) for experts in routed]
+        most += sum(map(tokens_in, batches)) * sum(len(weight) * weight.itemsize for weight in last)
         logger.warning(
             f"calibration: {listed(list(left.values()))} lie in no list of layers that run one after the other; they "
             f"are gathered in one pass, which takes up to {most / 2**20:,.0f} MiB."
         )
-    gathered: dict[MaskProLayer, Inputs] = {}
-    units = _units(model.modules(), left)
-    routed: dict[MaskProExperts, list[_Call]] = {unit: [] for unit in units if isinstance(unit, MaskProExperts)}
     with _dense(list(left)), _stopping_at_head(model, left):
         for batch in tqdm(batches, desc="calibration"):
             calls: list[tuple[Unit, Any]] = []

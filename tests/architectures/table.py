@@ -252,6 +252,8 @@ ARCHITECTURES = [
             text_config=transformers.LlamaConfig(**_TEXT),
             vision_config=transformers.CLIPVisionConfig(**_VISION),
             image_token_index=_IMAGE,
+            # Else its last layer is for nothing.
+            vision_feature_layer=-1,
         ),
         _LLAVA,
         at_once=("model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"),

@@ -1,6 +1,7 @@
 """A run ends as if nothing had happened to it, or says why it cannot."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import get_peft_model
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_maskpro import MaskProConfig, MaskProTrainer
 from hf_maskpro.learning.checkpoints import UNFINISHED, newest_checkpoint, place_checkpoint
@@ -66,9 +67,9 @@ class Stops(MaskProTrainer):
         """Nothing yet."""
 
 
-def learner(folder, dataset, **options):
+def learner(folder, dataset, base=tiny_llama, **options):
     torch.manual_seed(0)
-    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="random", logit_scale=2.0))
+    model = get_peft_model(base(), MaskProConfig(init_mask="random", logit_scale=2.0))
     options = {
         "max_steps": 5, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 4,
         "train_sampling_strategy": "sequential",
@@ -99,6 +100,24 @@ def resumed(folder, dataset):
 
 def same(mine, theirs):
     return all(torch.equal(*pair) for pair in zip(mine, theirs, strict=True))
+
+
+def test_a_run_over_a_model_with_added_tokens_resumes(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+
+    def resized():
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(40, mean_resizing=False)
+        return model
+
+    added = [{name: ids.where(ids != 2, 38) for name, ids in row.items()} for row in rows()]
+    whole = learner(tmp_path / "run", added, resized)
+    whole.train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-5")
+    again = learner(tmp_path / "run", added, resized)
+    again.train(resume_from_checkpoint=True)
+    assert any(theta.any() for theta in thetas(again.model))
+    assert same(thetas(again.model), thetas(whole.model))
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
+from torch import nn
 
 from hf_maskpro import MaskProConfig, initialize_masks, starts
 from hf_maskpro.starts.walk import FEWEST_TOKENS
@@ -132,3 +133,19 @@ def test_padding_is_no_token_of_an_expert(rule, text):
     first, second = (masks(tiny_mixtral, batches, rule) for batches in padded)
     for name, mask in first.items():
         assert torch.equal(mask, second[name])
+
+
+def test_what_experts_outside_of_a_list_are_given_is_counted(caplog):
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.moe = tiny_mixtral(1).model.layers[0].mlp
+
+        def forward(self, inputs_embeds, use_cache):
+            return self.moe(inputs_embeds)
+
+    names = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    model = get_peft_model(Alone(), MaskProConfig(init_mask="wanda", **names))
+    with caplog.at_level(logging.WARNING):
+        initialize_masks(model, [{"inputs_embeds": torch.randn(8, 2**11, 16)}])
+    assert "gathered in one pass, which takes up to 1 MiB" in caplog.text

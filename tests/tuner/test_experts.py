@@ -1,5 +1,6 @@
 """Experts that a model keeps in 3-D parameters."""
 
+import copy
 import logging
 
 import pytest
@@ -12,6 +13,8 @@ from transformers import (
     Llama4TextConfig,
     MixtralConfig,
     MixtralForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
 )
@@ -22,7 +25,17 @@ from hf_maskpro.tuner.base import fingerprint
 from tests.conftest import tiny_gpt_oss, tiny_mixtral
 
 
+def tiny_nemotron():
+    """Its experts have no gate."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 34, "hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 32, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "layers_block_type": ["full_attention", "moe"]}
+    experts = {"n_routed_experts": 4, "moe_shared_expert_intermediate_size": 32}
+    return NemotronHForCausalLM(NemotronHConfig(**sizes, **heads, **experts)).eval()
+
+
 MODELS = pytest.mark.parametrize("make", [tiny_mixtral, tiny_gpt_oss])
+WITH_UNGATED = pytest.mark.parametrize("make", [tiny_mixtral, tiny_gpt_oss, tiny_nemotron])
 # Larger than what a kernel of another order of sums differs by, and a hundredth of what a mask makes.
 ROUNDING = 1e-6
 
@@ -45,15 +58,30 @@ def pruned(model, n=2, m=4):
     return model
 
 
-@MODELS
+@WITH_UNGATED
 def test_every_kernel_reads_experts_with_zeros_in_each_group_of_inputs(make, ids):
-    model = get_peft_model(make(), MaskProConfig(target_modules=[], target_parameters=["gate_up_proj", "down_proj"]))
+    first = "up_proj" if make is tiny_nemotron else "gate_up_proj"
+    model = get_peft_model(make(), MaskProConfig(target_modules=[], target_parameters=[first, "down_proj"]))
     expected = pruned(make())
     assert (logits(expected, ids) - logits(make(), ids)).abs().max() > 100 * ROUNDING
     for kernel in ("eager", "grouped_mm", "batched_mm"):
         for each in (model.base_model.model, expected):
             each.set_experts_implementation(kernel)
         assert (logits(model, ids) - logits(expected, ids)).abs().max() < ROUNDING
+
+
+@WITH_UNGATED
+def test_a_copy_under_gradient_checkpointing_gives_the_same_gradient(make, ids):
+    model = get_peft_model(make(), MaskProConfig(logit_scale=2.0)).train()
+    copied = copy.deepcopy(model)
+    copied.gradient_checkpointing_enable({"use_reentrant": False})
+    for each in (model, copied):
+        torch.manual_seed(5)
+        each(input_ids=ids, labels=ids).loss.backward()
+    for mine, theirs in zip(masked_layers(model).values(), masked_layers(copied).values(), strict=True):
+        assert mine.base_weight is not theirs.base_weight
+        assert mine.maskpro_theta["default"].grad.any()
+        torch.testing.assert_close(mine.maskpro_theta["default"].grad, theirs.maskpro_theta["default"].grad)
 
 
 @MODELS
