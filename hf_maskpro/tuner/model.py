@@ -485,7 +485,11 @@ def _embedding_names(model: nn.Module) -> set[str]:
     base = _pretrained(model)
     if base is None:
         return set()
-    embeddings = {base.get_input_embeddings(), base.get_output_embeddings()} - {None}
+    try:
+        embeddings = {base.get_input_embeddings(), base.get_output_embeddings()} - {None}
+    # What transformers says of a model that has several, as of texts and of images.
+    except NotImplementedError:
+        return set()
     return {
         f"{prefix}.{name}"
         for prefix, module in model.named_modules()
