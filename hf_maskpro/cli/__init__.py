@@ -57,6 +57,8 @@ def main() -> None:
         warnings.filterwarnings("default", message="Unexpected keyword arguments")
     # What other packages have to say of themselves, some of them while they are imported.
     getLogger().setLevel(ERROR)
+    # torch has a handler of its own, and warns of what torchao does where that is installed.
+    getLogger("torch.utils._pytree").setLevel(ERROR)
     getLogger("hf_maskpro").setLevel(WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()

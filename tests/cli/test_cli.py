@@ -402,7 +402,8 @@ def test_a_local_dataset(checkpoint, tmp_path):
 
 
 def test_in_a_process_of_its_own(checkpoint):
-    command = [sys.executable, "-m", "hf_maskpro.cli"]
+    # As the installed script does.
+    command = [sys.executable, "-c", "from hf_maskpro_cli import main; main()"]
     done = subprocess.run([*command, "inspect", str(checkpoint / "no")], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: ")
