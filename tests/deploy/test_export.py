@@ -48,7 +48,8 @@ def test_a_checkpoint_for_fp8(tmp_path):
     assert config.packing_format.name == "SPARSE_2D_DATA_2D_METADATA"
     to_torchao_fp8(tmp_path / "fp8", None, tmp_path / "again")
     names = {path.name for path in (tmp_path / "fp8").iterdir()}
-    assert {path.name for path in (tmp_path / "again").iterdir()} == names
+    # Without an adapter there is nothing to say in a card.
+    assert {path.name for path in (tmp_path / "again").iterdir()} == names - {"README.md"}
     with pytest.raises(ValueError, match=r"mlp\.up_proj\.weight: .* groups have more than 2 of 4"):
         to_torchao_fp8(tmp_path / "base", tmp_path / "partly", tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
