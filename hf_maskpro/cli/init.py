@@ -41,7 +41,7 @@ def init(
             "+swaps, +blocks or +swaps+blocks at the end refine the mask.",
             rich_help_panel=MASK,
         ),
-    ] = "wanda",
+    ] = "sparsegpt+swaps",
     text: Text = None,
     dataset: Dataset = None,
     weights: Weights = None,

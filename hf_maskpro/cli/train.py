@@ -94,7 +94,7 @@ def train(
         typer.Option(
             metavar="NAME",
             callback=check_method,
-            help="Starting mask, as init's --method: wanda unless given.",
+            help="Starting mask, as init's --method: sparsegpt+swaps unless given.",
             rich_help_panel=MASK,
         ),
     ] = None,
@@ -277,7 +277,7 @@ def train(
         raise ValueError(f"--max-steps is {max_steps}, and {checkpoint} is beyond it; raise it or drop --resume.")
     if not resume:
         check_free(output, overwrite, model, adapter, eval_text, *sources_of(init_mask, text, dataset))
-    known = MaskProConfig.from_pretrained(checkpoint) if checkpoint else MaskProConfig(init_mask="wanda")
+    known = MaskProConfig.from_pretrained(checkpoint) if checkpoint else MaskProConfig(init_mask="sparsegpt+swaps")
     parameters = known.target_parameters if target_modules is None else None
     if target_parameters is not None:
         parameters = target_parameters.split(",")

@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..subset import mode_codes, pack_codes, unpack_codes
-from .base import cached_commit, check_base, listed, plain
+from .base import cached_commit, check_base, is_laid_out_for_cpus, listed, plain, weight_of
 from .calls import Findings, tiny_passes, watching, without_hooks
 from .config import MaskProConfig
 from .experts import OFFLOADED, MaskProExperts, expert_inputs, expert_parameters, router_names, why_not
@@ -143,7 +143,7 @@ class MaskProModel(BaseTuner):
                 elif _in_features(base) % peft_config.m:
                     indivisible[name] = base.weight.numel()
                 else:
-                    weights[name] = cast(torch.Tensor, base.weight)
+                    weights[name] = weight_of(base)
         for name, module, parameter in _targeted_parameters(peft_config, model):
             problem = why_not(module, parameter, peft_config, places)
             weight = module.get_parameter(parameter).detach()
@@ -560,7 +560,7 @@ def _unsupported(module: nn.Module) -> str:
         )
     if isinstance(module, nn.Linear) and not is_ordinary(module.weight):
         kind = module.weight.dtype if type(module.weight) in PLAIN else type(module.weight).__name__
-        return f"its weight is {kind}; of quantized layers, torchao's and 4-bit ones can be masked"
+        return f"its weight is {kind}; of quantized layers, torchao's and bitsandbytes' can be masked"
     return f"{type(module).__name__} is not nn.Linear or Conv1D; change target_modules"
 
 
@@ -593,6 +593,8 @@ def _why_not(
     assert isinstance(module.weight, torch.Tensor)
     if module.weight.is_meta and "_hf_hook" in vars(module):
         return OFFLOADED
+    if is_laid_out_for_cpus(module.weight):
+        return "bitsandbytes has laid its weight out for CPUs; load the model anew, and add the adapter before it runs"
     if id(module.weight) in embeddings:
         return "its weight is that of an embedding, which merging would destroy; take it out of target_modules"
     if len(shared := places[id(module.weight)]) > 1:
@@ -607,7 +609,7 @@ def _why_not(
 
 def _in_features(module: nn.Module) -> int:
     assert isinstance(module.weight, torch.Tensor)
-    return plain(module.weight).shape[1 if isinstance(module, nn.Linear) else 0]
+    return plain(weight_of(module)).shape[1 if isinstance(module, nn.Linear) else 0]
 
 
 def _leave_dense(config: MaskProConfig, indivisible: dict[str, int], masked: int) -> None:
