@@ -84,8 +84,8 @@ class Inputs:
         self.gram = (above + above.T).diagonal_scatter(self.gram.diagonal())
 
 
-# How far the Gram matrix of a walk by stages goes towards its diagonal: which features go together differs from text to
-# text, and what makes up for a dropped weight by the calibration text does not elsewhere.
+# How far the Gram matrix of a walk by stages goes towards its diagonal: which features go together differs from
+# text to text, and what makes up for a dropped weight on the calibration text does not elsewhere.
 SHRINKAGE = 0.3
 
 # Of the upper half of a Gram matrix, more blocks compute less of the lower one, in smaller products.
