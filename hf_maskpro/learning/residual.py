@@ -384,15 +384,15 @@ class Residual(Estimator):
         rounding = torch.finfo(torch.bfloat16 if half else self.adapter.layers[0].base_weight.dtype).eps
         for inputs in self._batches(order, trainer._train_batch_size):
             index = inputs.pop(_INDEX)
-            items = float(trainer._get_num_items_in_batch([inputs], trainer.args.device))
-            if not items:
+            items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+            if not (count := float(items)):
                 return False
             with torch.no_grad(), self.adapter.masks(self.adapter.initial), trainer.accelerator.autocast():
                 loss = share_of_loss(trainer, trainer.model, trainer._prepare_inputs(inputs), items).item()
             # A divergence near 0 is a difference of logarithms that are not.
-            tolerance = max(1.0, abs(loss)) * (rounding / sqrt(items) + LEAST_TOLERANCE)
+            tolerance = max(1.0, abs(loss)) * (rounding / sqrt(count) + LEAST_TOLERANCE)
             for losses in cached:
-                if not abs(losses[index].sum().item() * ranks_of_loss(trainer) / items - loss) <= tolerance:
+                if not abs(losses[index].sum().item() * ranks_of_loss(trainer) / count - loss) <= tolerance:
                     return False
         return True
 
