@@ -105,12 +105,11 @@ def test_several_processes_stop_together_and_resume_exactly(ran):
 
 def test_data_that_fail_in_one_process_end_all_with_a_checkpoint(ran):
     """Rows are read by each process, a stream by the first; the next batch is asked for while a step runs."""
+    other = "the data of another process failed, which says why."
     for rank, told in enumerate(ran.told):
         of_rows, of_stream = told["failed"]
-        assert of_rows[0] == (
-            "the disk is gone" if rank == 1 else "the data of another process failed, which says why."
-        )
-        assert of_stream[0] == ("the disk is gone" if rank == 0 else of_rows[0])
+        assert of_rows[0] == ("the disk is gone" if rank == 1 else other)
+        assert of_stream[0] == ("the disk is gone" if rank == 0 else other)
         assert of_rows[1:] == of_stream[1:] == [2, ["checkpoint-2"]]
 
 
