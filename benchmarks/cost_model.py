@@ -180,9 +180,6 @@ def checks() -> list[Check]:
     process = POINTS["process"]
     whole = lean(2).memory(process["weights"], process["targets"]) / 1e9
     found.append(Check("a whole process of lean simple, 1.1B", "GB", whole, process["bytes"] / 1e9))
-    block = POINTS["block"]
-    layer = block_memory(Decoder(**block["decoder"]), block["batch"], block["calibration"])
-    found.append(Check("one decoder layer at a time, 7B", "GB", sum(layer.values()) / 1e9, block["bytes"] / 1e9))
     forward = MODELS["7B"].forward(TOKENS)
     found.append(Check("a forward pass of 7B on an H200", "seconds", forward, STEP["forward_s"]))
     cpu, run = POINTS["cpu"], POINTS["run"]
