@@ -129,8 +129,6 @@ def init(
         init_mask=method,
         target_modules=modules_of(target_modules),
         exclude_modules=modules_of(exclude_modules),
-        # A start has no logits, and needs no memory for them.
-        inference_mode=True,
     )
     check_free(output, overwrite, model, *sources_of(method, text, dataset))
     if source_settings:
