@@ -173,6 +173,18 @@ def onloaded(layers: Sequence["MaskProLayer"]) -> Iterator[None]:
                 layer.forget_masked_weight()
 
 
+@contextmanager
+def over(module: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Put tensors over the parameters of a module: it finds these, and hooks may exchange those."""
+    own = vars(module)
+    own |= weights
+    try:
+        yield
+    finally:
+        for name in weights:
+            own.pop(name, None)
+
+
 class MaskProLayer(nn.Module, BaseTunerLayer):
     """
     What every masked layer has, per adapter: `maskpro_theta`, the trained offset of the logits, and `maskpro_mask`,
@@ -559,13 +571,8 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             weight = self._mask_weight(names)
             # bitsandbytes puts out what it is given, whatever it computes with.
             return self.linear(x, weight.to(x.dtype) if is_quantized(self.base_weight) else weight)
-        with onloaded([self]):
-            # An attribute goes before a parameter of its name, which is left as it is: hooks may exchange it.
-            vars(self.base_layer)["weight"] = self._mask_weight(names)
-            try:
-                return self.base_layer(x, *args, **kwargs)
-            finally:
-                vars(self.base_layer).pop("weight", None)
+        with onloaded([self]), over(self.base_layer, {"weight": self._mask_weight(names)}):
+            return self.base_layer(x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep: bool = True) -> None:
         """

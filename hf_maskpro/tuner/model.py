@@ -26,12 +26,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..subset import mode_codes, pack_codes, unpack_codes
-from .base import cached_commit, check_base, is_laid_out_for_cpus, listed, plain, weight_of
-from .calls import tiny_inputs, used_without_a_call, without_hooks
+from .base import cached_commit, check_base, check_masks, is_laid_out_for_cpus, listed, masks_digest, plain, weight_of
+from .calls import Findings, tiny_passes, watching, without_hooks
 from .config import MaskProConfig
 from .experts import OFFLOADED, MaskProExperts, expert_inputs, expert_parameters, router_names, why_not
 from .layer import LOGITS, NO_MASK, MaskProLayer, has_memory, logit_scale, members_first
-from .linear import is_ordinary, layer_class
+from .linear import PLAIN, is_ordinary, layer_class
 
 
 logger = logging.get_logger(__name__)
@@ -102,23 +102,22 @@ class MaskProModel(BaseTuner):
         names = [*EMBEDDING_LAYER_NAMES, *(name for name, _ in model.named_modules())]
         _check_patterns(self.peft_config[adapter_name], names)
         super().inject_adapter(model, adapter_name, *args, **options)
-        if isinstance(model, PreTrainedModel):
-            try:
-                with without_hooks(model), evaluating(model):
-                    check_calls(model, lambda: model(**tiny_inputs(model)))
-            except UncalledError:
-                if len(self.peft_config) > 1:
-                    self.delete_adapter(adapter_name)
-                else:
-                    self._unload_and_optionally_merge(merge=False, progressbar=False)
-                raise
-            # A model may need other inputs; a skeleton, as merging makes one, computes nothing at all.
-            except Exception as error:
-                tell = logger.info if model.device.type == "meta" else logger.warning_once
-                tell(
-                    f"whether {type(model).__name__} calls every masked layer was not seen ({error}); the first batch "
-                    "of initialize_masks or of a trainer tells."
-                )
+        with without_hooks(model), evaluating(model), watching(model) as findings:
+            error = tiny_passes(model, findings)
+        try:
+            _check_findings(findings)
+        except ValueError:
+            if len(self.peft_config) > 1:
+                self.delete_adapter(adapter_name)
+            else:
+                self._unload_and_optionally_merge(merge=False, progressbar=False)
+            raise
+        if error or findings.unseen:
+            tell = logger.info if next(model.parameters()).is_meta else logger.warning_once
+            tell(
+                f"whether {type(model).__name__} calls {listed(findings.unseen) or 'every masked layer'} was not seen"
+                f"{f' ({error})' if error else ''}; the first batch of initialize_masks or of a trainer tells."
+            )
 
     def _prepare_adapter_config(self, peft_config: MaskProConfig, model_config: dict) -> MaskProConfig:
         if peft_config.target_modules is None:
@@ -268,7 +267,8 @@ class MaskProModel(BaseTuner):
             # Moved by a trainer that has no default of its own.
             config.logit_scale = logit_scale(config)
         size = sum(tensor.nbytes for tensor in result.values())
-        config.record_stage(changed, moved * config.m / weights, weights, size)
+        digest = masks_digest(result, result.__getitem__)
+        config.record_stage(changed, moved * config.m / weights, weights, digest, size)
         return result
 
     @classmethod
@@ -281,8 +281,8 @@ class MaskProModel(BaseTuner):
         if named := [key for key in state_dict if re.search(r"\.maskpro_(mask|theta)\.", key)]:
             raise ValueError(f"the adapter file has names that are none of a mask's: {listed(named)}.")
         beneath = _beneath(model)
-        state_dict = {_with_place(key, beneath): value for key, value in state_dict.items()}
-        result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        placed = {_with_place(key, beneath): value for key, value in state_dict.items()}
+        result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, placed)
         result = {_without_place(key): value for key, value in result.items()}
         layers = dict(_layers(model, adapter_name))
         known = {f"{name}.maskpro_{part}.{adapter_name}" for name in layers for part in ("mask", "theta")}
@@ -325,6 +325,9 @@ class MaskProModel(BaseTuner):
             elif has_memory(theta):
                 with torch.no_grad():
                     theta.zero_()
+        check_masks(config, state_dict, state_dict.__getitem__)
+        # Another file that is loaded into this adapter has a configuration of its own.
+        config.masks_digest = None
         return {_with_place(key, beneath): value for key, value in result.items()}
 
 
@@ -418,10 +421,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.forget_masked_weight()
 
 
-class UncalledError(ValueError):
-    """A masked layer's weight is used without calling the layer."""
-
-
 def check_calls(model: nn.Module, run: Callable[[], Any]) -> None:
     """
     Look at one forward pass, in the mode that the model is in, whether every masked layer sees its mask.
@@ -431,13 +430,21 @@ def check_calls(model: nn.Module, run: Callable[[], Any]) -> None:
         run (`Callable`): The forward pass.
 
     Raises:
-        `UncalledError`: if the weight of a layer is used without calling the layer.
+        `ValueError`: if the weight of a layer is used without calling the layer, or its outputs under a mask are not
+            those of the merged weight.
     """
-    if uncalled := used_without_a_call(model, run):
-        raise UncalledError(
-            f"cannot mask {listed([_bare(name) for name in uncalled])}: the model uses the weight without calling the "
-            "layer, so no mask would apply; take it out by exclude_modules."
-        )
+    with watching(model) as findings:
+        run()
+    _check_findings(findings)
+
+
+def _check_findings(findings: Findings) -> None:
+    for names, why in (
+        (findings.uncalled, "the model uses the weight without calling the layer, so no mask would apply"),
+        (findings.unlike, "its forward does not go by its weight, so merging would give other outputs than the mask"),
+    ):
+        if names:
+            raise ValueError(f"cannot mask {listed(list(map(_bare, names)))}: {why}; take it out by exclude_modules.")
 
 
 @contextmanager
@@ -458,7 +465,7 @@ def one_adapter(model: nn.Module, adapter_name: str) -> Iterator[None]:
 def unmasked(model: nn.Module) -> Iterator[None]:
     """
     Let a model be the dense one that its adapters are for. `PeftModel.disable_adapter` would make a mask that was
-    loaded for inference a trained one afterwards, with memory for its logits.
+    loaded for inference a trained one afterwards, with memory for its logits, and one that was merged an unmerged one.
 
     Raises:
         `ValueError`: if the model has no mask adapter.
@@ -467,6 +474,14 @@ def unmasked(model: nn.Module) -> Iterator[None]:
     if not any(isinstance(module, MaskProLayer) for module in wrappers):
         raise ValueError("the model has no mask adapter, so there is no dense model to compare it with.")
     before = [module._disable_adapters for module in wrappers]
+    merged = [
+        (layer, list(layer.merged_adapters))
+        for layer in wrappers
+        if isinstance(layer, BaseTunerLayer) and layer.merged
+    ]
+    # What lies over a mask was merged after it, into the weight beneath.
+    for layer, _ in merged:
+        layer.unmerge()
     for module in wrappers:
         module._disable_adapters = True
     try:
@@ -474,6 +489,8 @@ def unmasked(model: nn.Module) -> Iterator[None]:
     finally:
         for module, disabled in zip(wrappers, before, strict=True):
             module._disable_adapters = disabled
+        for layer, names in reversed(merged):
+            layer.merge(adapter_names=names)
 
 
 def _bare(name: str) -> str:
@@ -556,7 +573,7 @@ def _unsupported(module: nn.Module) -> str:
             "another adapter is on it already; merge that one, or mask the base model first and add it over the mask"
         )
     if isinstance(module, nn.Linear) and not is_ordinary(module.weight):
-        kind = module.weight.dtype if type(module.weight.data) is torch.Tensor else type(module.weight.data).__name__
+        kind = module.weight.dtype if type(module.weight) in PLAIN else type(module.weight).__name__
         return f"its weight is {kind}; of quantized layers, torchao's and bitsandbytes' can be masked"
     return f"{type(module).__name__} is not nn.Linear or Conv1D; change target_modules"
 
