@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,8 @@ import typer
 from rich.table import Column, Table
 
 from ..version import __version__
-from .options import Overwrite
+from .inputs import check_extra, check_model, check_texts, read_text
+from .options import FILES, LEARNING, TEXT, Overwrite
 from .output import console
 from .questions import ASKED_AT_THE_END, LEARNED_FROM
 from .train import forget_previous, put_back, set_aside
@@ -42,22 +44,45 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_":
 
 
 def quickstart(
-    minutes: Annotated[float, typer.Option(help="Time for everything together, of which learners get the rest.")] = 10,
-    estimator: Annotated[Literal["both", "simple", "residual"], typer.Option(help="Learners to run.")] = "simple",
-    model: Annotated[str | None, typer.Option(help="Another base model: a local folder or a Hub id.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Another text; every eighth paragraph is held out.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("quickstart"),
+    minutes: Annotated[
+        float,
+        typer.Option(
+            metavar="N",
+            help="Time for everything together, of which learners get the rest.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = 10,
+    estimator: Annotated[
+        Literal["both", "simple", "residual"],
+        typer.Option(metavar="NAME", help="Learners to run: simple, residual or both.", rich_help_panel=LEARNING),
+    ] = "simple",
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Another base model: a local folder or a Hub id.", rich_help_panel=FILES),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Another text; every eighth paragraph is held out.", rich_help_panel=TEXT),
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.", rich_help_panel=FILES)] = Path(
+        "quickstart"
+    ),
     overwrite: Overwrite = False,
 ) -> None:
     """The whole story on a real model in minutes, without Hub access."""
     begun = time.perf_counter()
-    if minutes <= 0:
+    if not 0 < minutes < inf:
         raise ValueError(f"--minutes is {minutes}; 10 is usual.")
+    for package in ("gguf", "matplotlib"):
+        check_extra(package, "quickstart", "quickstart")
+    source = _smollm2() if model is None else (model, None)
+    check_model(*source)
+    check_texts([text])
     from ..deploy import check_free
     from ..evaluation import protocol, windows
     from ..starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
     from ..tuner.files import private_folder
-    from .common import load_tokenizer, read_text
+    from .common import load_tokenizer
 
     check_free(output, overwrite)
     pieces = _topics() if text is None else read_text(text).split("\n\n")
@@ -66,7 +91,7 @@ def quickstart(
         "held_out": "\n\n".join(pieces[::HELD_OUT_EVERY]),
         "elsewhere": _docstrings(),
     }
-    tokenizer = load_tokenizer(*_smollm2()) if model is None else load_tokenizer(model)
+    tokenizer = load_tokenizer(*source)
     windows(tokenizer, texts["calibration"], CALIBRATION_SEQ_LEN)
     measured = protocol(tokenizer, texts["held_out"], SEQ_LEN, MAX_TOKENS)
     console.print(
@@ -117,7 +142,7 @@ def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str
         rows.append(_run(output, base, "residual", options + ["--seconds", str(learned["given_seconds"])]))
     rows.append(learned)
     subprocess.run(
-        [sys.executable, "-m", "hf_maskpro.cli", "merge", "--model", base]
+        [sys.executable, "-c", "import hf_maskpro_cli; hf_maskpro_cli.main()", "merge", "--model", base]
         + ["--adapter", str(output / learners[-1]), "--output", str(output / "merged"), "--json"],
         check=True,
         stdout=subprocess.DEVNULL,
@@ -219,8 +244,8 @@ def _run(output: Path, base: str, method: str, options: list[str] | None = None)
         sys.executable,
         "-W",
         "ignore",
-        "-m",
-        "hf_maskpro.cli.quickstart_row",
+        "-c",
+        "import hf_maskpro_cli; hf_maskpro_cli.quickstart_row()",
         "--method",
         method,
         "--base",

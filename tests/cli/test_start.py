@@ -98,6 +98,8 @@ def test_help_shows_every_option_whole_and_an_example(verb, monkeypatch):
     assert {name for name in names if name.startswith("--")} <= shown
     assert "…" not in printed
     assert f"Example: hf-maskpro {verb}" in printed
+    in_no_group = re.search(r"╭─ Options ─.*?╰", printed, re.DOTALL)[0]
+    assert set(re.findall(r"--[a-z0-9-]+", in_no_group)) <= {"--seed", "--json", "--help"}
 
 
 def test_shells_can_complete():
