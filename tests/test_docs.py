@@ -230,5 +230,5 @@ def test_links_of_the_readme_are_absolute_on_an_index(tmp_path):
     )
     description = next(tmp_path.glob("*.dist-info")).joinpath("METADATA").read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)\s]+)\)", description)
-    assert any(target.endswith("/raw/main/docs/assets/idea.svg") for target in targets)
+    assert any(target.endswith("/raw/main/docs/assets/idea.svg?sanitize=true") for target in targets)
     assert [target for target in targets if not target.startswith("https://")] == []
