@@ -108,7 +108,7 @@ def bench(
         typer.echo(json.dumps(figures))
         return
     names = ("batch", "tokens", "mode", "dense ms", "sparse ms", "ratio", "sparse is", "difference")
-    columns = [Column("phase"), *(Column(name, justify="right", overflow="fold") for name in names)]
+    columns = [Column("phase", overflow="fold"), *(Column(name, justify="right", overflow="fold") for name in names)]
     table = Table(*columns, title=f"{figures['model']}, {form}, {figures['dtype']}, {figures['device']}")
     for row in rows:
         cells = [row["phase"], str(row["batch_size"]), f"{row['tokens']:,}", row["mode"]]

@@ -251,7 +251,7 @@ def _flat(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show_side_by_side(columns: list[str], figures: list[dict[str, Any]]) -> None:
-    table = Table("", *(Column(name, overflow="fold") for name in columns))
+    table = Table(*(Column(name, overflow="fold") for name in ("", *columns)))
     for name, value in figures[0].items():
         if isinstance(value, (int, float)):
             table.add_row(name, *(f"{each[name]:,.4g}" for each in figures))

@@ -96,8 +96,8 @@ def quickstart(
     measured = protocol(tokenizer, texts["held_out"], SEQ_LEN, MAX_TOKENS)
     console.print(
         f"{minutes:g} minutes: measure the dense model and let it answer {len(LEARNED_FROM)} questions to learn from, "
-        "drop half of its weights by magnitude and by Wanda, learn which to drop in what is left of the time, and let "
-        "all of them answer two more."
+        "drop half of its weights by magnitude and by Wanda, which takes about two minutes on two cores; learn which "
+        f"to drop in what is left; and in the last {ENDING_SECONDS} seconds let all of them answer two more."
     )
     set_aside(output)
     try:
@@ -296,7 +296,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
 def _show(results: dict[str, Any], output: Path) -> None:
     table = Table(title=f"{results['model']} at 2:4")
     for column in ("method", "at home", "elsewhere", "steps", "seconds", "memory"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
     dense = results["rows"][0]
     for row in results["rows"]:
         table.add_row(
@@ -314,7 +314,7 @@ def _show(results: dict[str, Any], output: Path) -> None:
             "What it does in these seconds is no measure of what it can do."
         )
     if results["answers"]:
-        table = Table("", *(Column(method, overflow="fold") for method in results["answers"]))
+        table = Table(*(Column(method, overflow="fold") for method in ("", *results["answers"])))
         for index, question in enumerate(ASKED_AT_THE_END):
             table.add_row(question, *(answers[index] for answers in results["answers"].values()))
         console.print(table)

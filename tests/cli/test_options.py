@@ -69,6 +69,10 @@ def test_tables_fold(checkpoint, monkeypatch, tmp_path):
     printed = run("merge", "--model", checkpoint, "--adapter", tmp_path / "i", "--output", folder).stdout
     table = "".join(line.split("│")[2].strip() for line in printed.splitlines() if line.startswith("│"))
     assert str(folder) in table
+    monkeypatch.setenv("COLUMNS", "24")
+    assert (
+        "…" not in run("merge", "--model", checkpoint, "--adapter", tmp_path / "i", "--output", tmp_path / "m").stdout
+    )
 
 
 def test_options_of_a_file(train, arguments, tmp_path):

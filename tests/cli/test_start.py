@@ -113,6 +113,15 @@ def test_shells_can_complete():
     assert not HEAVY & set(done.stderr.rpartition("loaded: ")[2].split())
 
 
+@pytest.mark.slow
+def test_a_row_of_the_quickstart_makes_no_noise():
+    """Where torchao is installed, importing it says several lines."""
+    program = "import hf_maskpro_cli; hf_maskpro_cli.quickstart_row()"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, "--help"], capture_output=True, text=True)
+    assert "--held-out" in done.stdout
+    assert done.stderr == ""
+
+
 def test_what_other_packages_log_is_no_noise():
     program = PROGRAM.replace("try:", "import logging\ntry:").replace(
         "finally:", "finally:\n    logging.getLogger('torchao').warning('skipping extensions')"
