@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from importlib.util import find_spec
 from math import inf
@@ -22,7 +23,7 @@ from rich.table import Column, Table
 
 from ..version import __version__
 from .inputs import check_extra, check_model, check_texts, read_text
-from .options import FILES, LEARNING, TEXT, Overwrite
+from .options import FILES, LEARNING, TEXT, Json, Overwrite
 from .output import console
 from .questions import ASKED_AT_THE_END, LEARNED_FROM
 from .train import forget_previous, put_back, set_aside
@@ -68,20 +69,20 @@ def quickstart(
         "quickstart"
     ),
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """The whole story on a real model in minutes, without Hub access."""
     begun = time.perf_counter()
     if not 0 < minutes < inf:
         raise ValueError(f"--minutes is {minutes}; 10 is usual.")
-    for package in ("gguf", "matplotlib"):
+    for package in ("matplotlib", *["gguf"] * (model is None)):
         check_extra(package, "quickstart", "quickstart")
-    source = _smollm2() if model is None else (model, None)
+    source: tuple[str, str | None] = _smollm2() if model is None else (model, None)
     check_model(*source)
     check_texts([text])
     from ..deploy import check_free
     from ..evaluation import protocol, windows
     from ..starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
-    from ..tuner.files import private_folder
     from .common import load_tokenizer
 
     check_free(output, overwrite)
@@ -94,6 +95,25 @@ def quickstart(
     tokenizer = load_tokenizer(*source)
     windows(tokenizer, texts["calibration"], CALIBRATION_SEQ_LEN)
     measured = protocol(tokenizer, texts["held_out"], SEQ_LEN, MAX_TOKENS)
+    # What is told on the way is not the one object.
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        results = _story(output, model, texts, measured, estimator, minutes, begun)
+    if as_json:
+        typer.echo(json.dumps(results))
+
+
+def _story(
+    output: Path,
+    model: str | None,
+    texts: dict[str, str],
+    measured: str,
+    estimator: str,
+    minutes: float,
+    begun: float,
+) -> dict[str, Any]:
+    """Tell what comes, run it, and show how it ended."""
+    from ..tuner.files import private_folder
+
     console.print(
         f"{minutes:g} minutes: measure the dense model and let it answer {len(LEARNED_FROM)} questions to learn from, "
         "drop half of its weights by magnitude and by Wanda, which takes about two minutes on two cores; learn which "
@@ -117,6 +137,7 @@ def quickstart(
         _plot(results["rows"], folder / "learning.png")
     forget_previous(output)
     _show(results, output)
+    return results
 
 
 def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str, end: float) -> dict[str, Any]:
@@ -258,7 +279,7 @@ def _run(output: Path, base: str, method: str, options: list[str] | None = None)
     command += ["--result", str(result), "--seq-len", str(SEQ_LEN), "--max-tokens", str(MAX_TOKENS)]
     if method != "dense":
         command += ["--output", str(output / method)]
-    if subprocess.run(command + (options or []), env=KEEP_MEMORY | os.environ).returncode != 0:
+    if subprocess.run(command + (options or []), env=KEEP_MEMORY | os.environ, stdout=sys.stdout).returncode != 0:
         raise RuntimeError(f"the {method} process failed; its message is above.")
     row = json.loads(result.read_text())
     result.unlink()
