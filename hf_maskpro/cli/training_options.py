@@ -45,8 +45,8 @@ def one_of(file: str, name: str, *more: str) -> Callable[[str | None], str | Non
             if (isinstance(node, ast.ClassDef) and node.name == name)
             or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name)
         )
-        known = {node.value for node in ast.walk(found) if isinstance(node, ast.Constant)} | {*more}
-        known = {value for value in known if isinstance(value, str) and value.isidentifier()}
+        values = [node.value for node in ast.walk(found) if isinstance(node, ast.Constant)]
+        known = {value for value in values if isinstance(value, str) and value.isidentifier()} | {*more}
         if value not in known:
             raise typer.BadParameter(f"transformers knows no {value}.{did_you_mean(value, known)}")
         return value
