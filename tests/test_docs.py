@@ -1,5 +1,6 @@
 """What README and site say of figures, files and addresses, against where these come from."""
 
+import ast
 import json
 import re
 import subprocess
@@ -30,8 +31,8 @@ COLUMNS = {
     "perplexity": lambda row, dense: f"{row['perplexity']:,.2f}",
     "perplexity at home": lambda row, dense: f"{row['perplexity']:,.2f}",
     "against dense": lambda row, dense: f"{row['perplexity'] / dense:.2f}",
-    "times dense at home": lambda row, dense: f"{row['at_home']:.2f}",
-    "times dense elsewhere": lambda row, dense: f"{row['elsewhere']:.2f}",
+    "times dense at home": lambda row, dense: f"{row['at_home']:,.2f}",
+    "times dense elsewhere": lambda row, dense: f"{row['elsewhere']:,.2f}",
     "seconds": lambda row, dense: f"{row['seconds']:.0f}",
     "steps": lambda row, dense: f"{row['steps']:,}",
     "peak memory, MiB": lambda row, dense: f"{row['peak_bytes'] / 2**20:,.0f}",
@@ -184,6 +185,13 @@ def test_links_lead_somewhere(path):
             linked = DOCS / file
         assert linked.exists(), target
         assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_parts_of_examples_are_whole_statements(path):
+    for file, first, last in re.findall(r'--8<-- "([^":]+):(\d+):(\d+)"', path.read_text(encoding="utf-8")):
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(first) - 1 : int(last)]
+        assert ast.parse("\n".join(lines)).body, file
 
 
 @pytest.mark.parametrize("path", [path for path in [*TEXTS, *EXAMPLES] if path != CARD], ids=name)
