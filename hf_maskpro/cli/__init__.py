@@ -72,8 +72,8 @@ def main() -> None:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UsageError as error:
         where = f" See {error.ctx.command_path} --help." if error.ctx is not None else ""
-        message = " ".join(error.format_message().split()).removesuffix(".")
-        typer.echo(f"error: {message}.{where}", err=True)
+        message = " ".join(error.format_message().split())
+        typer.echo(f"error: {message}{'' if message.endswith(('.', '?')) else '.'}{where}", err=True)
         status = 2
     except typer.Abort:
         status = 1

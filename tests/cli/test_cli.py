@@ -422,7 +422,7 @@ class TestBadInput:
 
     def test_patterns(self, checkpoint, tmp_path):
         init = ["init", "--model", checkpoint, "--method", "magnitude", "--output", tmp_path / "a"]
-        assert "--n is 4, outside 1 to m - 1 = 3" in fails(*init, "--n", 4, "--m", 4)
+        assert "--n is 4, outside 1 to --m - 1 = 3" in fails(*init, "--n", 4, "--m", 4)
         assert "Invalid value for '--n'" in run(*init, "--n", 0, code=2).stderr
         assert "Invalid value for '--m'" in run(*init, "--m", 32, code=2).stderr
         line = fails(*init, "--m", 6)
