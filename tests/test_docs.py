@@ -188,6 +188,12 @@ def test_links_lead_somewhere(path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
+def test_formulas_are_single_lines(path):
+    """The site's MathML shows the marks of aligned ones as they are written."""
+    assert not re.search(r"\\begin|&=|\\\\$", "\n".join(prose_and_code(path)[0]), re.M)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
 def test_parts_of_examples_are_whole_statements(path):
     for file, first, last in re.findall(r'--8<-- "([^":]+):(\d+):(\d+)"', path.read_text(encoding="utf-8")):
         lines = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(first) - 1 : int(last)]
