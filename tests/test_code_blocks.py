@@ -46,7 +46,7 @@ HUB = {
 TEXTS = ("text", "my", "other", "held_out", "web", "speeches", "news", "manuals")
 # Blocks and commands that need the Hub, a GPU or an extra, or minutes: these are only read.
 ONLY_READ = ("push", "--dataset", "--self-generated", "MaskLLM", "pruned-checkpoint", "quickstart", "sft_trl")
-ONLY_READ += ("torchao", "onnx", "semi_structured", "bench", "--tasks", "--record")
+ONLY_READ += ("torchao", "BitsAndBytes", "onnx", "semi_structured", "bench", "--tasks", "--record")
 
 
 def blocks(page: Path, language: str) -> list[str]:

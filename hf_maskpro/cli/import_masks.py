@@ -16,6 +16,7 @@ from .options import (
     PatternM,
     PatternN,
     TargetModules,
+    TargetParameters,
     is_source,
     unrefined,
 )
@@ -34,6 +35,7 @@ def import_masks(
     n: PatternN = 2,
     m: PatternM = 4,
     target_modules: TargetModules = None,
+    target_parameters: TargetParameters = None,
     exclude_modules: ExcludeModules = None,
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
@@ -57,6 +59,7 @@ def import_masks(
         m=m,
         init_mask=init_mask(source),
         target_modules=modules_of(target_modules),
+        target_parameters=None if target_parameters is None else target_parameters.split(","),
         exclude_modules=modules_of(exclude_modules),
     )
     check_free(output, overwrite, model, source)

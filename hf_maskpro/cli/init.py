@@ -21,6 +21,7 @@ from .options import (
     Seed,
     StartToken,
     TargetModules,
+    TargetParameters,
     Text,
     Weights,
     check_method,
@@ -40,7 +41,7 @@ def init(
             "+swaps, +blocks or +swaps+blocks at the end refine the mask.",
             rich_help_panel=MASK,
         ),
-    ] = "wanda",
+    ] = "sparsegpt+swaps",
     text: Text = None,
     dataset: Dataset = None,
     weights: Weights = None,
@@ -53,6 +54,7 @@ def init(
     n: PatternN = 2,
     m: PatternM = 4,
     target_modules: TargetModules = None,
+    target_parameters: TargetParameters = None,
     exclude_modules: ExcludeModules = None,
     seq_len: Annotated[
         int | None,
@@ -128,6 +130,7 @@ def init(
         m=m,
         init_mask=method,
         target_modules=modules_of(target_modules),
+        target_parameters=None if target_parameters is None else target_parameters.split(","),
         exclude_modules=modules_of(exclude_modules),
     )
     check_free(output, overwrite, model, *sources_of(method, text, dataset))

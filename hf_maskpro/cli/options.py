@@ -116,8 +116,16 @@ TargetModules = Annotated[
         rich_help_panel=MASK,
     ),
 ]
+TargetParameters = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="Experts to mask, that a model keeps in 3-D parameters: ends of names, separated by commas.",
+        rich_help_panel=MASK,
+    ),
+]
 ExcludeModules = Annotated[
     str | None,
-    typer.Option(metavar="NAMES", help="Layers to leave dense, given in the same way.", rich_help_panel=MASK),
+    typer.Option(metavar="NAMES", help="Layers to leave dense, given as in --target-modules.", rich_help_panel=MASK),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Seed of all that is random.")]

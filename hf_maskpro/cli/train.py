@@ -27,6 +27,7 @@ from .options import (
     StartToken,
     Subfolder,
     TargetModules,
+    TargetParameters,
     Text,
     Weights,
     check_method,
@@ -93,11 +94,12 @@ def train(
         typer.Option(
             metavar="NAME",
             callback=check_method,
-            help="Starting mask, as init's --method: wanda unless given.",
+            help="Starting mask, as init's --method: sparsegpt+swaps unless given.",
             rich_help_panel=MASK,
         ),
     ] = None,
     target_modules: TargetModules = None,
+    target_parameters: TargetParameters = None,
     exclude_modules: ExcludeModules = None,
     seq_len: Annotated[
         int, typer.Option(min=2, metavar="N", help="Length of a training window, in tokens.", rich_help_panel=TEXT)
@@ -234,10 +236,10 @@ def train(
             f"--save-steps is {save_steps}, not a multiple of --eval-steps, {eval_steps}: the best mask is one that "
             "is saved; change either."
         )
-    if adapter is not None and {n, m, init_mask, target_modules, exclude_modules} != {None}:
+    if adapter is not None and {n, m, init_mask, target_modules, target_parameters, exclude_modules} != {None}:
         raise ValueError(
-            "--n, --m, --init-mask, --target-modules and --exclude-modules are the adapter's own; drop them or drop "
-            "--adapter."
+            "--n, --m, --init-mask, --target-modules, --target-parameters and --exclude-modules are the adapter's "
+            "own; drop them or drop --adapter."
         )
     import torch
     from peft import get_peft_model
@@ -275,13 +277,16 @@ def train(
         raise ValueError(f"--max-steps is {max_steps}, and {checkpoint} is beyond it; raise it or drop --resume.")
     if not resume:
         check_free(output, overwrite, model, adapter, eval_text, *sources_of(init_mask, text, dataset))
-    known = MaskProConfig.from_pretrained(checkpoint) if checkpoint else MaskProConfig(init_mask="wanda")
+    known = MaskProConfig.from_pretrained(checkpoint) if checkpoint else MaskProConfig(init_mask="sparsegpt+swaps")
+    parameters = known.target_parameters if target_modules is None else None
+    if target_parameters is not None:
+        parameters = target_parameters.split(",")
     mask = MaskProConfig(
         n=known.n if n is None else n,
         m=known.m if m is None else m,
         init_mask=known.init_mask if init_mask is None else source_or_rule(init_mask),
         target_modules=known.target_modules if target_modules is None else modules_of(target_modules),
-        target_parameters=known.target_parameters if target_modules is None else None,
+        target_parameters=parameters,
         exclude_modules=known.exclude_modules if exclude_modules is None else modules_of(exclude_modules),
         logit_scale=logit_scale,
         logits_dtype=logits_dtype or known.logits_dtype,

@@ -74,7 +74,7 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
         saved = open_adapter(masks, stack)
         _check_fit(layers, saved, pieces)
         if config.base_fingerprint is not None:
-            warn_if_quantized(config.base_fingerprint, dict.fromkeys(config.base_fingerprint, ""))
+            warn_if_quantized(config, dict.fromkeys(config.base_fingerprint, ""))
         prints = {
             parameter: _Fingerprint(config.base_fingerprint.get(name), matrices[parameter])
             for parameter, (name, _) in layers.items()
@@ -178,7 +178,9 @@ class _Fingerprint:
         source = piece.source.start + steps[here] // piece.rows.step * piece.source.step
         self.sample[here] = matrix[source, self.columns[here]].bfloat16()
         self.missing -= int(here.sum())
-        return self.missing > 0 or not is_other(self.known, fingerprint_of_sample(self.shape, self.sample))
+        if self.missing > 0:
+            return True
+        return not is_other(self.known, fingerprint_of_sample(self.shape, self.sample), self.sample)
 
 
 def _mask(rows: torch.Tensor, codes: torch.Tensor) -> bool:

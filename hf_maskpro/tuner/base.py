@@ -1,10 +1,12 @@
 """Which weights a mask is for: their values, their fingerprint, and the commit that they come from."""
 
 import hashlib
+import re
 import warnings
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -16,16 +18,32 @@ from .config import MaskProConfig
 
 # Weights of a layer that its fingerprint looks at, at least.
 _FINGERPRINTED = 4096
+# Of these the signs of so many at most, and what share of them may differ between a copy and what it is of.
+_SIGNS, _MOST_SIGNS = 256, 0.35
 
 
 def fingerprint(weight: torch.Tensor) -> str:
     """
-    A hash of a few thousand weights spread over a matrix, as bfloat16: the same for a float32 copy of it.
+    A hash of a few thousand weights spread over a matrix, as bfloat16: the same for a float32 copy of it. That of a
+    quantized one begins with its type, and ends with the signs of some of these weights.
 
     Args:
-        weight (`torch.Tensor`): Of any shape, float32 or bfloat16.
+        weight (`torch.Tensor`): Of any shape, float32, bfloat16 or quantized.
     """
-    return fingerprint_of_sample(weight.shape, weight.flatten()[:: sampled_step(weight.shape)])
+    values = plain(weight)
+    sample = _sample(values)
+    known = fingerprint_of_sample(values.shape, sample)
+    return f"{type(weight).__name__}:{known}:{_signs(sample)}" if is_quantized(weight) else known
+
+
+def _sample(values: torch.Tensor) -> torch.Tensor:
+    return values.flatten()[:: sampled_step(values.shape)]
+
+
+def _signs(sample: torch.Tensor) -> str:
+    """Which of some weights of a sample are positive, as hexadecimal digits: what quantizing leaves of most."""
+    positive = sample[:: -(-len(sample) // _SIGNS)] > 0
+    return f"{int(''.join('01'[bit] for bit in positive.tolist()), 2):0{-(-len(positive) // 4)}x}"
 
 
 def sampled_step(shape: Sequence[int]) -> int:
@@ -40,35 +58,83 @@ def fingerprint_of_sample(shape: Sequence[int], sample: torch.Tensor) -> str:
 
 
 def is_quantized(weight: torch.Tensor) -> bool:
-    """Whether a weight is stored in fewer bits than it is computed with, by torchao or in bitsandbytes' 4 bits."""
-    return type(weight).__module__.startswith("torchao.") or type(weight).__name__ == "Params4bit"
+    """Whether a weight is stored in fewer bits than it is computed with, by torchao or bitsandbytes."""
+    kind = type(weight)
+    return (
+        kind.__module__.startswith("torchao.")
+        or kind.__name__ == "Params4bit"
+        or (kind.__name__ == "Int8Params" and weight.dtype == torch.int8)
+    )
+
+
+def weight_of(module: Any, name: str = "weight") -> Any:
+    """A layer's weight, `None` if it is no parameter."""
+    weight = module._parameters.get(name)
+    # bitsandbytes takes the scales of 8 bits away from it when the layer is first called.
+    if type(weight).__name__ == "Int8Params" and weight.SCB is None:
+        weight.SCB = module.state.SCB
+    return weight
+
+
+def is_laid_out_for_cpus(weight: Any) -> bool:
+    """Whether bitsandbytes has run a 4-bit weight on a CPU, and changed the order of its numbers for that."""
+    return type(weight).__name__ == "Params4bit" and vars(weight.quant_state).get("packing_format_for_cpu", False)
 
 
 def plain(weight: torch.Tensor) -> torch.Tensor:
     """What a weight is computed with: of a quantized one a copy in its full size."""
     if not is_quantized(weight):
         return weight
-    values = dequantize_bnb_weight(weight) if type(weight).__name__ == "Params4bit" else weight.dequantize()
+    of_torchao = type(weight).__module__.startswith("torchao.")
+    # What has the scales of 8 bits is the module's state, or the weight itself.
+    values = weight.dequantize() if of_torchao else dequantize_bnb_weight(weight, weight)
     return values.detach()
 
 
 def _kind(fingerprint: str) -> str:
-    return fingerprint.rpartition(":")[0]
+    return fingerprint.partition(":")[0] if ":" in fingerprint else ""
 
 
-def warn_if_quantized(known: dict[str, str], found: dict[str, str]) -> None:
+def warn_if_quantized(config: MaskProConfig, found: dict[str, str]) -> None:
     """Warn if fingerprints, by layer, are of a quantized copy and of full weights, or of unlike copies."""
-    if any(_kind(known[name]) != _kind(value) for name, value in found.items()):
+    known = config.base_fingerprint or {}
+    kinds = {(_kind(known[name]), _kind(value)) for name, value in found.items()}
+    unlike = sorted(pair for pair in kinds if pair[0] != pair[1])
+    if not unlike:
+        return
+    learned, here = unlike[-1]
+    base = config.base_model_name_or_path or "its base"
+    if config.revision is not None:
+        base += f" at revision {config.revision}"
+    if learned:
         warnings.warn(
-            "the mask was learned over a quantized copy of its base, or this is one: they are not compared, so see to "
-            "it that they are the same model.",
+            f"the mask was learned over a copy of {base} that is quantized ({learned:.40}): of these weights no more "
+            f"than the signs were compared, of {_SIGNS} a layer.",
+            stacklevel=3,
+        )
+    else:
+        warnings.warn(
+            f"the mask was learned over the full weights of {base}, and these are quantized ({here}): they were not "
+            "compared, so see to it that they were made from those.",
             stacklevel=3,
         )
 
 
-def is_other(known: str | None, found: str) -> bool:
-    """Whether a fingerprint is of other weights. That of a quantized copy says nothing of weights unlike it."""
-    return known is None or (known != found and _kind(known) == _kind(found))
+def is_other(known: str | None, found: str, sample: torch.Tensor) -> bool:
+    """
+    Whether a fingerprint is of other weights than one that was made of a sample. Where the known one is of a quantized
+    copy, and the other is not or of another kind, the signs tell; that of full weights has none to be compared by.
+    """
+    if known is None or _kind(known) == _kind(found):
+        return known != found
+    if not _kind(known):
+        return False
+    theirs, mine = known.rpartition(":")[2], _signs(sample)
+    if not re.fullmatch(f"[0-9a-f]{{{len(mine)}}}", theirs):
+        return True
+    differ = (int(theirs, 16) ^ int(mine, 16)).bit_count()
+    # Of weights that have nothing to do with each other a half differs; of 4-bit copies a fifth at the worst.
+    return differ > _MOST_SIGNS * 4 * len(mine)
 
 
 def check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
@@ -88,22 +154,21 @@ def check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
         if config.awaits_file:
             warnings.warn("float16 weights cannot be compared with those that the mask was learned for.", stacklevel=2)
         return
-    found = {
-        name: f"{type(weight).__name__}:" * is_quantized(weight) + fingerprint(plain(weight))
-        for name, weight in weights.items()
-    }
+    found = {name: fingerprint(weight) for name, weight in weights.items()}
     known = config.base_fingerprint
     if config.awaits_file and known is None:
         warnings.warn("the adapter does not say which weights it was learned for; they are not checked.", stacklevel=2)
     elif config.awaits_file and config.check_base:
         assert known is not None
-        other = [name for name, value in found.items() if is_other(known.get(name), value)]
+        other = [
+            name for name, value in found.items() if is_other(known.get(name), value, _sample(plain(weights[name])))
+        ]
         if other:
             raise ValueError(
                 f"the mask was learned for other weights than this model has, in {len(other)} of {len(found)} layers: "
                 f"{listed(other)}. Load the base model that it names, or pass a config= with check_base = False."
             )
-        warn_if_quantized(known, found)
+        warn_if_quantized(config, found)
         # Saved again, it can still be compared with what it was learned for.
         return
     config.base_fingerprint = found

@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import MaskProConfig
-from .layer import MaskProLayer, onloaded
+from .layer import MaskProLayer, onloaded, over
 
 
 # What transformers' kernels multiply by.
@@ -93,16 +93,11 @@ class MaskProExperts(nn.Module):
                 f"a {type(self.base_layer).__name__} lies between masked experts and their mask, which would be lost; "
                 "put the other adapter on other layers."
             )
-        own = vars(self.base_layer)
-        with onloaded(self.masked()):
-            weights = {layer.parameter_name: layer() for layer in self.masked()}
-            # An attribute goes before a parameter of its name, which is left as it is: hooks may exchange it.
-            own |= weights
-            try:
-                return self.base_layer(*args, **kwargs)
-            finally:
-                for name in weights:
-                    del own[name]
+        with (
+            onloaded(self.masked()),
+            over(self.base_layer, {layer.parameter_name: layer() for layer in self.masked()}),
+        ):
+            return self.base_layer(*args, **kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -36,7 +36,7 @@ from ..subset import (
     unpack_codes,
 )
 from ..subset.codec import word_layout
-from .base import is_quantized, plain
+from .base import is_quantized, plain, weight_of
 from .config import DATA_FREE, MaskProConfig
 
 
@@ -173,6 +173,18 @@ def onloaded(layers: Sequence["MaskProLayer"]) -> Iterator[None]:
                 layer.forget_masked_weight()
 
 
+@contextmanager
+def over(module: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Put tensors over the parameters of a module: it finds these, and hooks may exchange those."""
+    own = vars(module)
+    own |= weights
+    try:
+        yield
+    finally:
+        for name in weights:
+            own.pop(name, None)
+
+
 class MaskProLayer(nn.Module, BaseTunerLayer):
     """
     What every masked layer has, per adapter: `maskpro_theta`, the trained offset of the logits, and `maskpro_mask`,
@@ -197,6 +209,9 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskProConfig) -> None:
         super().__init__()
         self.base_layer: Any = base_layer
+        if type(base_layer).__name__ == "Linear4bit":
+            # On a CPU its first call would lay the weight out as nothing else can read it.
+            vars(base_layer)["support_avx512bf16_for_cpu"] = False
         self.out_features, self.in_features = self.out_in(plain(self.base_weight)).shape
         self.maskpro_theta = nn.ParameterDict()
         self.maskpro_mask = BufferDict(persistent=True)
@@ -228,7 +243,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         Raises:
             `ValueError`: if it is no parameter, but computed from others.
         """
-        weight = self.base_layer._parameters.get(self.parameter_name)
+        weight = weight_of(self.base_layer, self.parameter_name)
         if weight is None:
             raise ValueError(
                 "the weight of a masked layer is computed from others, as by pruning or weight_norm, so a mask "
@@ -553,14 +568,11 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         if not names:
             return self.base_layer(x, *args, **kwargs)
         if (self.is_plain() or is_quantized(self.base_weight)) and not args and not kwargs:
-            return self.linear(x, self._mask_weight(names))
-        with onloaded([self]):
-            # An attribute goes before a parameter of its name, which is left as it is: hooks may exchange it.
-            vars(self.base_layer)["weight"] = self._mask_weight(names)
-            try:
-                return self.base_layer(x, *args, **kwargs)
-            finally:
-                vars(self.base_layer).pop("weight", None)
+            weight = self._mask_weight(names)
+            # bitsandbytes puts out what it is given, whatever it computes with.
+            return self.linear(x, weight.to(x.dtype) if is_quantized(self.base_weight) else weight)
+        with onloaded([self]), over(self.base_layer, {"weight": self._mask_weight(names)}):
+            return self.base_layer(x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep: bool = True) -> None:
         """

@@ -18,7 +18,8 @@ class MaskProLinear(MaskProLayer):
     def is_plain(self) -> bool:
         base = self.base_layer
         hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        return type(base).forward is type(self).base_forward and not hooks and "forward" not in vars(base)
+        own = type(base).forward is not type(self).base_forward or type(base).__call__ is not nn.Module.__call__
+        return not (own or hooks or "forward" in vars(base))
 
     def out_in(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
@@ -47,9 +48,13 @@ class MaskProConv1DLinear(MaskProLinear):
         return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.shape[1])
 
 
+# Subclasses of these compute in ways of their own.
+PLAIN = (torch.Tensor, nn.Parameter)
+
+
 def is_ordinary(weight: torch.Tensor) -> bool:
     """Whether a weight is a plain matrix of numbers of two bytes or more, as no quantized one is."""
-    return type(weight.data) is torch.Tensor and weight.is_floating_point() and weight.dtype.itemsize > 1
+    return type(weight) in PLAIN and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 def layer_class(module: nn.Module) -> type[MaskProLinear] | None:

@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -26,12 +26,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..subset import mode_codes, pack_codes, unpack_codes
-from .base import cached_commit, check_base, listed, plain
-from .calls import tiny_inputs, used_without_a_call, without_hooks
+from .base import cached_commit, check_base, is_laid_out_for_cpus, listed, plain, weight_of
+from .calls import Findings, tiny_passes, watching, without_hooks
 from .config import MaskProConfig
 from .experts import OFFLOADED, MaskProExperts, expert_inputs, expert_parameters, router_names, why_not
 from .layer import LOGITS, NO_MASK, MaskProLayer, has_memory, logit_scale, members_first
-from .linear import is_ordinary, layer_class
+from .linear import PLAIN, is_ordinary, layer_class
 
 
 logger = logging.get_logger(__name__)
@@ -102,23 +102,22 @@ class MaskProModel(BaseTuner):
         names = [*EMBEDDING_LAYER_NAMES, *(name for name, _ in model.named_modules())]
         _check_patterns(self.peft_config[adapter_name], names)
         super().inject_adapter(model, adapter_name, *args, **options)
-        if isinstance(model, PreTrainedModel):
-            try:
-                with without_hooks(model), evaluating(model):
-                    check_calls(model, lambda: model(**tiny_inputs(model)))
-            except UncalledError:
-                if len(self.peft_config) > 1:
-                    self.delete_adapter(adapter_name)
-                else:
-                    self._unload_and_optionally_merge(merge=False, progressbar=False)
-                raise
-            # A model may need other inputs; a skeleton, as merging makes one, computes nothing at all.
-            except Exception as error:
-                tell = logger.info if model.device.type == "meta" else logger.warning_once
-                tell(
-                    f"whether {type(model).__name__} calls every masked layer was not seen ({error}); the first batch "
-                    "of initialize_masks or of a trainer tells."
-                )
+        with without_hooks(model), evaluating(model), watching(model) as findings:
+            error = tiny_passes(model, findings)
+        try:
+            _check_findings(findings)
+        except ValueError:
+            if len(self.peft_config) > 1:
+                self.delete_adapter(adapter_name)
+            else:
+                self._unload_and_optionally_merge(merge=False, progressbar=False)
+            raise
+        if error or findings.unseen:
+            tell = logger.info if next(model.parameters()).is_meta else logger.warning_once
+            tell(
+                f"whether {type(model).__name__} calls {listed(findings.unseen) or 'every masked layer'} was not seen"
+                f"{f' ({error})' if error else ''}; the first batch of initialize_masks or of a trainer tells."
+            )
 
     def _prepare_adapter_config(self, peft_config: MaskProConfig, model_config: dict) -> MaskProConfig:
         if peft_config.target_modules is None:
@@ -144,7 +143,7 @@ class MaskProModel(BaseTuner):
                 elif _in_features(base) % peft_config.m:
                     indivisible[name] = base.weight.numel()
                 else:
-                    weights[name] = cast(torch.Tensor, base.weight)
+                    weights[name] = weight_of(base)
         for name, module, parameter in _targeted_parameters(peft_config, model):
             problem = why_not(module, parameter, peft_config, places)
             weight = module.get_parameter(parameter).detach()
@@ -418,10 +417,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.forget_masked_weight()
 
 
-class UncalledError(ValueError):
-    """A masked layer's weight is used without calling the layer."""
-
-
 def check_calls(model: nn.Module, run: Callable[[], Any]) -> None:
     """
     Look at one forward pass, in the mode that the model is in, whether every masked layer sees its mask.
@@ -431,13 +426,21 @@ def check_calls(model: nn.Module, run: Callable[[], Any]) -> None:
         run (`Callable`): The forward pass.
 
     Raises:
-        `UncalledError`: if the weight of a layer is used without calling the layer.
+        `ValueError`: if the weight of a layer is used without calling the layer, or its outputs under a mask are not
+            those of the merged weight.
     """
-    if uncalled := used_without_a_call(model, run):
-        raise UncalledError(
-            f"cannot mask {listed([_bare(name) for name in uncalled])}: the model uses the weight without calling the "
-            "layer, so no mask would apply; take it out by exclude_modules."
-        )
+    with watching(model) as findings:
+        run()
+    _check_findings(findings)
+
+
+def _check_findings(findings: Findings) -> None:
+    for names, why in (
+        (findings.uncalled, "the model uses the weight without calling the layer, so no mask would apply"),
+        (findings.unlike, "its forward does not go by its weight, so merging would give other outputs than the mask"),
+    ):
+        if names:
+            raise ValueError(f"cannot mask {listed(list(map(_bare, names)))}: {why}; take it out by exclude_modules.")
 
 
 @contextmanager
@@ -556,8 +559,8 @@ def _unsupported(module: nn.Module) -> str:
             "another adapter is on it already; merge that one, or mask the base model first and add it over the mask"
         )
     if isinstance(module, nn.Linear) and not is_ordinary(module.weight):
-        kind = module.weight.dtype if type(module.weight.data) is torch.Tensor else type(module.weight.data).__name__
-        return f"its weight is {kind}; of quantized layers, torchao's and 4-bit ones can be masked"
+        kind = module.weight.dtype if type(module.weight) in PLAIN else type(module.weight).__name__
+        return f"its weight is {kind}; of quantized layers, torchao's and bitsandbytes' can be masked"
     return f"{type(module).__name__} is not nn.Linear or Conv1D; change target_modules"
 
 
@@ -590,6 +593,8 @@ def _why_not(
     assert isinstance(module.weight, torch.Tensor)
     if module.weight.is_meta and "_hf_hook" in vars(module):
         return OFFLOADED
+    if is_laid_out_for_cpus(module.weight):
+        return "bitsandbytes has laid its weight out for CPUs; load the model anew, and add the adapter before it runs"
     if id(module.weight) in embeddings:
         return "its weight is that of an embedding, which merging would destroy; take it out of target_modules"
     if len(shared := places[id(module.weight)]) > 1:
@@ -604,7 +609,7 @@ def _why_not(
 
 def _in_features(module: nn.Module) -> int:
     assert isinstance(module.weight, torch.Tensor)
-    return plain(module.weight).shape[1 if isinstance(module, nn.Linear) else 0]
+    return plain(weight_of(module)).shape[1 if isinstance(module, nn.Linear) else 0]
 
 
 def _leave_dense(config: MaskProConfig, indivisible: dict[str, int], masked: int) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from shutil import copytree
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hf_maskpro.cli.train import forget_previous, put_back, set_aside
 from hf_maskpro.cli.verb import in_options
 from hf_maskpro.learning import MaskProTrainer
 
+from ..conftest import tiny_mixtral
 from .test_cli import adapter, fails, run
 
 
@@ -138,6 +140,29 @@ def test_layers_by_name(checkpoint, text, train, tmp_path):
     assert {name.rpartition(".")[2] for name in learned} == {"v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert "--target-modules" in fails(*train, "--overwrite", "--adapter", tmp_path, "--target-modules", "q_proj")
     assert layers(*train, "--resume", "--max-steps", 3) == learned
+
+
+def test_experts_by_name(checkpoint, text, tmp_path):
+    base = copytree(checkpoint, tmp_path / "base")
+    tiny_mixtral(layers=1).save_pretrained(base)
+
+    def masked(folder):
+        return set(json.loads((folder / "adapter_config.json").read_text())["base_fingerprint"])
+
+    given = ["--model", base, "--target-modules", "q_proj", "--target-parameters", "experts.down_proj", "--output"]
+    named = {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.down_proj"}
+    run("init", "--method", "magnitude", *given, tmp_path / "i")
+    assert masked(tmp_path / "i") == named
+    run("import", tmp_path / "i", *given, tmp_path / "j")
+    assert masked(tmp_path / "j") == named
+    train = ["train", "--init-mask", "magnitude", "--text", text, "--seq-len", 32, "--max-steps", 1, *given]
+    run(*train, tmp_path / "t")
+    assert masked(tmp_path / "t") == named
+    alone = ["--model", base, "--target-parameters", "experts.down_proj", "--output", tmp_path / "k"]
+    run("init", "--method", "magnitude", *alone)
+    attention = {f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"}
+    assert masked(tmp_path / "k") == {*attention, "model.layers.0.mlp.experts.down_proj"}
+    assert "--target-parameters" in fails(*train, tmp_path / "u", "--adapter", tmp_path / "i")
 
 
 def test_the_best_mask_is_kept(text, train, tmp_path):

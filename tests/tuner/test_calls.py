@@ -1,5 +1,7 @@
 """What hangs on calling a layer: hooks, offloading, a forward of its own."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +13,11 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers import FalconMambaConfig, FalconMambaForCausalLM, WavLMConfig, WavLMModel
 
 from hf_maskpro import MaskProConfig, initialize_masks
-from hf_maskpro.tuner import masked_layers
+from hf_maskpro.tuner import MaskProLayer, masked_layers
 from hf_maskpro.tuner.calls import tiny_inputs
 
 from ..architectures.table import ARCHITECTURES
-from ..conftest import tiny_gpt2, tiny_llama
+from ..conftest import tiny_gpt2, tiny_llama, tiny_mixtral
 
 
 def logits(model, ids):
@@ -241,6 +243,104 @@ def test_a_look_that_fails_is_told(monkeypatch, caplog):
     monkeypatch.setattr(base, "forward", lambda **_: 1 / 0)
     get_peft_model(base, MaskProConfig())
     assert "whether LlamaForCausalLM calls every masked layer was not seen (division by zero)" in caplog.text
+
+
+class Derived(nn.Linear):
+    """A layer that made something of its weight when it was made."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.register_buffer("signs", self.weight.detach().sign(), persistent=False)
+
+    def forward(self, x):
+        return F.linear(x, self.signs)
+
+
+class Listed(nn.Linear):
+    """A layer that finds its weight among its parameters."""
+
+    def forward(self, x):
+        return F.linear(x, dict(self.named_parameters())["weight"])
+
+
+class Called(nn.Linear):
+    """A layer that does more as it is called."""
+
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Doubling(nn.Parameter):
+    """A weight that is twice itself in a product."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * result if func is F.linear else result
+
+
+def with_layer(layer_class):
+    base = tiny_llama()
+    layer = base.model.layers[1].mlp.up_proj
+    base.model.layers[1].mlp.up_proj = layer_class(layer.in_features, layer.out_features, bias=False)
+    return base.eval()
+
+
+@pytest.mark.parametrize("layer_class", [Derived, Listed])
+def test_layers_whose_outputs_under_a_mask_are_not_those_of_the_merged_weight_are_refused(layer_class):
+    base = with_layer(layer_class)
+    with pytest.raises(
+        ValueError, match=r"^cannot mask model\.layers\.1\.mlp\.up_proj: its forward does not go by its"
+    ):
+        get_peft_model(base, MaskProConfig(init_mask="wanda"))
+    assert not any(isinstance(module, MaskProLayer) for module in base.modules())
+    get_peft_model(base, MaskProConfig(exclude_modules=["up_proj"]))
+
+
+def test_experts_that_do_not_read_their_weights_are_refused():
+    base = tiny_mixtral()
+    experts = base.model.layers[1].mlp.experts
+    kept = experts.down_proj.detach().clone()
+    experts.forward = lambda hidden, *_: hidden @ experts.gate_up_proj[0].T[:, : kept.shape[2]] @ kept[0].T
+    get_peft_model(base, MaskProConfig(target_modules=[], target_parameters=["gate_up_proj"])).unload()
+    with pytest.raises(ValueError, match=r"^cannot mask model\.layers\.1\.mlp\.experts\.down_proj: its forward"):
+        get_peft_model(base, MaskProConfig(target_modules=[], target_parameters=["down_proj"]))
+
+
+def test_what_more_a_layer_does_as_it_is_called_is_done(ids):
+    model = get_peft_model(with_layer(Called), MaskProConfig()).eval()
+    masked = logits(model, ids)
+    assert torch.equal(logits(model.merge_and_unload(), ids), masked)
+
+
+def test_a_weight_of_a_kind_of_its_own_is_refused(llama):
+    layer = llama.model.layers[0].mlp.up_proj
+    layer.weight = Doubling(layer.weight.detach())
+    with pytest.raises(ValueError, match=r"cannot mask .*up_proj: its weight is Doubling"):
+        get_peft_model(llama, MaskProConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "unseen"), [("LLaVA", r"\S*linear_1, \S*linear_2"), ("CLIP", "visual_projection, text_projection")]
+)
+def test_towers_for_images_are_looked_at_and_what_is_not_is_told(name, unseen, caplog):
+    known = next(known for known in ARCHITECTURES if known.name == name)
+    get_peft_model(known.model_class(known.config), MaskProConfig())
+    assert re.search(rf"whether {known.model_class.__name__} calls {unseen} was not seen", caplog.text)
+
+
+def test_a_layer_of_a_tower_that_is_not_called_is_refused():
+    known = next(known for known in ARCHITECTURES if known.name == "LLaVA")
+    model = known.model_class(known.config)
+    mlp = next(module for name, module in model.named_modules() if re.search(r"vision_tower\..*\.0\.mlp$", name))
+    mlp.forward = lambda x: mlp.fc2(F.linear(x, mlp.fc1.weight, mlp.fc1.bias))
+    with pytest.raises(ValueError, match=r"^cannot mask \S*vision_tower\S*fc1: the model uses the weight without"):
+        get_peft_model(model, MaskProConfig())
+
+
+def test_a_model_of_unknown_inputs_is_told(caplog):
+    get_peft_model(Lists(), MaskProConfig(target_modules=["second"]))
+    assert "whether Lists calls second was not seen; the first batch of" in caplog.text
 
 
 def test_a_model_that_hears_is_looked_at():

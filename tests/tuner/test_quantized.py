@@ -62,22 +62,36 @@ def test_no_copy_in_full_size_stays(ids):
 def test_a_mask_is_merged_into_the_weights_in_full_size(ids, tmp_path):
     tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     model = get_peft_model(quantized(), MaskProConfig())
-    known = model.peft_config["default"].base_fingerprint
+    config = model.peft_config["default"]
+    known, config.base_model_name_or_path, config.revision = config.base_fingerprint, str(tmp_path / "base"), "abc"
     assert all(value.startswith("Int8Tensor:") for value in known.values())
     with pytest.raises(ValueError, match="quantized \\(Int8Tensor\\), and a mask is merged"):
         model.merge_and_unload()
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.warns(UserWarning, match="learned over a quantized copy"):
+    compared = r"a copy of .*base at revision abc that is quantized \(Int8Tensor\): .* no more than the signs"
+    with pytest.warns(UserWarning, match=compared):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    tiny_llama(1, torch.bfloat16).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="learned for other weights"), pytest.warns(UserWarning, match=compared):
+        merge(tmp_path / "other", tmp_path / "adapter", tmp_path / "none")
 
-    with pytest.warns(UserWarning, match="learned over a quantized copy"):
+    with pytest.warns(UserWarning, match=compared):
         loaded = PeftModel.from_pretrained(tiny_llama(dtype=torch.bfloat16), tmp_path / "adapter")
     for layer, other in zip(masked_layers(loaded).values(), masked_layers(model).values(), strict=True):
         assert layer.learned_mask("default").equal(other.learned_mask("default"))
     assert loaded.peft_config["default"].base_fingerprint == known
-    # A copy of other weights is not the one that it was learned over.
-    with pytest.raises(ValueError, match="learned for other weights"):
-        PeftModel.from_pretrained(quantized(seed=1), tmp_path / "adapter")
+    # Another copy of the same weights passes, and none of other weights.
+    with pytest.warns(UserWarning, match=compared):
+        PeftModel.from_pretrained(quantized("int4"), tmp_path / "adapter")
+    for other in (quantized(seed=1), quantized("int4", seed=1), tiny_llama(1)):
+        with pytest.raises(ValueError, match="learned for other weights"):
+            PeftModel.from_pretrained(other, tmp_path / "adapter")
+
+
+def test_a_mask_of_full_weights_says_that_a_quantized_copy_was_not_compared(tmp_path):
+    get_peft_model(tiny_llama(dtype=torch.bfloat16), MaskProConfig()).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"these are quantized \(Int8Tensor\): they were not compared"):
+        PeftModel.from_pretrained(quantized(), tmp_path)
 
 
 def test_rules_that_look_at_gradients_are_refused(ids):
