@@ -528,6 +528,9 @@ def test_interrupted_generation_goes_on(starting_checkpoint, tmp_path, monkeypat
             ValueError, match="cache holds text by another model, seed or seq_len; remove or rename it"
         ):
             text(**other)
+    (tmp_path / "cache" / "00001.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"00001\.safetensors is damaged: .*; remove it"):
+        text()
 
 
 def test_gradients_that_are_not_finite_are_refused(ids):
