@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -32,7 +32,8 @@ class Inputs:
     Attributes:
         squares (`torch.Tensor`): Sum of the squares of every feature, `[in_features]`.
         gram (`torch.Tensor` or `None`): X^T X, `[in_features, in_features]`, if asked for; in a walk by stages of
-            tokens of size 1, so that a few massive ones do not rule.
+            tokens of size 1, so that a few massive ones do not rule, and drawn towards its diagonal, so that it suits
+            other texts too.
         lost (`torch.Tensor` or `None`): (X_dense - X)^T X of such tokens, where X_dense is what the dense model gives
             the layer: what the masks before it have lost.
         tokens (`int`): How many tokens there were.
@@ -77,10 +78,15 @@ class Inputs:
             self.lost = lost if self.lost is None else self.lost.add_(lost)
 
     def complete(self) -> None:
-        """Fill the lower half of the Gram matrix."""
+        """Fill the lower half of the Gram matrix, and draw it towards its diagonal."""
         assert self.gram is not None
-        self.gram = self.gram.triu() + self.gram.triu(1).T
+        above = self.gram.triu(1).mul_(1 - SHRINKAGE)
+        self.gram = (above + above.T).diagonal_scatter(self.gram.diagonal())
 
+
+# How far the Gram matrix of a walk by stages goes towards its diagonal: which features go together differs from
+# text to text, and what makes up for a dropped weight on the calibration text does not elsewhere.
+SHRINKAGE = 0.3
 
 # Of the upper half of a Gram matrix, more blocks compute less of the lower one, in smaller products.
 GRAM_BLOCKS = 4
@@ -118,14 +124,22 @@ class _Batch:
         output = block(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def remembering(self, finished: list[nn.Module]) -> AbstractContextManager[None]:
-        """Let modules whose masks are all chosen compute what they put out once, and say it again in later runs."""
-        return _running(
-            {
-                module: partial(_remember, module.forward, self.known.setdefault(module, []), count())
-                for module in finished
-            }
-        )
+    @contextmanager
+    def remembering(self, finished: Collection[nn.Module] = ()) -> Iterator[None]:
+        """
+        Let modules whose masks are all chosen compute what they put out once, and say it again in later runs. What
+        they consist of is then forgotten.
+        """
+        known = {module: self.known.setdefault(module, []) for module in (*self.known, *finished)}
+        with _running(
+            {module: partial(_remember, module.forward, outputs, count()) for module, outputs in known.items()}
+        ):
+            yield
+        for module in finished:
+            if self.known[module]:
+                for inner in module.modules():
+                    if inner is not module:
+                        self.known.pop(inner, None)
 
     def example(self, block: nn.Module, index: int, inside: list[MaskProLayer]) -> Example:
         """What to learn from once the dense output is known; what was remembered of other masks is forgotten."""
@@ -285,7 +299,7 @@ def _walk_blocks(
                 _choose_experts(experts, calls, names, with_gram, choose)
         for batch in captured:
             # Of a walk by stages, all but the last are known.
-            with batch.remembering(list(batch.known)):
+            with batch.remembering():
                 batch.hidden = batch.run(block, index, batch.hidden)
             batch.known.clear()
         for layer in inside:

@@ -22,7 +22,7 @@ from transformers import (
 from hf_maskpro import MaskProConfig, initialize_masks
 from hf_maskpro.starts import calibration, generated_text, random_windows, start_token_of, swaps
 from hf_maskpro.starts.gradients import gradient_norms
-from hf_maskpro.starts.walk import walk
+from hf_maskpro.starts.walk import SHRINKAGE, walk
 from hf_maskpro.subset import group_members, mask_of, mode
 from hf_maskpro.tuner import masked_layers, unmasked
 
@@ -528,6 +528,9 @@ def test_interrupted_generation_goes_on(starting_checkpoint, tmp_path, monkeypat
             ValueError, match="cache holds text by another model, seed or seq_len; remove or rename it"
         ):
             text(**other)
+    (tmp_path / "cache" / "00001.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"00001\.safetensors is damaged: .*; remove it"):
+        text()
 
 
 def test_gradients_that_are_not_finite_are_refused(ids):
@@ -575,12 +578,30 @@ def test_a_walk_by_stages_sees_what_whole_models_see():
     for name, inputs in seen.items():
         scale = masked[name].square().mean(1, keepdim=True).rsqrt()
         unit = masked[name] * scale
-        torch.testing.assert_close(inputs.gram.double(), unit.T @ unit, rtol=1e-4, atol=1e-4)
+        gram = unit.T @ unit
+        expected = torch.lerp(gram, gram.diagonal().diag(), SHRINKAGE)
+        torch.testing.assert_close(inputs.gram.double(), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(inputs.squares.double(), masked[name].square().sum(0), rtol=1e-4, atol=1e-5)
         lost = ((dense[name] - masked[name]) * scale).T @ unit
         torch.testing.assert_close(inputs.lost.double(), lost, rtol=1e-3, atol=1e-3)
     # Of the first stage nothing is lost, of all others something is.
     assert [bool(inputs.lost.norm() > 1e-2) for inputs in seen.values()] == [False] * 3 + [True] * (len(seen) - 3)
+
+
+def test_a_walk_by_stages_runs_a_layer_under_its_mask_once_for_a_batch(ids, monkeypatch):
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="wanda+swaps"))
+    names = {layer: name for name, layer in masked_layers(model).items()}
+    cls, runs = type(next(iter(names))), []
+    forward = cls.forward
+
+    def counted(layer, *args):
+        if not layer.dense:
+            runs.append(names[layer])
+        return forward(layer, *args)
+
+    monkeypatch.setattr(cls, "forward", counted)
+    initialize_masks(model, batches(ids))
+    assert sorted(runs) == sorted(2 * list(names.values()))
 
 
 def test_what_parts_in_a_later_batch_has_its_own_dense_inputs():
