@@ -42,6 +42,9 @@ def prepare(texts: list[Path], elsewhere: list[Path], model: str | None, work: P
     Write `calibration.txt`, `held_out.txt` and the texts that count as elsewhere into the working folder; name the
     base model, and those texts.
     """
+    names = ["held_out.txt", TOPICS, *(path.name for path in elsewhere)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SystemExit(f"two texts are named {twice[0]}, which their figures go by; rename one.")
     (work / "elsewhere").mkdir(parents=True, exist_ok=True)
     learned, held_out = zip(*map(split, texts), strict=True)
     # Paragraphs in turns, since no more of what is held out is measured than so many tokens.

@@ -1,6 +1,9 @@
 """Tiny random models, for unit tests only."""
 
 import json
+import os
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,6 +95,14 @@ def headers(folder: Path) -> dict[str, bytes]:
     """The header of each weight file of a checkpoint: names, shapes, dtypes, order and metadata."""
     files = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     return {name: data[8 : 8 + int.from_bytes(data[:8], "little")] for name, data in files.items()}
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """Of C++, which torch.compile calls on a CPU; the library does without."""
+    command = os.environ.get("CXX", "g++")
+    if shutil.which(shlex.split(command)[0]) is None:
+        pytest.skip(f"no C++ compiler: {command} is not there")
 
 
 @pytest.fixture

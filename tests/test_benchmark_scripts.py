@@ -196,6 +196,12 @@ def test_texts_to_learn_from_are_held_out_in_turns(tmp_path, monkeypatch):
     assert held_out.split() == ["a17", "b17", "a18", "b18", "a19", "b19"]
 
 
+def test_texts_of_one_name_are_refused(tmp_path):
+    for named in (["a/web.txt", "b/web.txt"], ["a/held_out.txt"]):
+        with pytest.raises(SystemExit, match=f"two texts are named {named[-1][2:]}"):
+            protocol.prepare([], [tmp_path / path for path in named], "me/model", tmp_path / "work")
+
+
 def test_the_text_is_split_once(tmp_path):
     lines = [f"Line {i} : a well @-@ known 1 @,@ 024 and 3 @.@ 5 , <unk> .\n" for i in range(50)]
     (tmp_path / "wiki.txt").write_text("".join(lines))

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import os
 import re
 import runpy
 import shlex
@@ -47,6 +48,8 @@ TEXTS = ("text", "my", "other", "held_out", "web", "speeches", "news", "manuals"
 # Blocks and commands that need the Hub, a GPU or an extra, or minutes: these are only read.
 ONLY_READ = ("push", "--dataset", "--self-generated", "MaskLLM", "pruned-checkpoint", "quickstart", "sft_trl")
 ONLY_READ += ("torchao", "BitsAndBytes", "onnx", "semi_structured", "bench", "--tasks", "--record")
+if shutil.which(os.environ.get("CXX", "g++")) is None:
+    ONLY_READ += ('model="packed"',)
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -23,7 +23,7 @@ from ..deploy import new_folder
 from ..evaluation import windows
 from ..starts import initialize_masks, needs_data, random_windows
 from ..tuner import RULES, split_init_mask
-from .output import say_next
+from .output import say_next, short_names
 from .verb import line_of
 
 
@@ -191,10 +191,9 @@ def shares_of(weights: str | None, sources: int) -> list[float] | None:
 
 def mixture_name(names: list[str], weights: list[float] | None) -> str:
     """The names of texts as an adapter records them: without the folders of the machine it was made on."""
-    shown = []
-    for source in names:
-        name, colon, config = source.partition(":")
-        shown.append(Path(name).name + colon + config if Path(name).exists() else source)
+    folders = {source: source.partition(":")[0] for source in names}
+    ends = short_names([folder for folder in folders.values() if Path(folder).exists()])
+    shown = [ends.get(folder, folder) + source.removeprefix(folder) for source, folder in folders.items()]
     if weights is not None:
         shown = [f"{name} (weight {weight:g})" for name, weight in zip(shown, weights, strict=True)]
     return ", ".join(shown)

@@ -8,7 +8,7 @@ import typer
 from rich.table import Column, Table
 
 from .options import EVALUATION, FILES, TEXT, GgufFile, Json, Revision, StartToken, Subfolder
-from .output import console, show
+from .output import console, short_names, show
 
 
 def evaluate(
@@ -156,7 +156,7 @@ def evaluate(
     figures = _lifted(results[0])
     if not as_json and "texts" in figures:
         measured = figures.pop("texts")
-        _show_side_by_side([Path(path).name for path in measured], list(measured.values()))
+        _show_side_by_side(list(short_names(list(measured)).values()), list(measured.values()))
     show(figures if as_json else _flat(figures), as_json)
 
 
@@ -164,13 +164,14 @@ def _record(folder: Path, home: Path | None, figures: dict[str, Any]) -> None:
     """Put perplexities, what they are at home and elsewhere, and accuracies into an adapter's card."""
     from .. import hub
 
+    shown = short_names(list(figures["texts"]))
     protocols = {path: each["protocol"].removeprefix(f"{path}, ") for path, each in figures["texts"].items()}
     for path, measured in figures["texts"].items():
-        hub.record_evaluation(folder, Path(path).name, "perplexity", measured["perplexity"], protocols[path])
+        hub.record_evaluation(folder, shown[path], "perplexity", measured["perplexity"], protocols[path])
     at_home = [path for path in protocols if path == str(home)]
     for kind, paths in ("at_home", at_home), ("elsewhere", [path for path in protocols if path not in at_home]):
         if kind in figures:
-            names = ", ".join(Path(path).name for path in paths)
+            names = ", ".join(shown[path] for path in paths)
             protocol = "; ".join(dict.fromkeys(protocols[path] for path in paths))
             hub.record_evaluation(folder, names, f"times dense, {kind.replace('_', ' ')}", figures[kind], protocol)
     protocol = "lm-evaluation-harness" + (f", {figures['limit']} examples" if "limit" in figures else "")
@@ -211,10 +212,11 @@ def _lifted(figures: dict[str, Any]) -> dict[str, Any]:
 
 def _flat(figures: dict[str, Any]) -> dict[str, Any]:
     """Figures as the rows of a table, where tasks have no standard errors."""
+    texts = figures.get("texts", {})
     texts = {
-        f"{Path(path).name} {name}": value
-        for path, measured in figures.get("texts", {}).items()
-        for name, value in measured.items()
+        f"{shown} {name}": value
+        for path, shown in short_names(list(texts)).items()
+        for name, value in texts[path].items()
     }
     scores = {
         f"{task} {metric}": value

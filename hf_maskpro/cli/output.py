@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -22,6 +23,17 @@ def show(figures: dict[str, Any], as_json: bool) -> None:
     for name, value in figures.items():
         table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value))
     console.print(table)
+
+
+def short_names(paths: list[str]) -> dict[str, str]:
+    """Each path by its name, and where another has the same, by as much of its end as tells them apart."""
+    shown = {}
+    for path in paths:
+        parts = Path(path).parts
+        ends = (parts[-length:] for length in range(1, len(parts)))
+        alone = (end for end in ends if [Path(other).parts[-len(end) :] for other in set(paths)].count(end) == 1)
+        shown[path] = str(Path(*next(alone, parts)))
+    return shown
 
 
 def say_next(*words: str) -> None:

@@ -4,6 +4,8 @@ import ast
 import json
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -102,7 +104,9 @@ def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str
     rows = [_run(output, base, method) for method in ("dense", "magnitude", "wanda")]
     end -= ENDING_SECONDS
     start = "wanda"
-    if START_RATIO * rows[-1]["seconds"] < (end - time.perf_counter()) / 2:
+    if not shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0]):
+        console.print("There is no C++ compiler, and swaps would take too long without: the start is Wanda's mask.")
+    elif START_RATIO * rows[-1]["seconds"] < (end - time.perf_counter()) / 2:
         start = "sparsegpt+swaps"
         rows.append(_run(output, base, start))
     learners = ("residual", "simple") if estimator == "both" else (estimator,)

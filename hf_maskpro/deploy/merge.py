@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from math import prod
@@ -18,7 +19,7 @@ from ..starts.checkpoints import Matrix, Piece, matrices_of, pieces_of, shapes_o
 from ..starts.sources import Tensors, locate, open_adapter, saved_codes
 from ..subset import keep_of
 from ..tuner import masked_layers, saved_config
-from ..tuner.base import fingerprint_of_sample, is_other, sampled_step, warn_if_quantized
+from ..tuner.base import HALF, UNKNOWN, fingerprint_of_sample, is_other, sampled_step, warn_if_quantized
 from ..tuner.files import inside, json_object, weight_files
 from ..tuner.layer import MaskProLayer
 from .card import write_merged_card
@@ -71,9 +72,11 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
             f"{name}{layer.parameter_suffix}": (name, layer)
             for name, layer in masked_layers(inject_adapter_in_model(config, skeleton)).items()
         }
-        saved = open_adapter(masks, stack)
+        saved = open_adapter(masks, config, stack)
         _check_fit(layers, saved, pieces)
-        if config.base_fingerprint is not None:
+        if config.base_fingerprint is None:
+            warnings.warn(UNKNOWN, stacklevel=2)
+        else:
             warn_if_quantized(config, dict.fromkeys(config.base_fingerprint, ""))
         prints = {
             parameter: _Fingerprint(config.base_fingerprint.get(name), matrices[parameter])
@@ -91,7 +94,9 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
             for piece in wanted:
                 name, layer = layers[piece.parameter]
                 matrix = piece.matrix_of(weight)
-                if prints and not prints[piece.parameter].fits(piece, matrix):
+                if prints and weight.dtype == torch.float16:
+                    warnings.warn(HALF, stacklevel=2)
+                elif prints and not prints[piece.parameter].fits(piece, matrix):
                     raise ValueError(
                         f"the mask was learned for other weights than {key}; pass the base that it names."
                     )

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from ..subset import check_packed
 from ..subset.codec import packed_width, word_layout
 from ..tuner import MaskProConfig, saved_config
+from ..tuner.base import check_masks
 from ..tuner.card import CARD_FILES, CONFIG_FILE, share_changed, write_card
 from ..tuner.files import private_folder
 from ..tuner.layer import LOGITS
@@ -52,6 +53,7 @@ def read_masks(folder: str | Path) -> tuple[MaskProConfig, dict[str, torch.Tenso
                     masks[_layer(key)] = packed
                 elif kind == "theta":
                     _check_logits(key, tensors.get_tensor(key), masks.get(_layer(key)), config)
+            check_masks(config, tensors.keys(), tensors.get_tensor)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{folder / MASK_FILE} is not a file of masks: {error}") from error
     _check_whole(config, masks)

@@ -10,7 +10,7 @@ from ..tuner.layer import members_first
 
 
 # How far refinements go from the outputs of a layer's own inputs towards those of the dense model.
-TOWARDS_DENSE = 0.3
+TOWARDS_DENSE = 0.2
 STEPS, WARMUP, RATE, BETAS = 24, 4, 0.7, (0.9, 0.98)
 
 # A decoder layer's outputs for the tokens of one batch, `[tokens, hidden]`: under its masks, and those to come near.

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..subset import group_members, mask_of, mode, mode_codes, pack, unpack, unpack_codes
 from ..tuner import MaskProConfig, MaskProLayer, logit_scale, masked_layers, saved_config
-from ..tuner.base import plain
+from ..tuner.base import check_masks, plain
 from ..tuner.files import weight_files
 from ..tuner.layer import LOGITS
 from .checkpoints import Piece, pieces_of, shapes_of
@@ -118,17 +118,19 @@ def open_tensors(files: list[Path], stack: ExitStack) -> Tensors:
     return known
 
 
-def open_adapter(folder: Path, stack: ExitStack) -> Tensors:
+def open_adapter(folder: Path, config: MaskProConfig, stack: ExitStack) -> Tensors:
     """
-    What gives each tensor of a saved mask adapter.
+    What gives each tensor of a saved mask adapter, which has this configuration.
 
     Raises:
-        `ValueError`: if there is a second name for a mask, by which PEFT would load another one than is read here.
+        `ValueError`: if the masks are of another save, or there is a second name for one, by which PEFT would load
+            another one than is read here.
     """
     known = open_tensors([folder / "adapter_model.safetensors"], stack)
     for key in known:
         if re.search(r"\.maskpro_(mask|theta)\.", key):
             raise ValueError(f"the adapter file has a name that is none of a mask's: {key}.")
+    check_masks(config, known, lambda key: known[key]())
     return known
 
 
@@ -230,7 +232,7 @@ def _of_bits(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _adapter_reader(folder: Path, stack: ExitStack, adapter_name: str) -> Reader:
     """The learned mask of a saved mask adapter."""
     config = saved_config(folder)
-    tensors = open_adapter(folder, stack)
+    tensors = open_adapter(folder, config, stack)
 
     def read(name: str, layer: MaskProLayer) -> torch.Tensor:
         own = layer.maskpro_config[adapter_name]

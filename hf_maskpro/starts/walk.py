@@ -32,7 +32,8 @@ class Inputs:
     Attributes:
         squares (`torch.Tensor`): Sum of the squares of every feature, `[in_features]`.
         gram (`torch.Tensor` or `None`): X^T X, `[in_features, in_features]`, if asked for; in a walk by stages of
-            tokens of size 1, so that a few massive ones do not rule.
+            tokens of size 1, so that a few massive ones do not rule, and drawn towards its diagonal, so that it suits
+            other texts too.
         lost (`torch.Tensor` or `None`): (X_dense - X)^T X of such tokens, where X_dense is what the dense model gives
             the layer: what the masks before it have lost.
         tokens (`int`): How many tokens there were.
@@ -77,10 +78,15 @@ class Inputs:
             self.lost = lost if self.lost is None else self.lost.add_(lost)
 
     def complete(self) -> None:
-        """Fill the lower half of the Gram matrix."""
+        """Fill the lower half of the Gram matrix, and draw it towards its diagonal."""
         assert self.gram is not None
-        self.gram = self.gram.triu() + self.gram.triu(1).T
+        above = self.gram.triu(1).mul_(1 - SHRINKAGE)
+        self.gram = (above + above.T).diagonal_scatter(self.gram.diagonal())
 
+
+# How far the Gram matrix of a walk by stages goes towards its diagonal: which features go together differs from
+# text to text, and what makes up for a dropped weight on the calibration text does not elsewhere.
+SHRINKAGE = 0.3
 
 # Of the upper half of a Gram matrix, more blocks compute less of the lower one, in smaller products.
 GRAM_BLOCKS = 4

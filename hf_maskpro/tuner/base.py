@@ -1,9 +1,9 @@
-"""Which weights a mask is for: their values, their fingerprint, and the commit that they come from."""
+"""Which weights a mask is for, their values, fingerprint and commit; and for which masks a configuration is."""
 
 import hashlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,10 @@ from peft.utils.integrations import dequantize_bnb_weight
 from .card import hub_id
 from .config import MaskProConfig
 
+
+# Why weights are taken as they are.
+HALF = "float16 weights cannot be compared with those that the mask was learned for."
+UNKNOWN = "the adapter does not say which weights it was learned for; they are not checked."
 
 # Weights of a layer that its fingerprint looks at, at least.
 _FINGERPRINTED = 4096
@@ -55,6 +59,36 @@ def fingerprint_of_sample(shape: Sequence[int], sample: torch.Tensor) -> str:
     """[`fingerprint`] of a matrix of a shape, from the weights that it looks at."""
     values = sample.to("cpu", torch.bfloat16).view(torch.int16)
     return hashlib.blake2b(f"{list(shape)}".encode() + values.numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def masks_digest(names: Iterable[str], get: Callable[[str], torch.Tensor]) -> str:
+    """
+    A hash of the masks of an adapter, and of the first row of all logits: it tells those of one save from another's.
+
+    Args:
+        names (`list[str]`): The tensors of the adapter's file.
+        get (`Callable[[str], torch.Tensor]`): Gives the one of a name.
+    """
+    found = hashlib.blake2b(digest_size=8)
+    for name in sorted(name for name in names if ".maskpro_" in name):
+        tensor = torch.atleast_1d(get(name))
+        rows = tensor[:1] if ".maskpro_theta" in name else tensor
+        found.update(rows.flatten().view(torch.uint8).cpu().numpy())
+    return found.hexdigest()
+
+
+def check_masks(config: MaskProConfig, names: Iterable[str], get: Callable[[str], torch.Tensor]) -> None:
+    """
+    Refuse masks of another save than a configuration's, where it says of which they are.
+
+    Raises:
+        `ValueError`: if they are.
+    """
+    if config.masks_digest is not None and config.masks_digest != masks_digest(names, get):
+        raise ValueError(
+            "the adapter's masks are not those that its configuration was saved with, as where saving was cut off "
+            "between the two; take both files from one save, or drop masks_digest from adapter_config.json."
+        )
 
 
 def is_quantized(weight: torch.Tensor) -> bool:
@@ -152,12 +186,12 @@ def check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"cannot mask {listed(other)}: the base model has weights there that are not finite.")
     if any(weight.dtype == torch.float16 for weight in weights.values()):
         if config.awaits_file:
-            warnings.warn("float16 weights cannot be compared with those that the mask was learned for.", stacklevel=2)
+            warnings.warn(HALF, stacklevel=2)
         return
     found = {name: fingerprint(weight) for name, weight in weights.items()}
     known = config.base_fingerprint
     if config.awaits_file and known is None:
-        warnings.warn("the adapter does not say which weights it was learned for; they are not checked.", stacklevel=2)
+        warnings.warn(UNKNOWN, stacklevel=2)
     elif config.awaits_file and config.check_base:
         assert known is not None
         other = [

@@ -69,6 +69,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "lineage": (list,),
     "target_weights": (int,),
     "base_fingerprint": (dict,),
+    "masks_digest": (str,),
 }
 _OF_NAMES = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "base_fingerprint")
 
@@ -178,6 +179,8 @@ class MaskProConfig(PeftConfig):
             Written when saving: how many weights are masked or kept, over all layers.
         base_fingerprint (`dict[str, str]`, *optional*):
             Written when the adapter is added: a short hash of every masked layer's weights.
+        masks_digest (`str`, *optional*):
+            Written when saving: a short hash of the masks in the file beside it.
         format_version (`int`, *optional*):
             Written when saving. A configuration that has it expects its mask from a file.
 
@@ -213,6 +216,7 @@ class MaskProConfig(PeftConfig):
     lineage: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Written when saving."})
     target_weights: int | None = field(default=None, metadata={"help": "Written when saving."})
     base_fingerprint: dict[str, str] | None = field(default=None, metadata={"help": "Written by adding the adapter."})
+    masks_digest: str | None = field(default=None, metadata={"help": "Written when saving."})
     # A file has no say in whether it is checked.
     check_base: bool = field(
         default=True, init=False, metadata={"help": "Refuse weights that the mask was not learned for."}
@@ -263,6 +267,7 @@ class MaskProConfig(PeftConfig):
         self._earlier = list(self.lineage or [])
         self._groups_changed: dict[str, float] | None = None
         self._changed = 0.0
+        self._masks_digest = ""
         self._file_bytes = 0
         self.start: dict[str, Any] = {"init_mask": "adapter" if self.awaits_file else self.init_mask}
         if self.awaits_file and self.save_logits and self._earlier:
@@ -293,7 +298,7 @@ class MaskProConfig(PeftConfig):
             self.start = {"init_mask": "adapter"}
 
     def record_stage(
-        self, groups_changed: dict[str, float], changed: float, target_weights: int, file_bytes: int
+        self, groups_changed: dict[str, float], changed: float, target_weights: int, digest: str, file_bytes: int
     ) -> None:
         """
         Note how far the mask is from where this stage of its training started, for [`save_pretrained`].
@@ -302,9 +307,11 @@ class MaskProConfig(PeftConfig):
             groups_changed (`dict[str, float]`): Share of the groups whose mask changed, by layer.
             changed (`float`): Share of all groups, of whatever layer.
             target_weights (`int`): Weights of those layers together.
-            file_bytes (`int`): Bytes of the tensors that are saved.
+            digest (`str`): The [`masks_digest`] of the tensors that are saved.
+            file_bytes (`int`): Their bytes.
         """
-        self._groups_changed, self._changed, self._file_bytes = groups_changed, changed, file_bytes
+        self._groups_changed, self._changed = groups_changed, changed
+        self._masks_digest, self._file_bytes = digest, file_bytes
         self.target_weights = target_weights
 
     def to_dict(self) -> dict[str, Any]:
@@ -319,9 +326,9 @@ class MaskProConfig(PeftConfig):
         return super().from_json_file(path_json_file, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        version, lineage = self.format_version, self.lineage
+        version, lineage, digest = self.format_version, self.lineage, self.masks_digest
         if self._groups_changed is not None:
-            self.format_version = FORMAT_VERSION
+            self.format_version, self.masks_digest = FORMAT_VERSION, self._masks_digest
             # An adapter that was loaded and is saved again as it was has no further stage.
             passed = self.start != {"init_mask": "adapter"} or self._changed > 0
             outcome = {"groups_changed": self._groups_changed, "changed": self._changed}
@@ -333,7 +340,7 @@ class MaskProConfig(PeftConfig):
                     mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
                     write_card(folder, self.to_dict() | {"auto_mapping": mapping}, self._file_bytes)
         finally:
-            self.format_version, self.lineage = version, lineage
+            self.format_version, self.lineage, self.masks_digest = version, lineage, digest
 
 
 def saved_config(folder: Path) -> MaskProConfig:

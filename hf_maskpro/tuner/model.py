@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..subset import mode_codes, pack_codes, unpack_codes
-from .base import cached_commit, check_base, is_laid_out_for_cpus, listed, plain, weight_of
+from .base import cached_commit, check_base, check_masks, is_laid_out_for_cpus, listed, masks_digest, plain, weight_of
 from .calls import Findings, tiny_passes, watching, without_hooks
 from .config import MaskProConfig
 from .experts import OFFLOADED, MaskProExperts, expert_inputs, expert_parameters, router_names, why_not
@@ -267,7 +267,8 @@ class MaskProModel(BaseTuner):
             # Moved by a trainer that has no default of its own.
             config.logit_scale = logit_scale(config)
         size = sum(tensor.nbytes for tensor in result.values())
-        config.record_stage(changed, moved * config.m / weights, weights, size)
+        digest = masks_digest(result, result.__getitem__)
+        config.record_stage(changed, moved * config.m / weights, weights, digest, size)
         return result
 
     @classmethod
@@ -280,8 +281,8 @@ class MaskProModel(BaseTuner):
         if named := [key for key in state_dict if re.search(r"\.maskpro_(mask|theta)\.", key)]:
             raise ValueError(f"the adapter file has names that are none of a mask's: {listed(named)}.")
         beneath = _beneath(model)
-        state_dict = {_with_place(key, beneath): value for key, value in state_dict.items()}
-        result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        placed = {_with_place(key, beneath): value for key, value in state_dict.items()}
+        result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, placed)
         result = {_without_place(key): value for key, value in result.items()}
         layers = dict(_layers(model, adapter_name))
         known = {f"{name}.maskpro_{part}.{adapter_name}" for name in layers for part in ("mask", "theta")}
@@ -324,6 +325,9 @@ class MaskProModel(BaseTuner):
             elif has_memory(theta):
                 with torch.no_grad():
                     theta.zero_()
+        check_masks(config, state_dict, state_dict.__getitem__)
+        # Another file that is loaded into this adapter has a configuration of its own.
+        config.masks_digest = None
         return {_with_place(key, beneath): value for key, value in result.items()}
 
 
@@ -461,7 +465,7 @@ def one_adapter(model: nn.Module, adapter_name: str) -> Iterator[None]:
 def unmasked(model: nn.Module) -> Iterator[None]:
     """
     Let a model be the dense one that its adapters are for. `PeftModel.disable_adapter` would make a mask that was
-    loaded for inference a trained one afterwards, with memory for its logits.
+    loaded for inference a trained one afterwards, with memory for its logits, and one that was merged an unmerged one.
 
     Raises:
         `ValueError`: if the model has no mask adapter.
@@ -470,6 +474,14 @@ def unmasked(model: nn.Module) -> Iterator[None]:
     if not any(isinstance(module, MaskProLayer) for module in wrappers):
         raise ValueError("the model has no mask adapter, so there is no dense model to compare it with.")
     before = [module._disable_adapters for module in wrappers]
+    merged = [
+        (layer, list(layer.merged_adapters))
+        for layer in wrappers
+        if isinstance(layer, BaseTunerLayer) and layer.merged
+    ]
+    # What lies over a mask was merged after it, into the weight beneath.
+    for layer, _ in merged:
+        layer.unmerge()
     for module in wrappers:
         module._disable_adapters = True
     try:
@@ -477,6 +489,8 @@ def unmasked(model: nn.Module) -> Iterator[None]:
     finally:
         for module, disabled in zip(wrappers, before, strict=True):
             module._disable_adapters = disabled
+        for layer, names in reversed(merged):
+            layer.merge(adapter_names=names)
 
 
 def _bare(name: str) -> str:

@@ -86,6 +86,26 @@ def test_a_mask_at_home_and_elsewhere(checkpoint, adapter, text, elsewhere):
     assert printed.count("Perplexity: ") == 3
 
 
+def test_texts_of_one_name_have_figures_of_their_own(checkpoint, adapter, text, elsewhere, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "160")
+    copytree(adapter, tmp_path / "a")
+    for folder, path in zip(("verse", "prose"), elsewhere, strict=True):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_bytes(path.read_bytes())
+    given = ["--text", tmp_path / "verse" / "text.txt", "--text", tmp_path / "prose" / "text.txt", "--home", text]
+    eval = ["eval", "--model", checkpoint, "--seq-len", 32, "--max-tokens", 100, *given]
+    printed = run(*eval, "--adapter", tmp_path / "a", "--record").stdout
+    card = ModelCard.load(tmp_path / "a" / "README.md")
+    figures = {each.dataset_type: each for each in card.data.eval_results if each.metric_type == "perplexity"}
+    home = f"{text.parent.name}/text.txt"
+    assert figures.keys() == {"verse/text.txt", "prose/text.txt", home}
+    assert len({each.metric_value for each in figures.values()}) == 3
+    printed += run(*eval, "--compare", checkpoint, checkpoint).stdout
+    for name in ("verse/text.txt", "prose/text.txt"):
+        assert f"{name} perplexity" in printed
+        assert f"│ {name}" in printed
+
+
 def test_one_text_is_neither_at_home_nor_elsewhere(checkpoint, adapter, text):
     eval = ["--model", checkpoint, "--adapter", adapter, "--seq-len", 32]
     plain, home = measured(*eval, "--text", text), measured(*eval, "--home", text)

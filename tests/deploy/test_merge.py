@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_maskpro import MaskProConfig, check_sparsity
 from hf_maskpro.deploy import merge, new_folder
 from hf_maskpro.tuner import masked_layers
+from hf_maskpro.tuner.base import HALF, UNKNOWN
 from hf_maskpro.tuner.files import private_folder
 
 from ..conftest import headers, tiny_gpt2, tiny_llama
@@ -235,6 +236,20 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(tmp_path):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_fingerprint": None}))
     refused(r"model\.layers\.1\.mlp\.up_proj\.weight: a kept weight is not finite")
+
+
+def test_what_cannot_be_compared_is_merged_with_the_warning_of_loading_it(tmp_path, checkpoint):
+    half, adapter = tmp_path / "half", tmp_path / "adapter"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), MaskProConfig()).save_pretrained(adapter)
+    AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float16).save_pretrained(half)
+    for base, warning in ((half, HALF), (checkpoint, UNKNOWN)):
+        with pytest.warns(UserWarning, match=warning):
+            merge(base, adapter, tmp_path / "merged", overwrite=True)
+        check_sparsity(tmp_path / "merged", 2, 4)
+        with pytest.warns(UserWarning, match=warning):
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_fingerprint": None}))
 
 
 @pytest.mark.parametrize("linked", ["folder", "files", "weights"])

@@ -24,12 +24,18 @@ from hf_maskpro.tuner.card import CONFIG_FILE
 from ..conftest import tiny_llama
 
 
+def no_digest(path):
+    """Let a configuration not say which masks it is for: then it is every other check that finds what is altered."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"masks_digest": None}))
+
+
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory):
     """The bytes of a small adapter's two files, and a folder to write altered ones to."""
     folder = tmp_path_factory.mktemp("adapter")
     config = MaskProConfig(target_modules=["q_proj", "down_proj"], n=3, m=8)
     get_peft_model(tiny_llama(), config).save_pretrained(folder)
+    no_digest(folder / CONFIG_FILE)
     return {name: (folder / name).read_bytes() for name in (CONFIG_FILE, MASK_FILE)}, folder
 
 

@@ -136,7 +136,7 @@ def test_sparsegpt_over_several_blocks_and_with_unused_features(sparsegpt_way, m
     assert not whole[:, 1, 1].any()
 
 
-def test_sparsegpt_compiled_chooses_what_torch_does(monkeypatch):
+def test_sparsegpt_compiled_chooses_what_torch_does(compiler, monkeypatch):
     weight, _, calibration = random_layer(out_features=150, in_features=600, tokens=300)
     weight[:, 3] = weight[:, 0]
     chosen = {m: sparsegpt.mask(weight, calibration, m // 2, m) for m in (4, 8, 12)}

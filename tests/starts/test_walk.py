@@ -22,7 +22,7 @@ from transformers import (
 from hf_maskpro import MaskProConfig, initialize_masks
 from hf_maskpro.starts import calibration, generated_text, random_windows, start_token_of, swaps
 from hf_maskpro.starts.gradients import gradient_norms
-from hf_maskpro.starts.walk import walk
+from hf_maskpro.starts.walk import SHRINKAGE, walk
 from hf_maskpro.subset import group_members, mask_of, mode
 from hf_maskpro.tuner import masked_layers, unmasked
 
@@ -575,7 +575,9 @@ def test_a_walk_by_stages_sees_what_whole_models_see():
     for name, inputs in seen.items():
         scale = masked[name].square().mean(1, keepdim=True).rsqrt()
         unit = masked[name] * scale
-        torch.testing.assert_close(inputs.gram.double(), unit.T @ unit, rtol=1e-4, atol=1e-4)
+        gram = unit.T @ unit
+        expected = torch.lerp(gram, gram.diagonal().diag(), SHRINKAGE)
+        torch.testing.assert_close(inputs.gram.double(), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(inputs.squares.double(), masked[name].square().sum(0), rtol=1e-4, atol=1e-5)
         lost = ((dense[name] - masked[name]) * scale).T @ unit
         torch.testing.assert_close(inputs.lost.double(), lost, rtol=1e-3, atol=1e-3)

@@ -94,7 +94,7 @@ def test_members_groups_layers_and_seeds_are_independent():
         assert (base.sort().values == other.sort().values).float().mean() < 0.01
 
 
-def test_compiled_bits_equal_eager_bits():
+def test_compiled_bits_equal_eager_bits(compiler):
     compiled = torch.compile(lambda seed: uniform_bits((3, 1 << 12), 12345, 6), fullgraph=True)
     assert torch.equal(compiled(0), uniform_bits((3, 1 << 12), 12345, 6))
 

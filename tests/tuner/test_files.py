@@ -12,10 +12,11 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from hf_maskpro import MaskProConfig, hub
+from hf_maskpro import MaskProConfig, hub, initialize_masks
 from hf_maskpro.deploy import merge
 from hf_maskpro.deploy.packed import to_packed
 from hf_maskpro.tuner import masked_layers
@@ -149,6 +150,77 @@ def test_a_failure_between_two_files_leaves_the_earlier_adapter(states, monkeypa
     monkeypatch.undo()
     model.save_pretrained(folder)
     assert contents(folder) == new
+
+
+@pytest.mark.parametrize("save_logits", [False, True])
+def test_a_kill_between_two_files_leaves_an_adapter_that_is_old_or_new_or_refused(
+    states, checkpoint, tmp_path, monkeypatch, save_logits
+):
+    folder, _, model, _ = states
+    config = model.peft_config["default"]
+    config.save_logits = save_logits
+    model.save_pretrained(folder)
+    old = masks_in(folder, checkpoint, tmp_path)
+    for layer in masked_layers(model).values():
+        torch.nn.init.normal_(layer.maskpro_theta["default"], std=20)
+    replace, left = os.replace, []
+
+    def note(source, target):
+        replace(source, target)
+        # Others are of files on their way into the temporary folder.
+        if os.path.dirname(target) == str(folder):
+            left.append({name: data for name, data in contents(folder).items() if not name.startswith(".")})
+
+    monkeypatch.setattr(os, "replace", note)
+    model.save_pretrained(folder)
+    monkeypatch.undo()
+    new = masks_in(folder, checkpoint, tmp_path)
+    assert new != old
+    assert len(left) == len(contents(folder))
+    found = []
+    for number, files in enumerate(left):
+        (tmp_path / str(number)).mkdir()
+        for name, data in files.items():
+            (tmp_path / str(number) / name).write_bytes(data)
+        found.append(masks_in(tmp_path / str(number), checkpoint, tmp_path))
+    assert [None if masks == ["refused"] * 4 else masks for masks in found] == [old, None, new]
+
+
+def masks_in(folder, checkpoint, tmp_path):
+    """What every way of reading an adapter reads; "refused" where one line says that its files are of two saves."""
+
+    def loaded():
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), folder)
+
+    def started():
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        model = get_peft_model(model, MaskProConfig(init_mask=f"{folder}/"))
+        initialize_masks(model)
+        return model
+
+    def bits(model):
+        return [layer.mode_codes("default").tolist() for layer in masked_layers(model).values()]
+
+    def merged():
+        merge(checkpoint, folder, tmp_path / "merged", overwrite=True)
+        weights = load_file(tmp_path / "merged" / "model.safetensors")
+        return [(weights[f"{name}.weight"] != 0).tolist() for name in hub.read_masks(folder)[1]]
+
+    ways = (
+        lambda: hub.inspect_adapter(str(folder))["layers"],
+        lambda: bits(loaded()),
+        lambda: bits(started()),
+        merged,
+    )
+    return [known_or_refused(way) for way in ways]
+
+
+def known_or_refused(way):
+    try:
+        return way()
+    except ValueError as error:
+        lines = str(error).splitlines()
+    return "refused" if len(lines) == 1 and "not those that its configuration was saved with" in lines[0] else lines
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_maskpro import MaskProConfig, check_sparsity, initialize_masks
 from hf_maskpro.deploy import merge
 from hf_maskpro.subset import group_members, keep_of
-from hf_maskpro.tuner import MaskProLayer, masked_layers
+from hf_maskpro.tuner import MaskProLayer, masked_layers, unmasked
 
 from ..conftest import tiny_gpt2, tiny_llama
 
@@ -200,7 +200,7 @@ def test_file_is_small_and_config_tells_the_rest(saved):
 def test_a_change_too_small_for_the_shares_by_layer_is_a_stage(saved, base_folder, tmp_path):
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), saved[0], is_trainable=True)
     config = model.peft_config["default"]
-    config.record_stage({"layer": round(1e-7, 6)}, 1e-7, 1, 1)
+    config.record_stage({"layer": round(1e-7, 6)}, 1e-7, 1, "", 1)
     config.save_pretrained(tmp_path / "again")
     lineage = json.loads((tmp_path / "again" / "adapter_config.json").read_text())["lineage"]
     assert [stage["changed"] > 0 for stage in lineage] == [True, True]
@@ -277,6 +277,21 @@ def test_merge_and_unmerge_return_the_weights_bit_for_bit(llama, ids):
     unloaded = model.unload()
     for name, value in unloaded.state_dict().items():
         assert torch.equal(value.view(torch.int32), dense[name].view(torch.int32)), name
+
+
+def test_a_merged_model_is_dense_within_unmasked_and_merged_again_after_it(llama, ids):
+    dense = logits(llama, ids)
+    model = get_peft_model(llama, MaskProConfig(init_mask="random")).eval()
+    model.merge_adapter()
+    expected, merged = logits(model, ids), copy.deepcopy(model.state_dict())
+    with unmasked(model):
+        assert torch.equal(logits(model, ids), dense)
+    assert all(layer.merged for layer in masked_layers(model).values())
+    assert torch.equal(logits(model, ids), expected)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, merged[name]), name
+    model.unmerge_adapter()
+    assert torch.equal(logits(model.unload(), ids), dense)
 
 
 def test_dropped_weights_become_positive_zero_even_where_not_finite():
