@@ -1,8 +1,8 @@
 """
 Peak memory of `hf-maskpro merge` and of `check_sparsity` on a checkpoint of random bfloat16 weights, once in one file
-and once in shards, or by `--layout` in the one alone: shaped as a Llama, or with `--experts` as a mixture that stores its
-experts one by one. Files are mapped, and what is mapped is the system's to drop: anonymous memory is without it, resident
-memory with it. Writes twice the checkpoint's size to `--folder`, and deletes it again. Linux only.
+and once in shards, or by `--layout` in the one alone: shaped as a Llama, or with `--experts` as a mixture that stores
+its experts one by one. Files are mapped, and what is mapped is the system's to drop: anonymous memory is without it,
+resident memory with it. Writes twice the checkpoint's size to `--folder`, and deletes it again. Linux only.
 """
 
 import argparse

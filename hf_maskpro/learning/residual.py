@@ -26,8 +26,9 @@ from .objectives import ranks_of_loss, sequence_losses, share_of_loss
 logger = logging.get_logger(__name__)
 
 STATE_NAME = "residual_state.json"
-# Batches whose loss is computed both ways before cached losses are trusted, and by how much the two may differ.
-PROBES, PROBE_TOLERANCE = 4, 5e-3
+# Batches whose loss is computed both ways before cached losses are trusted, and by how much the two may differ: of
+# examples one by one, in half precision; and of the same batch, by rounding alone.
+PROBES, TOLERANCE_ALONE, TOLERANCE_TOGETHER = 4, 5e-3, 3e-5
 # Deviations that a single residual may count for.
 CLIP = 2.0
 
@@ -360,9 +361,9 @@ class Residual(Estimator):
                 items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
                 with torch.no_grad(), self.adapter.masks(self.adapter.initial), trainer.accelerator.autocast():
                     loss = share_of_loss(trainer, trainer.model, trainer._prepare_inputs(inputs), items).item()
-                for losses, _ in (alone, together):
+                for (losses, _), tolerance in ((alone, TOLERANCE_ALONE), (together, TOLERANCE_TOGETHER)):
                     found = losses[index].sum().item() * ranks_of_loss(trainer) / float(items)
-                    sound &= abs(found - loss) <= PROBE_TOLERANCE * abs(loss)
+                    sound &= abs(found - loss) <= tolerance * abs(loss)
             # Of another example, or of a token more, the loss may be much the same.
             return sound and torch.equal(alone[1], together[1])
         except torch.OutOfMemoryError:

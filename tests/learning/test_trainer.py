@@ -21,6 +21,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
 from hf_maskpro.learning import residual
@@ -317,6 +318,11 @@ def padded_on_the_left(items):
     }
 
 
+def slightly_more(outputs, labels, num_items_in_batch):
+    """As the loss of a model that balances its experts."""
+    return 1.0005 * ForCausalLMLoss(outputs.logits, labels, 34, num_items_in_batch)
+
+
 def ragged_rows():
     return [{key: value[: 3 + i % 9] for key, value in row.items()} for i, row in enumerate(rows(16))]
 
@@ -328,6 +334,7 @@ def ragged_rows():
         (ragged_rows(), {"data_collator": padded_on_the_left}),
         (rows(16), {"data_collator": DataCollatorWithFlattening(return_tensors="pt")}),
         (rows(16), {"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.logits.square().mean()}),
+        (rows(16), {"compute_loss_func": slightly_more}),
     ],
 )
 def test_what_has_no_loss_of_its_own_is_never_cached(tmp_path, llama, examples, options):
