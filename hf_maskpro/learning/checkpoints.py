@@ -78,7 +78,7 @@ def _is_whole(folder: Path) -> bool:
     try:
         sizes = dict(json.loads((folder / FILES_NAME).read_text()))
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -113,6 +113,20 @@ class EndsWithCheckpoint(TrainerCallback):
             signal.signal(number, handler)
         self._handlers = {}
 
+    def data_failed(self, args: TrainingArguments, error: Exception | None) -> bool:
+        """Whether the data of this process or of another have failed, which all of them have to ask at once."""
+        self.reason = error or self.reason
+        fails = error is not None
+        if self.accelerator.num_processes > 1 and args.save_strategy != SaveStrategy.NO:
+            fails = self._any(args, fails)
+            if fails and error is None:
+                self.reason = RuntimeError("the data of another process failed, which says why.")
+        return fails
+
+    def _any(self, args: TrainingArguments, is_true: bool) -> bool:
+        """Whether something is true in any process."""
+        return bool(self.accelerator.reduce(torch.tensor(int(is_true), device=args.device), "sum"))
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.reason = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
         self.restore_handlers()
@@ -121,7 +135,7 @@ class EndsWithCheckpoint(TrainerCallback):
         stops = self.reason is not None
         if self.accelerator.num_processes > 1 and args.save_strategy != SaveStrategy.NO:
             # A signal may find ranks in different steps.
-            stops = bool(self.accelerator.reduce(torch.tensor(int(stops), device=args.device), "sum"))
+            stops = self._any(args, stops)
             self.reason = self.reason or (SystemExit(128 + signal.SIGTERM) if stops else None)
         if stops:
             control.should_save = control.should_training_stop = True

@@ -91,12 +91,24 @@ class Repeated(IterableDataset):
 
     Args:
         dataset (`torch.utils.data.IterableDataset`): The rows.
+        ends_on_error (`bool`):
+            End where the dataset fails, and keep the `error`: other processes wait for what this one reads, and would
+            wait for ever. What a worker reads fails all the same.
     """
 
-    def __init__(self, dataset: IterableDataset):
-        self.dataset = dataset
+    def __init__(self, dataset: IterableDataset, ends_on_error: bool = False):
+        self.dataset, self.ends_on_error = dataset, ends_on_error
+        self.error: Exception | None = None
 
     def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._rows()
+        except Exception as error:
+            if not self.ends_on_error or get_worker_info() is not None:
+                raise
+            self.error = error
+
+    def _rows(self) -> Iterator[Any]:
         for epoch in count():
             _set_epoch(self.dataset, epoch)
             is_empty = True

@@ -1,11 +1,13 @@
 """Trains a mask adapter: a `Trainer` that asks its estimator."""
 
 import json
+import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 
 from ..tuner import MaskProConfig, check_calls, saved_config
 from ..tuner.card import PLOT, load_card, save_card
+from ..tuner.files import one_line
 from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
 from .checkpoints import UNFINISHED, EndsWithCheckpoint, checkpoint_to_resume, place_checkpoint
@@ -179,7 +182,8 @@ class MaskProTrainer(Trainer):
         self.estimator.begin()
         dataset = self.train_dataset
         if isinstance(dataset, IterableDataset) and not has_length(dataset):
-            self.train_dataset = Repeated(dataset)
+            several = self.accelerator.num_processes > 1
+            self.train_dataset = Repeated(dataset, several and self.args.save_strategy != SaveStrategy.NO)
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -210,24 +214,30 @@ class MaskProTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         return self.estimator.train_dataloader(super().get_train_dataloader)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        batches: list[Any] = []
+        error = None
         try:
-            batches, items = super().get_batch_samples(*args, **kwargs)
-            if not batches and isinstance(self.train_dataset, Repeated):
-                warnings.warn(
-                    f"the data ended after step {self.state.global_step} of max_steps={self.state.max_steps}, and "
-                    "gave nothing when they were begun again; the run ends here.",
-                    stacklevel=2,
-                )
-                self.control.should_training_stop = True
-            return batches, items
-        except Exception as error:
-            # Between two steps nothing is half done. Of several ranks the others would wait for this one.
-            if self.args.save_strategy == SaveStrategy.NO or self.accelerator.num_processes > 1:
+            batches = list(islice(epoch_iterator, num_batches))
+        except Exception as failed:
+            if self.args.save_strategy == SaveStrategy.NO:
                 raise
-            self._ending.reason = error
+            error = failed
+        stream = self.train_dataset if isinstance(self.train_dataset, Repeated) else None
+        # Between two steps nothing is half done.
+        if self._ending.data_failed(self.args, error or (stream.error if stream else None)):
             self.control.should_training_stop = True
             return [], None
+        if stream and not batches:
+            warnings.warn(
+                f"the data ended after step {self.state.global_step} of max_steps={self.state.max_steps}, and "
+                "gave nothing when they were begun again; the run ends here.",
+                stacklevel=2,
+            )
+            self.control.should_training_stop = True
+        return super().get_batch_samples(iter(batches), num_batches, device)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -365,8 +375,8 @@ class MaskProTrainer(Trainer):
         mine, theirs = objective_name(self.args), saved.start.get("training", {}).get("objective")
         if theirs not in (None, mine):
             raise ValueError(
-                f"{resume_from_checkpoint} minimises {theirs}, and objective is {mine}; resume with the same, or "
-                "start a new run from it."
+                f"{resume_from_checkpoint} minimises {one_line(theirs)}, and objective is {mine}; resume with the "
+                "same, or start a new run from it."
             )
         for name in ("n", "m", "logit_scale"):
             mine, theirs = getattr(self.config, name), getattr(saved, name)
@@ -414,4 +424,13 @@ class MaskProTrainer(Trainer):
             self.estimator.load(Path(checkpoint))
             # A plain trainer counts none.
             if (skipped := Path(checkpoint, SKIPPED_NAME)).is_file():
-                self.estimator.skipped = int(json.loads(skipped.read_text()))
+                self.estimator.skipped = _count_in(skipped)
+
+
+def _count_in(path: Path) -> int:
+    text = path.read_bytes()
+    if not re.fullmatch(rb"0|[1-9][0-9]{0,17}", text):
+        raise ValueError(
+            f"{path} holds {text[:50]!r}, which is no count of updates; resume from an earlier checkpoint."
+        )
+    return int(text)

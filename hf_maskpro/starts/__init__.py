@@ -92,7 +92,10 @@ def initialize_masks(model: nn.Module, dataloader: Iterable[Mapping[str, torch.T
 def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batches: list[dict[str, Any]]) -> None:
     for name, layer in masked_layers(model, adapter_name).items():
         if layer.base_weight.is_meta:
-            raise ValueError(f"the weight of {name} is offloaded or not there; load the base model whole.")
+            raise ValueError(
+                f"the weight of {name} is offloaded or not there; load the base model whole, without device_map: on a "
+                "CPU it is mapped from its file, and read layer by layer."
+            )
     with_data = needs_data(config.init_mask)
     rule, refined = split_init_mask(config.init_mask)
     if rule not in RULES:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from hf_maskpro import MaskProConfig, MaskProTrainer
+from hf_maskpro.learning.estimator import Estimator
 from hf_maskpro.tuner import MaskProLayer
 
 from ..conftest import tiny_llama
@@ -89,6 +90,23 @@ class Traffic(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.given: list[int] = []
+        # Of these what goes into comparing the processes.
+        self.hashes: list[int] = []
+
+    def __enter__(self):
+        self.check = Estimator.check_processes
+
+        def check(estimator, step):
+            before = len(self.given)
+            self.check(estimator, step)
+            self.hashes += self.given[before:]
+
+        Estimator.check_processes = check
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        Estimator.check_processes = self.check
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
@@ -123,6 +141,38 @@ class IsStopped(TrainerCallback):
             signal.raise_signal(signal.SIGTERM)
 
 
+class FailingRows(list):
+    """Rows of which one process gets six."""
+
+    def __getitem__(self, index):
+        self.asked = vars(self).get("asked", 0) + 1
+        if self.asked > 6 and PartialState().process_index == 1:
+            raise OSError("the disk is gone")
+        return super().__getitem__(index)
+
+
+class FailingStream(torch.utils.data.IterableDataset):
+    """Rows that one process reads for all, of each of which there are six."""
+
+    def __iter__(self):
+        yield from rows(6 * PartialState().num_processes)
+        raise OSError("the disk is gone")
+
+
+def run_failing(folder: Path) -> list:
+    """How runs end whose data fail, after which step, and what is left then."""
+    ends = []
+    for dataset in (FailingRows(rows(64)), FailingStream()):
+        run = folder / type(dataset).__name__
+        trainer = trainer_of("scaled", run, max_steps=4, save_strategy="steps", save_steps=4, baseline="step")
+        trainer.train_dataset = dataset
+        try:
+            trainer.train()
+        except (OSError, RuntimeError) as error:
+            ends.append([str(error), trainer.state.global_step, [path.name for path in run.glob("checkpoint-*")]])
+    return ends
+
+
 def main(folder: Path, masks: int) -> None:
     options = {"gradient_accumulation_steps": masks}
     told = {}
@@ -134,7 +184,7 @@ def main(folder: Path, masks: int) -> None:
         with Traffic() if name == "raw" else nullcontext() as traffic:
             trainer.train()
         if traffic:
-            told["bytes"] = traffic.given
+            told |= {"bytes": traffic.given, "hashes": traffic.hashes}
         save_file(logits_of(trainer), folder / f"{name}-{rank}.safetensors")
     told["seeds"] = seeds[:10]
 
@@ -152,6 +202,7 @@ def main(folder: Path, masks: int) -> None:
     trainer.train(resume_from_checkpoint=True)
     save_file(logits_of(trainer), folder / f"resumed-{rank}.safetensors")
 
+    told["failed"] = run_failing(folder)
     told["split"] = run_sharded(folder, rank)
     try:
         trainer_of("simple", folder, fsdp=True)

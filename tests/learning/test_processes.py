@@ -76,11 +76,13 @@ def test_masks_of_several_processes_are_those_of_one(ran, tmp_path, name):
 
 
 def test_processes_tell_each_other_seeds_and_scalars_alone(ran):
-    """Sixteen bytes a mask, and eight for the number of tokens; what is compared and logged comes on top, seldom."""
+    """Sixteen bytes a mask, and eight for the number of tokens; a hash after the first and the last step, and logs."""
     steps = RUNS["raw"]["max_steps"]
     for told in ran.told:
+        assert told["hashes"] == [8, 8]
         assert told["bytes"].count(16 * ran.masks) == steps
-        assert sum(told["bytes"]) <= steps * (16 * ran.masks + 8) + 64
+        logged = sum(told["bytes"]) - steps * (16 * ran.masks + 8) - sum(told["hashes"])
+        assert 0 <= logged <= 24
 
 
 def test_every_process_draws_masks_of_its_own_in_simple(ran):
@@ -99,6 +101,16 @@ def test_several_processes_stop_together_and_resume_exactly(ran):
     for rank in range(ran.processes):
         whole, resumed = ran.logits("whole", rank), ran.logits("resumed", rank)
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_data_that_fail_in_one_process_end_all_with_a_checkpoint(ran):
+    """Rows are read by each process, a stream by the first; the next batch is asked for while a step runs."""
+    other = "the data of another process failed, which says why."
+    for rank, told in enumerate(ran.told):
+        of_rows, of_stream = told["failed"]
+        assert of_rows[0] == ("the disk is gone" if rank == 1 else other)
+        assert of_stream[0] == ("the disk is gone" if rank == 0 else other)
+        assert of_rows[1:] == of_stream[1:] == [2, ["checkpoint-2"]]
 
 
 @pytest.mark.parametrize("estimator", SHARDED)

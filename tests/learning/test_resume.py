@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import get_peft_model
 from transformers import LlamaForCausalLM, TrainerCallback
 
@@ -74,7 +74,7 @@ def learner(folder, dataset, base=tiny_llama, **options):
         "max_steps": 5, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 4,
         "train_sampling_strategy": "sequential",
     } | options  # fmt: skip
-    return Stops(model, arguments(folder, "simple", **options), train_dataset=dataset)
+    return Stops(model, arguments(folder, **{"estimator": "simple"} | options), train_dataset=dataset)
 
 
 def checkpoints(folder):
@@ -218,11 +218,31 @@ def test_a_finished_run_over_a_stream_ends_when_it_is_resumed(tmp_path):
     assert trainer.train(resume_from_checkpoint=True).global_step == 2
 
 
-def test_offloaded_logits_are_refused(tmp_path):
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_offloaded_logits_are_refused(tmp_path, to_disk):
     trainer = learner(tmp_path, rows())
-    cpu_offload(trainer.model)
+    disk_offload(trainer.model, tmp_path / "offloaded") if to_disk else cpu_offload(trainer.model)
     with pytest.raises(ValueError, match=r"has logits that are offloaded.*; load the model without device_map"):
         MaskProTrainer(trainer.model, trainer.args, train_dataset=rows())
+
+
+@pytest.mark.parametrize("estimator", ["simple", "residual"])
+def test_a_model_that_is_spread_over_devices_learns_what_a_whole_one_does(tmp_path, estimator):
+    """By the hooks that `device_map` brings; of devices there is only one here."""
+
+    def spread():
+        names = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
+        return dispatch_model(tiny_llama(), dict.fromkeys(names, "cpu"), force_hooks=True)
+
+    learned = []
+    for make in (tiny_llama, spread):
+        trainer = learner(tmp_path / make.__name__, rows(), make, estimator=estimator, save_strategy="no")
+        hooked = [module for module in trainer.model.modules() if "_hf_hook" in vars(module)]
+        assert bool(hooked) == (make is spread)
+        trainer.train()
+        learned.append(thetas(trainer.model))
+    assert any(theta.any() for theta in learned[0])
+    assert same(*learned)
 
 
 def test_a_checkpoint_that_lacks_a_file_is_passed_over(tmp_path, alone):
@@ -254,6 +274,8 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2" / "logits").write_text("who")
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-2" / "files.json").write_text("[" * 10**5)
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
 
 
 def test_what_a_checkpoint_replaces_goes_when_its_place_is_on_the_disk(tmp_path, monkeypatch):
@@ -277,3 +299,15 @@ def test_the_bar_shows_loss_and_changed_groups(tmp_path, capsys):
     assert "5/5" in last
     assert "changed=" in last
     assert "loss=" in last
+
+
+@pytest.mark.parametrize(
+    ("where", "package"), [("tensorboard", "tensorboardX"), pytest.param("trackio", "trackio", marks=pytest.mark.slow)]
+)
+def test_what_is_logged_goes_where_it_is_reported_to(tmp_path, monkeypatch, where, package):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    pytest.importorskip(package)
+    learner(tmp_path, rows(), report_to=[where], logging_steps=1, save_strategy="no").train()
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"train/loss" in written
+    assert b"train/changed" in written

@@ -1,8 +1,11 @@
 """Masks that are learned one decoder layer after another."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import LlamaForCausalLM
 
 from hf_maskpro import MaskProConfig, check_sparsity, initialize_masks
 from hf_maskpro.starts import blocks
@@ -66,6 +69,37 @@ def test_nothing_but_masks_is_left(monkeypatch):
         assert not theta.requires_grad
         assert theta.grad is None
         assert layer._masked_weight is None
+
+
+def in_file(parameter, path):
+    """Whether a parameter is where a file is mapped: it is read when it is used, and takes no memory of its own."""
+    maps = [
+        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line
+    ]
+    return any(int(start, 16) <= parameter.data_ptr() < int(end, 16) for start, end in maps)
+
+
+def test_weights_stay_in_the_checkpoint(tmp_path, monkeypatch):
+    """So what is in memory of a model is the decoder layer at work, however many there are."""
+    tiny_llama(num_hidden_layers=4).save_pretrained(tmp_path)
+    base = LlamaForCausalLM.from_pretrained(tmp_path)
+    seen, own = [], blocks.learn
+
+    def are_in_file():
+        return all(
+            in_file(parameter, tmp_path) for name, parameter in base.named_parameters() if "maskpro" not in name
+        )
+
+    def learn(*args):
+        own(*args)
+        seen.append(are_in_file())
+
+    monkeypatch.setattr(blocks, "learn", learn)
+    monkeypatch.setattr(blocks, "STEPS", 1)
+    model = get_peft_model(base, MaskProConfig(init_mask="magnitude+blocks", inference_mode=True))
+    initialize_masks(model, calibration())
+    assert seen == [True] * 4
+    assert not in_file(torch.zeros(4), tmp_path)
 
 
 def test_a_start_is_followed_by_no_other_refinement():
