@@ -20,7 +20,7 @@ from ..starts.sources import Tensors, locate, open_adapter, saved_codes
 from ..subset import keep_of
 from ..tuner import masked_layers, saved_config
 from ..tuner.base import HALF, UNKNOWN, fingerprint_of_sample, is_other, sampled_step, warn_if_quantized
-from ..tuner.files import inside, json_object, weight_files
+from ..tuner.files import inside, json_object, one_line, weight_files
 from ..tuner.layer import MaskProLayer
 from .card import write_merged_card
 from .check import check_weights, saved_weights, skeleton_of
@@ -151,9 +151,11 @@ def _check_fit(layers: dict[str, tuple[str, MaskProLayer]], saved: Tensors, piec
     for key in saved:
         name, _, kind = key.removeprefix("base_model.model.").partition(".maskpro_")
         if not kind:
-            raise ValueError(f"the adapter also holds {name}, from modules_to_save; merge it with {_IN_MEMORY}.")
+            raise ValueError(
+                f"the adapter also holds {one_line(name)}, from modules_to_save; merge it with {_IN_MEMORY}."
+            )
         if name not in names:
-            raise ValueError(f"the adapter file has masks for layers that the model has not: {name}.")
+            raise ValueError(f"the adapter file has masks for layers that the model has not: {one_line(name)}.")
     held = dict.fromkeys(layers, 0)
     for found in pieces.values():
         for piece in found:

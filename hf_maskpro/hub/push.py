@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from peft import PeftModel
 
+from ..tuner import saved_config
 from ..tuner.card import (
     CARD_FILE,
     CARD_FILES,
@@ -23,7 +24,7 @@ from ..tuner.card import (
     save_card,
     write_card,
 )
-from ..tuner.files import inside, private_folder
+from ..tuner.files import inside, json_object, private_folder
 from ..tuner.registration import NAME
 from .reading import own_bytes
 
@@ -118,7 +119,7 @@ def push_folder(
 
 def _with_base(path: Path, base_model: str | None) -> dict[Path, Any]:
     """The configuration and card of an adapter, by their paths, with another base model than that of its folder."""
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = json_object(path)
     base = saved.get("base_model_name_or_path")
     if base_model is None:
         if base and hub_id(base) is None:
@@ -128,7 +129,7 @@ def _with_base(path: Path, base_model: str | None) -> dict[Path, Any]:
                 stacklevel=3,
             )
         return {}
-    saved["base_model_name_or_path"] = base_model
+    saved = saved_config(path.parent).to_dict() | saved | {"base_model_name_or_path": base_model}
     with TemporaryDirectory() as temporary:
         for name in CARD_FILES:
             if (path.parent / name).is_file():

@@ -15,7 +15,7 @@ from ..subset.codec import packed_width, word_layout
 from ..tuner import MaskProConfig, saved_config
 from ..tuner.base import check_masks
 from ..tuner.card import CARD_FILES, CONFIG_FILE, share_changed, write_card
-from ..tuner.files import private_folder
+from ..tuner.files import json_object, one_line, private_folder
 from ..tuner.layer import LOGITS
 
 
@@ -48,7 +48,7 @@ def read_masks(folder: str | Path) -> tuple[MaskProConfig, dict[str, torch.Tenso
                 if kind == "mask":
                     packed = tensors.get_tensor(key)
                     if packed.ndim != 2 or not packed.numel():
-                        raise ValueError(f"{key} has shape {list(packed.shape)}, not [out_features, bytes].")
+                        raise ValueError(f"{one_line(key)} has shape {list(packed.shape)}, not [out_features, bytes].")
                     check_packed(packed, config.n, config.m, packed.shape[1] // size * digits * config.m)
                     masks[_layer(key)] = packed
                 elif kind == "theta":
@@ -62,12 +62,12 @@ def read_masks(folder: str | Path) -> tuple[MaskProConfig, dict[str, torch.Tenso
 
 def _check_logits(key: str, theta: torch.Tensor, packed: torch.Tensor | None, config: MaskProConfig) -> None:
     if packed is None:
-        raise ValueError(f"it holds {key} without the mask that it starts from.")
+        raise ValueError(f"it holds {one_line(key)} without the mask that it starts from.")
     fits = theta.ndim == 3 and theta.shape[:2] == (len(packed), config.m)
     if not fits or packed.shape[1] != packed_width(config.n, config.m, theta.shape[2] * config.m):
-        raise ValueError(f"{key} has shape {list(theta.shape)}, which is not that of its mask.")
+        raise ValueError(f"{one_line(key)} has shape {list(theta.shape)}, which is not that of its mask.")
     if theta.dtype not in LOGITS or not theta.isfinite().all():
-        raise ValueError(f"{key} holds logits that are not finite numbers in float32 or bfloat16.")
+        raise ValueError(f"{one_line(key)} holds logits that are not finite numbers in float32 or bfloat16.")
 
 
 def _kind(key: str, config: MaskProConfig) -> str:
@@ -77,7 +77,7 @@ def _kind(key: str, config: MaskProConfig) -> str:
         return kind
     # By the end of a name, as PEFT does: "norm" stands for every layernorm too.
     if not any(f"{module}." in key for module in config.modules_to_save or []):
-        raise ValueError(f"it holds {key}, which is neither a mask nor of modules_to_save.")
+        raise ValueError(f"it holds {one_line(key)}, which is neither a mask nor of modules_to_save.")
     return "weight"
 
 
@@ -89,7 +89,7 @@ def _layer(key: str) -> str:
 def _check_whole(config: MaskProConfig, layers: Collection[str]) -> None:
     expected = config.lineage[-1]["groups_changed"] if config.lineage else {}
     if missing := sorted(set(expected) - set(layers)):
-        raise ValueError(f"the adapter file has no mask for {missing[0]}.")
+        raise ValueError(f"the adapter file has no mask for {one_line(missing[0])}.")
 
 
 def inspect_adapter(source: str, revision: str | None = None, subfolder: str | None = None) -> dict[str, Any]:
@@ -159,9 +159,9 @@ def record_evaluation(folder: str | Path, dataset: str, metric: str, value: floa
     if not isfinite(value):
         raise ValueError(f"{metric} on {dataset} is {value}, which is no result to record.")
     path = folder / CONFIG_FILE
-    raw = json.loads(path.read_text(encoding="utf-8"))
     entry = {"dataset": dataset, "metric": metric, "value": value, "protocol": protocol}
-    saved_config(folder)
+    # What it leaves out has its default.
+    raw = saved_config(folder).to_dict() | json_object(path)
     if not raw.get("lineage") or not raw.get("target_weights"):
         raise ValueError(f"{path} does not say how its mask was made; save the adapter again.")
     stage = raw["lineage"][-1]

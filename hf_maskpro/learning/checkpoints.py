@@ -78,7 +78,7 @@ def _is_whole(folder: Path) -> bool:
     try:
         sizes = dict(json.loads((folder / FILES_NAME).read_text()))
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 

@@ -95,19 +95,20 @@ class OptimizerInBackward:
             saved = load_file(path) if path.is_file() else {}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}; resume from an earlier checkpoint.") from error
-        shapes = {name: value.shape for name, value in saved.items()}
-        mine = {f"{i}.second_moment": moment.shape for i, moment in enumerate(self.second_moments)}
-        if shapes != mine | {f"{i}.updates": count.shape for i, count in enumerate(self.updates)}:
+        mine = {f"{i}.second_moment": moment for i, moment in enumerate(self.second_moments)}
+        mine |= {f"{i}.updates": count for i, count in enumerate(self.updates)}
+        kinds, known = (
+            {name: (value.dtype, value.shape) for name, value in tensors.items()} for tensors in (mine, saved)
+        )
+        if known != kinds:
             raise ValueError(
                 f"{path} does not hold the state of these layers; resume with the settings of the checkpoint."
             )
         for name, value in saved.items():
-            whole = value.dtype == torch.uint8 if "moment" in name else value.isfinite() and value >= 0
-            if not whole:
+            if not ((value >= 0) & value.isfinite()).all():
                 raise ValueError(f"{path} has a {name} that no run writes; resume from an earlier checkpoint.")
-        for i, (moment, count) in enumerate(zip(self.second_moments, self.updates, strict=True)):
-            moment.copy_(saved[f"{i}.second_moment"])
-            count.copy_(saved[f"{i}.updates"])
+        for name, value in mine.items():
+            value.copy_(saved[name])
 
 
 def _planes(theta: torch.Tensor) -> torch.Tensor:

@@ -95,8 +95,8 @@ class Relaxation(Estimator):
             saved = load_file(path)
         except (OSError, SafetensorError):
             saved = {}
-        shapes = {str(index): value.shape for index, value in enumerate(self.values)}
-        if {key: value.shape for key, value in saved.items()} != shapes:
+        kinds = {str(index): (value.dtype, value.shape) for index, value in enumerate(self.values)}
+        if {key: (value.dtype, value.shape) for key, value in saved.items()} != kinds:
             raise ValueError(f"{path} does not hold the values of this run; start a new run from the checkpoint.")
         if other := [key for key, value in saved.items() if not value.isfinite().all()]:
             raise ValueError(f"{path} holds values that are not finite, of layer {other[0]}; resume from another.")

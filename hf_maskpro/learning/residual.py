@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..subset import Distribution
 from ..tuner import MaskProLayer
+from ..tuner.base import plain
 from .adapter import MaskWeight, TrainedAdapter
 from .estimator import Estimator, TrainingStep
 from .objectives import ranks_of_loss, sequence_losses, share_of_loss
@@ -26,8 +27,9 @@ from .objectives import ranks_of_loss, sequence_losses, share_of_loss
 logger = logging.get_logger(__name__)
 
 STATE_NAME = "residual_state.json"
-# Batches whose loss is computed both ways before cached losses are trusted, and by how much the two may differ.
-PROBES, PROBE_TOLERANCE = 4, 5e-3
+# Batches whose loss is computed both ways before cached losses are trusted. The two may differ by a rounding of each
+# token's, of random signs, and by what is left of that in float32; found was at most a tenth of either.
+PROBES, LEAST_TOLERANCE = 4, 5e-5
 # Deviations that a single residual may count for.
 CLIP = 2.0
 
@@ -53,7 +55,8 @@ class ResidualArguments:
         baseline (`str`, defaults to `"auto"`):
             Where the loss of the initial mask comes from: `"step"` computes it with every batch, `"cache"` once per
             example before training. The latter is refused where an example's loss depends on its company or on when
-            it is drawn, which a few batches tell. `"auto"` is the cheaper of those that are sound.
+            it is drawn, which a few batches tell, and left where an example has other tokens later. `"auto"` is the
+            cheaper of those that are sound.
     """
 
     masks_per_step: int = field(default=1, metadata={"help": "Masks that `residual` samples for a step."})
@@ -111,7 +114,9 @@ class Residual(Estimator):
         # Of the mask that the layers apply.
         self._seed = 0
         self._history: dict[str, list[float]] = {"residual": [], "tracker": []}
+        # What [`_cached`] says of all examples.
         self._baselines: torch.Tensor | None = None
+        self._tokens = torch.empty(0, 2, dtype=torch.int64)
 
     def check(self) -> None:
         args = self.trainer.args
@@ -183,10 +188,9 @@ class Residual(Estimator):
         inputs = trainer._prepare_inputs(inputs)
         with torch.no_grad(), trainer.compute_loss_context_manager():
             loss = self._loss(self._sampled, model, inputs, num_items_in_batch)
-            if index is None:
+            if index is None or self._baselines is None or not self._are_known(index.cpu(), inputs["labels"]):
                 baseline = self._loss(self.adapter.initial, model, inputs, num_items_in_batch)
             else:
-                assert self._baselines is not None
                 assert num_items_in_batch is not None
                 known = self._baselines[index.cpu()].sum() * ranks_of_loss(trainer)
                 baseline = (known / float(num_items_in_batch)).to(loss)
@@ -197,6 +201,17 @@ class Residual(Estimator):
                 self._move_logits(seeds, residuals)
             self._micro_batches = 0
         return loss
+
+    def _are_known(self, index: torch.Tensor, labels: torch.Tensor) -> bool:
+        """Whether examples are what they were when their losses were cached; else those are forgotten."""
+        if torch.equal(_tokens_of(labels), self._tokens[index]):
+            return True
+        self._baselines = None
+        logger.warning(
+            "residual: an example has other tokens than when its loss was cached, so from now on every step computes "
+            "its baseline; use baseline='step' with data that are drawn at random."
+        )
+        return False
 
     def _loss(
         self, mask: MaskWeight, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor | int | None
@@ -311,9 +326,11 @@ class Residual(Estimator):
             if all(gather_object([self._cache_is_sound()])):
                 accelerator = trainer.accelerator
                 mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-                losses, _ = self._cached(mine, trainer._train_batch_size)
-                self._baselines = accelerator.reduce(losses.to(trainer.args.device)).cpu()
-                return default()
+                cached = self._cached(mine, trainer._train_batch_size)
+                losses, tokens = (accelerator.reduce(part.to(trainer.args.device)).cpu() for part in cached)
+                if all(gather_object([self._add_up(self._unlike(tokens[:, 1]), losses)])):
+                    self._baselines, self._tokens = losses, tokens
+                    return default()
         finally:
             trainer.train_dataset, trainer.data_collator = dataset, collator
         if trainer.args.baseline == "cache":
@@ -347,38 +364,53 @@ class Residual(Estimator):
         By evidence: whether the trainer's loss of a few batches is what the losses of their examples add up to, each
         computed by itself and as they will be cached.
         """
-        trainer = self.trainer
-        size = trainer._train_batch_size
+        size = self.trainer._train_batch_size
         # A generator of its own: a draw from torch's would change the run.
         generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(len(trainer.train_dataset), generator=generator)[: PROBES * size].tolist()
-        sound = True
+        order = torch.randperm(len(self.trainer.train_dataset), generator=generator)[: PROBES * size].tolist()
         try:
             alone, together = self._cached(order, 1), self._cached(order, size)
-            for inputs in self._batches(order, size):
-                index = inputs.pop(_INDEX)
-                items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-                with torch.no_grad(), self.adapter.masks(self.adapter.initial), trainer.accelerator.autocast():
-                    loss = share_of_loss(trainer, trainer.model, trainer._prepare_inputs(inputs), items).item()
-                for losses, _ in (alone, together):
-                    found = losses[index].sum().item() * ranks_of_loss(trainer) / float(items)
-                    sound &= abs(found - loss) <= PROBE_TOLERANCE * abs(loss)
             # Of another example, or of a token more, the loss may be much the same.
-            return sound and torch.equal(alone[1], together[1])
+            return torch.equal(alone[1], together[1]) and self._add_up(order, alone[0], together[0])
         except torch.OutOfMemoryError:
             raise
         # Of what has no labels or no logits, or is no batch of rows, the losses cannot be cached.
-        except (KeyError, AttributeError, TypeError, ValueError, IndexError, RuntimeError, ZeroDivisionError):
+        except (KeyError, AttributeError, TypeError, ValueError, IndexError, RuntimeError):
             return False
+
+    def _add_up(self, order: list[int], *cached: torch.Tensor) -> bool:
+        """Whether the trainer's loss of batches of examples is the sum of cached ones, but for rounding."""
+        trainer = self.trainer
+        half = trainer.accelerator.mixed_precision == "bf16"
+        rounding = torch.finfo(torch.bfloat16 if half else plain(self.adapter.layers[0].base_weight).dtype).eps
+        for inputs in self._batches(order, trainer._train_batch_size):
+            index = inputs.pop(_INDEX)
+            items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+            if not (count := float(items)):
+                return False
+            with torch.no_grad(), self.adapter.masks(self.adapter.initial), trainer.accelerator.autocast():
+                loss = share_of_loss(trainer, trainer.model, trainer._prepare_inputs(inputs), items).item()
+            # A divergence near 0 is a difference of logarithms that are not.
+            tolerance = max(1.0, abs(loss)) * (rounding / sqrt(count) + LEAST_TOLERANCE)
+            for losses in cached:
+                if not abs(losses[index].sum().item() * ranks_of_loss(trainer) / count - loss) <= tolerance:
+                    return False
+        return True
+
+    def _unlike(self, lengths: torch.Tensor) -> list[int]:
+        """The shortest and the longest examples, side by side: of a few that are padded a draw may show none."""
+        order = lengths.argsort()
+        pairs = torch.stack([order, order.flip(0)], dim=1)[: PROBES * self.trainer._train_batch_size // 2]
+        return pairs.flatten().tolist() if lengths.min() < lengths.max() else []
 
     def _cached(self, examples: Sequence[int], size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Summed loss of examples under the initial mask, so many at a time: float64 `[all examples]`; and the sum of the
-        ids of the tokens that it is of, each plus one, int64.
+        Summed loss of examples under the initial mask, so many at a time: float64 `[all examples]`; and what is told
+        of the tokens that it is of, int64 `[all examples, 2]`.
         """
         trainer = self.trainer
         losses = torch.zeros(len(trainer.train_dataset), dtype=torch.float64)
-        tokens = torch.zeros(len(losses), dtype=torch.int64)
+        tokens = torch.zeros(len(losses), 2, dtype=torch.int64)
         trainer.model.eval()
         for inputs in tqdm(self._batches(examples, size), desc="baseline loss", disable=trainer.args.disable_tqdm):
             index = inputs.pop(_INDEX)
@@ -393,7 +425,7 @@ class Residual(Estimator):
             if len(found) != len(index):
                 raise ValueError(f"{len(index)} examples become {len(found)} rows.")
             losses[index] = found.double().cpu()
-            tokens[index] = (labels + 1).masked_fill(labels == -100, 0)[:, 1:].sum(1).cpu()
+            tokens[index] = _tokens_of(labels)
         return losses, tokens
 
     def _batches(self, examples: Sequence[int], size: int) -> DataLoader:
@@ -401,6 +433,12 @@ class Residual(Estimator):
         return DataLoader(
             dataset, batch_size=size, collate_fn=collator, sampler=list(examples), generator=torch.Generator()
         )
+
+
+def _tokens_of(labels: torch.Tensor) -> torch.Tensor:
+    """Of every row the sum of its labels, each plus one, and their number: int64 `[rows, 2]`."""
+    counts = labels[:, 1:] != -100
+    return torch.stack([(labels[:, 1:] + 1).where(counts, 0).sum(1), counts.sum(1)], dim=1).cpu()
 
 
 class _Indexed(Dataset):

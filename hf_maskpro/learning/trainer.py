@@ -1,6 +1,7 @@
 """Trains a mask adapter: a `Trainer` that asks its estimator."""
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 
 from ..tuner import MaskProConfig, check_calls, saved_config
 from ..tuner.card import PLOT, load_card, save_card
+from ..tuner.files import one_line
 from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
 from .checkpoints import UNFINISHED, EndsWithCheckpoint, checkpoint_to_resume, place_checkpoint
@@ -373,8 +375,8 @@ class MaskProTrainer(Trainer):
         mine, theirs = objective_name(self.args), saved.start.get("training", {}).get("objective")
         if theirs not in (None, mine):
             raise ValueError(
-                f"{resume_from_checkpoint} minimises {theirs}, and objective is {mine}; resume with the same, or "
-                "start a new run from it."
+                f"{resume_from_checkpoint} minimises {one_line(theirs)}, and objective is {mine}; resume with the "
+                "same, or start a new run from it."
             )
         for name in ("n", "m", "logit_scale"):
             mine, theirs = getattr(self.config, name), getattr(saved, name)
@@ -422,4 +424,13 @@ class MaskProTrainer(Trainer):
             self.estimator.load(Path(checkpoint))
             # A plain trainer counts none.
             if (skipped := Path(checkpoint, SKIPPED_NAME)).is_file():
-                self.estimator.skipped = int(json.loads(skipped.read_text()))
+                self.estimator.skipped = _count_in(skipped)
+
+
+def _count_in(path: Path) -> int:
+    text = path.read_bytes()
+    if not re.fullmatch(rb"0|[1-9][0-9]{0,17}", text):
+        raise ValueError(
+            f"{path} holds {text[:50]!r}, which is no count of updates; resume from an earlier checkpoint."
+        )
+    return int(text)

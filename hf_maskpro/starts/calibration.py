@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -167,7 +167,10 @@ def _identity(model: PreTrainedModel) -> str:
 
 
 def _read(path: Path, made_by: dict[str, str]) -> torch.Tensor:
-    with safe_open(path, framework="pt") as file:
-        if file.metadata() != made_by:
-            raise ValueError(f"{path.parent} holds text by another model, seed or seq_len; remove or rename it.")
-        return file.get_tensor("input_ids")
+    try:
+        with safe_open(path, framework="pt") as file:
+            if file.metadata() != made_by:
+                raise ValueError(f"{path.parent} holds text by another model, seed or seq_len; remove or rename it.")
+            return file.get_tensor("input_ids")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}; remove it, and it is generated again.") from error

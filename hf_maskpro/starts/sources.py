@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..subset import group_members, mask_of, mode, mode_codes, pack, unpack, unpack_codes
 from ..tuner import MaskProConfig, MaskProLayer, logit_scale, masked_layers, saved_config
 from ..tuner.base import check_masks, plain
-from ..tuner.files import weight_files
+from ..tuner.files import one_line, weight_files
 from ..tuner.layer import LOGITS
 from .checkpoints import Piece, pieces_of, shapes_of
 
@@ -96,7 +96,7 @@ def _by_parameter(tensors: Tensors, path: Path) -> Tensors:
     """Masks by the parameter that they are for; with or without `.mask` at its end, a name stands for the same one."""
     masks = {key.removesuffix(".mask"): get for key, get in tensors.items()}
     if twice := [key for key in masks if key in tensors and f"{key}.mask" in tensors]:
-        raise ValueError(f"{path} has two masks for {twice[0]}; leave one of them.")
+        raise ValueError(f"{path} has two masks for {one_line(twice[0])}; leave one of them.")
     return masks
 
 
@@ -129,7 +129,7 @@ def open_adapter(folder: Path, config: MaskProConfig, stack: ExitStack) -> Tenso
     known = open_tensors([folder / "adapter_model.safetensors"], stack)
     for key in known:
         if re.search(r"\.maskpro_(mask|theta)\.", key):
-            raise ValueError(f"the adapter file has a name that is none of a mask's: {key}.")
+            raise ValueError(f"the adapter file has a name that is none of a mask's: {one_line(key)}.")
     check_masks(config, known, lambda key: known[key]())
     return known
 

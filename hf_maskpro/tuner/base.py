@@ -14,6 +14,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 
 from .card import hub_id
 from .config import MaskProConfig
+from .files import one_line
 
 
 # Why weights are taken as they are.
@@ -224,4 +225,4 @@ def cached_commit(name: str) -> str | None:
 
 def listed(names: list[str]) -> str:
     """The first three names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(map(one_line, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

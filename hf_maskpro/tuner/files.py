@@ -102,6 +102,12 @@ def _keep(file: Path, copy: Path) -> None:
         shutil.copy2(file, copy)
 
 
+def one_line(text: Any) -> str:
+    """What a file says, for a message: as it is written there if it would break the line or move a terminal."""
+    text = str(text)
+    return text if text.isprintable() else repr(text)
+
+
 def json_object(path: Path) -> dict[str, Any]:
     """
     What a JSON file holds.

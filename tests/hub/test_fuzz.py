@@ -167,7 +167,7 @@ def changed_tensors(draw, tensors):
     tensors = dict(tensors)
     for name in draw(st.lists(st.sampled_from(sorted(tensors)), min_size=1, max_size=2, unique=True)):
         tensor = tensors.pop(name)
-        kinds = ["dtype", "rows", "columns", "flat", "byte", "missing", "second", "renamed"]
+        kinds = ["dtype", "flat", "byte", "missing", "second", "renamed"] + ["rows", "columns"] * (tensor.ndim > 0)
         kind = draw(st.sampled_from(kinds + ["number"] * tensor.is_floating_point()))
         if kind == "dtype":
             dtypes = [torch.int64, torch.int32, torch.int8, torch.bool, torch.float16, torch.float64]
@@ -228,7 +228,7 @@ def base(tmp_path_factory):
 
 def masked(base, **options):
     model = AutoModelForCausalLM.from_pretrained(base)
-    return get_peft_model(model, MaskProConfig(target_modules=NAMES, n=N, m=M, **options))
+    return get_peft_model(model, MaskProConfig(**{"target_modules": NAMES, "n": N, "m": M} | options))
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["masks", "logits"])
@@ -317,31 +317,38 @@ def test_altered_adapters(base, adapter, check, data):
     check(base, content, write(content, folder))
 
 
-STATE_FILE = "residual_state.json"
+SKIPPED = "skipped.json"
+# Of every estimator that keeps something: its pattern, its settings, and the file that is its own.
+LEARNERS = {
+    "residual": ((N, M), {}, "residual_state.json"),
+    "simple": ((N, M), {"optimizer_in_backward": True}, "optimizer_in_backward.safetensors"),
+    "proxsparse": ((2, 4), {}, "estimator_state.safetensors"),
+    "maskllm": ((2, 4), {}, "estimator_state.safetensors"),
+}
 
 
-@pytest.fixture(scope="module")
-def run(base, tmp_path_factory):
-    """What makes a trainer over the base, and its checkpoint's files that are ours."""
-    folder = tmp_path_factory.mktemp("run")
+def learned(base, folder, estimator):
+    """What makes a trainer over the base, and its checkpoint."""
+    (n, m), options, _ = LEARNERS[estimator]
     ids = torch.arange(2, 34).view(4, 8)
 
     def trainer():
         arguments = MaskProTrainingArguments(
-            str(folder), max_steps=1, save_steps=1, logging_strategy="no", report_to=[], use_cpu=True,
-            disable_tqdm=True, dataloader_pin_memory=False, learning_rate=1e3,
+            str(folder), estimator=estimator, max_steps=1, save_steps=1, logging_strategy="no", report_to=[],
+            use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, learning_rate=1e3, warmup_steps=0, **options,
         )  # fmt: skip
         return MaskProTrainer(
-            masked(base), arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids]
+            masked(base, n=n, m=m), arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids]
         )
 
     trainer().train()
-    checkpoint = folder / "checkpoint-1"
-    return (
-        trainer,
-        {name: (checkpoint / name).read_bytes() for name in (CONFIG_FILE, MASK_FILE, STATE_FILE)},
-        checkpoint,
-    )
+    return trainer, folder / "checkpoint-1"
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory):
+    make, checkpoint = learned(base, tmp_path_factory.mktemp("run"), "residual")
+    return make, {name: (checkpoint / name).read_bytes() for name in (CONFIG_FILE, MASK_FILE)}, checkpoint
 
 
 @inputs
@@ -349,19 +356,68 @@ def run(base, tmp_path_factory):
 def test_altered_checkpoints(run, data):
     """Its other files are those of a `Trainer`."""
     make, original, checkpoint = run
-    if data.draw(st.booleans()):
-        content = data.draw(files(original))
-    else:
-        # One value of a whole state, or no state at all.
-        whole = json.loads(original[STATE_FILE])
-        altered = st.tuples(st.sampled_from(sorted(whole)), values)
-        tracker = st.binary(max_size=20) | altered.map(lambda pair: json.dumps(whole | {pair[0]: pair[1]}).encode())
-        content = original | {STATE_FILE: data.draw(tracker)}
+    content = data.draw(files(original))
     write(content, checkpoint)
     trainer = make()
     if attempt(lambda: trainer.train(resume_from_checkpoint=str(checkpoint))) is not None:
         assert_kept(trainer.model, content)
-        assert trainer.estimator.tracker == float(json.loads(content[STATE_FILE])["tracker"])
+
+
+@pytest.fixture(scope="module", params=LEARNERS)
+def resumed(request, base, tmp_path_factory):
+    """A trainer, whose every run starts anew, and its checkpoint's files that say what the estimator keeps."""
+    make, checkpoint = learned(base, tmp_path_factory.mktemp("resumed"), request.param)
+    state = LEARNERS[request.param][2]
+    return make(), {name: (checkpoint / name).read_bytes() for name in (state, SKIPPED)}, checkpoint
+
+
+@st.composite
+def states(draw, original):
+    """The files of an estimator, one of them altered: at random, or in one value of it."""
+    name = draw(st.sampled_from([name for name in original if name != SKIPPED] * 3 + [SKIPPED]))
+    if draw(st.booleans()):
+        content = altered(original[name], *draw(alterations()))
+    elif name == SKIPPED:
+        content = json.dumps(draw(values)).encode()
+    elif name.endswith(".json"):
+        whole = json.loads(original[name])
+        content = json.dumps(whole | {draw(st.sampled_from(sorted(whole))): draw(values)}).encode()
+    else:
+        content = save(draw(changed_tensors(load(original[name]))), {"format": "pt"})
+    return original | {name: content}
+
+
+def kept_state(estimator):
+    """What an estimator goes by, as its file names it."""
+    if estimator.trainer.args.estimator == "residual":
+        return {"tracker": estimator.tracker, "variance": estimator._variance, "moves": estimator._moves}
+    if estimator.trainer.args.estimator == "simple":
+        kept = estimator.in_backward
+        moments = {f"{i}.second_moment": moment for i, moment in enumerate(kept.second_moments)}
+        return moments | {f"{i}.updates": count for i, count in enumerate(kept.updates)}
+    return {str(i): value.detach() for i, value in enumerate(estimator.values)}
+
+
+# Together as many as of a test of one kind.
+@settings(inputs, max_examples=inputs.max_examples // len(LEARNERS))
+@given(data=st.data())
+def test_altered_states(resumed, data):
+    trainer, original, checkpoint = resumed
+    content = data.draw(states(original))
+    write(content, checkpoint)
+    if attempt(lambda: trainer.train(resume_from_checkpoint=str(checkpoint))) is None:
+        return
+    assert trainer.estimator.skipped == json.loads(content[SKIPPED])
+    file = next(name for name in content if name != SKIPPED)
+    kept = kept_state(trainer.estimator)
+    if file.endswith(".json"):
+        known = json.loads(content[file])
+        assert kept == {name: float(known[name]) for name in kept} | {"moves": int(float(known["moves"]))}
+    else:
+        known = entries(content[file])
+        assert kept.keys() == known.keys()
+        for name, value in kept.items():
+            assert np.array_equal(value.numpy(), array_of(*known[name]))
 
 
 def flat_bits(mask):

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_maskpro import MaskProConfig
+from hf_maskpro.deploy import merge
 from hf_maskpro.hub import push_folder
-from hf_maskpro.hub.reading import MASK_FILE, inspect_adapter, read_masks
+from hf_maskpro.hub.reading import MASK_FILE, inspect_adapter, read_masks, record_evaluation
 from hf_maskpro.subset import keep_of, unpack_codes
 from hf_maskpro.subset.codec import word_layout
 from hf_maskpro.tuner import masked_layers
@@ -154,6 +155,39 @@ def test_unknown_keys_of_a_configuration_are_ignored(valid):
     (folder / MASK_FILE).write_bytes(files[MASK_FILE])
     with pytest.warns(UserWarning, match="from_the_future"):
         read_masks(folder)
+
+
+@pytest.mark.parametrize("key", ["other\nline", "\x1b[2Jcode"])
+def test_names_of_tensors_stay_within_the_line_of_an_error(valid, key):
+    files, folder = valid
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    save_file(load_file(folder / MASK_FILE) | {f"{key}.weight": torch.zeros(2, 2)}, folder / MASK_FILE)
+    tiny_llama().save_pretrained(folder / "base")
+    for read in (
+        lambda: read_masks(folder),
+        lambda: merge(folder / "base", folder, folder / "merged"),
+        lambda: PeftModel.from_pretrained(tiny_llama(), folder),
+    ):
+        with pytest.raises(ValueError, match=r"\\n|\\x1b") as error:
+            read()
+        assert str(error.value).isprintable()
+
+
+def test_a_result_goes_beside_a_mask_whose_configuration_says_no_more_than_it_must(valid, tmp_path):
+    files, _ = valid
+    known = json.loads(files[CONFIG_FILE])
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    needed = {"peft_type", "n", "m", "target_modules", "format_version", "lineage", "target_weights"}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({name: known[name] for name in needed}))
+    record_evaluation(tmp_path, "text", "perplexity", 2.0, "p")
+    assert "2.0" in (tmp_path / "README.md").read_text()
+    (tmp_path / CONFIG_FILE).write_text("[" * 10**5)
+    with pytest.raises(ValueError, match=r"adapter_config.json is not the configuration of a mask adapter"):
+        record_evaluation(tmp_path, "text", "perplexity", 2.0, "p")
+    with pytest.raises(ValueError, match=r"adapter_config.json is no JSON file"):
+        push_folder(tmp_path, "me/mask")
 
 
 RESULT = {"dataset": "d", "metric": "perplexity", "protocol": "p"}

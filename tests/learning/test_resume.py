@@ -274,6 +274,8 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2" / "logits").write_text("who")
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-2" / "files.json").write_text("[" * 10**5)
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
 
 
 def test_what_a_checkpoint_replaces_goes_when_its_place_is_on_the_disk(tmp_path, monkeypatch):

@@ -317,6 +317,11 @@ def padded_on_the_left(items):
     }
 
 
+def padded_on_the_right(items):
+    flipped = padded_on_the_left([{key: value.flip(0) for key, value in item.items()} for item in items])
+    return {key: value.flip(1) for key, value in flipped.items()}
+
+
 def ragged_rows():
     return [{key: value[: 3 + i % 9] for key, value in row.items()} for i, row in enumerate(rows(16))]
 
@@ -334,6 +339,45 @@ def test_what_has_no_loss_of_its_own_is_never_cached(tmp_path, llama, examples, 
     assert baseline_of(tmp_path, llama, 8, examples, **options) == "step"
     with pytest.raises(ValueError, match="baseline='cache' needs"):
         baseline_of(tmp_path, llama, 8, examples, baseline="cache", **options)
+
+
+def test_one_row_among_many_that_pads_others_is_not_overlooked(tmp_path, llama):
+    examples = [{key: value[: 12 if i == 5 else 5] for key, value in row.items()} for i, row in enumerate(rows(64))]
+    assert baseline_of(tmp_path, llama, 20, examples, data_collator=padded_on_the_left) == "step"
+    assert baseline_of(tmp_path, llama, 20, examples, data_collator=padded_on_the_right) == "cache"
+
+
+def test_one_row_among_many_that_is_drawn_at_random_is_not_overlooked(tmp_path, llama, monkeypatch):
+    examples = rows(64)
+
+    class Drawn(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(examples)
+
+        def __getitem__(self, index):
+            return DrawnAtRandom()[index] if index == 5 else examples[index]
+
+    said = []
+    monkeypatch.setattr(residual.logger, "warning", said.append)
+    assert baseline_of(tmp_path, llama, 20, Drawn()) == "step"
+    assert len([line for line in said if "has other tokens than when its loss was cached" in line]) == 1
+
+
+def test_a_loss_that_differs_by_more_than_rounding_is_never_cached(tmp_path, llama):
+    class Nearly(MaskProTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * 1.001
+
+    model = get_peft_model(llama, MaskProConfig())
+    trainer = Nearly(model, arguments(tmp_path, "residual", max_steps=8), train_dataset=rows(16))
+    trainer.train()
+    assert trainer.estimator._baselines is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_alone_does_not_forbid_to_cache(tmp_path, llama, dtype):
+    examples = [{key: value[: 4 + i % 9] for key, value in row.items()} for i, row in enumerate(rows(32))]
+    assert baseline_of(tmp_path, llama.to(dtype), 9, examples, data_collator=padded_on_the_right) == "cache"
 
 
 def bart():

@@ -528,6 +528,9 @@ def test_interrupted_generation_goes_on(starting_checkpoint, tmp_path, monkeypat
             ValueError, match="cache holds text by another model, seed or seq_len; remove or rename it"
         ):
             text(**other)
+    (tmp_path / "cache" / "00001.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"00001\.safetensors is damaged: .*; remove it"):
+        text()
 
 
 def test_gradients_that_are_not_finite_are_refused(ids):
@@ -583,6 +586,22 @@ def test_a_walk_by_stages_sees_what_whole_models_see():
         torch.testing.assert_close(inputs.lost.double(), lost, rtol=1e-3, atol=1e-3)
     # Of the first stage nothing is lost, of all others something is.
     assert [bool(inputs.lost.norm() > 1e-2) for inputs in seen.values()] == [False] * 3 + [True] * (len(seen) - 3)
+
+
+def test_a_walk_by_stages_runs_a_layer_under_its_mask_once_for_a_batch(ids, monkeypatch):
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="wanda+swaps"))
+    names = {layer: name for name, layer in masked_layers(model).items()}
+    cls, runs = type(next(iter(names))), []
+    forward = cls.forward
+
+    def counted(layer, *args):
+        if not layer.dense:
+            runs.append(names[layer])
+        return forward(layer, *args)
+
+    monkeypatch.setattr(cls, "forward", counted)
+    initialize_masks(model, batches(ids))
+    assert sorted(runs) == sorted(2 * list(names.values()))
 
 
 def test_what_parts_in_a_later_batch_has_its_own_dense_inputs():
