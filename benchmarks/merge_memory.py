@@ -25,6 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from hf_maskpro import MaskProConfig
 from hf_maskpro.subset import pack_codes
 from hf_maskpro.tuner import MaskProLayer
+from hf_maskpro.tuner.base import masks_digest
 
 
 LAYOUTS = ("one file", "shards")
@@ -131,7 +132,8 @@ def write_adapter(folder: Path, config: PreTrainedConfig) -> None:
     save_file(masks, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     saved = model.peft_config["default"]
     weights = sum(module.base_weight.numel() for module in model.modules() if isinstance(module, MaskProLayer))
-    saved.record_stage({}, 0.0, weights, sum(mask.nbytes for mask in masks.values()))
+    digest = masks_digest(masks, masks.__getitem__)
+    saved.record_stage({}, 0.0, weights, digest, sum(mask.nbytes for mask in masks.values()))
     saved.save_pretrained(str(folder))
 
 
