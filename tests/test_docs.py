@@ -1,5 +1,6 @@
 """What README and site say of figures, files and addresses, against where these come from."""
 
+import ast
 import json
 import re
 import subprocess
@@ -30,8 +31,8 @@ COLUMNS = {
     "perplexity": lambda row, dense: f"{row['perplexity']:,.2f}",
     "perplexity at home": lambda row, dense: f"{row['perplexity']:,.2f}",
     "against dense": lambda row, dense: f"{row['perplexity'] / dense:.2f}",
-    "times dense at home": lambda row, dense: f"{row['at_home']:.2f}",
-    "times dense elsewhere": lambda row, dense: f"{row['elsewhere']:.2f}",
+    "times dense at home": lambda row, dense: f"{row['at_home']:,.2f}",
+    "times dense elsewhere": lambda row, dense: f"{row['elsewhere']:,.2f}",
     "seconds": lambda row, dense: f"{row['seconds']:.0f}",
     "steps": lambda row, dense: f"{row['steps']:,}",
     "peak memory, MiB": lambda row, dense: f"{row['peak_bytes'] / 2**20:,.0f}",
@@ -122,6 +123,56 @@ def test_the_number_of_the_first_page_is_the_leaderboards():
         assert f"{times[start]}\ntimes" in headline[0] or f"{times[start]} times" in headline[0], name(path)
 
 
+def test_other_pages_repeat_the_leaderboard_rightly():
+    rows = {row["method"]: row for row in json.loads((DOCS / "assets" / "leaderboard.json").read_text())}
+    best = min((row for name, row in rows.items() if name.startswith("simple from")), key=lambda row: row["at_home"])
+    readme, choosing, evaluation = (
+        " ".join(path.read_text(encoding="utf-8").split())
+        for path in (README, DOCS / "choosing.md", DOCS / "evaluation.md")
+    )
+    assert f"that mask has {best['elsewhere']:.2f} times, Wanda's {rows['wanda']['elsewhere']:.2f}" in readme
+    assert f"{best['steps']} steps of `simple` of 2 x 512 tokens" in readme
+    assert f"took {best['seconds']:.0f} seconds" in readme
+    start = best["method"].removeprefix("simple from ")
+    named = {"Wanda, no learning": "wanda", f"`{start}`, no learning": start}
+    named |= {f"`{learner}` from it": f"{learner} from {start}" for learner in ("simple", "maskllm", "proxsparse")}
+    for shown, method in named.items():
+        assert f"| {shown} | {rows[method]['at_home']:.2f} | {rows[method]['steps']} |" in choosing
+    measured = (f"{rows[method]['perplexity']:,.4g}" for method in ("dense", "wanda"))
+    assert f"│ perplexity │ {' │ '.join(measured)} │" in evaluation
+
+
+def test_the_ablations_are_those_of_their_file():
+    rows = json.loads((DOCS / "assets" / "ablations.json").read_text())
+    headings, shown = first_table(DOCS / "ablations.md")
+    assert headings[:3] == ["start", "logit_scale", "learning_rate"]
+    expected = [
+        [row["start"], *(str(row[name]) for name in ("logit_scale", "learning_rate", "batch", "seq_len"))]
+        + [f"{row['training_tokens']:,}", str(row["seed"]), str(row["steps"])]
+        + [f"{row['perplexity']:,.2f}", f"{row['changed']:.2%}"]
+        for row in rows
+    ]
+    assert sorted(shown) == sorted(expected)
+
+
+def test_the_readme_repeats_the_longest_run_rightly():
+    """Which has a row of its own, and no file."""
+    row = re.search(r"^\| language modelling, .*\(44 minutes\) \|.*$", (DOCS / "ablations.md").read_text(), re.M)
+    *_, elsewhere, home = cells(row[0])
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"has {home} times at home and {elsewhere} times elsewhere" in text
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name)
+def test_sentences_are_short(path):
+    """35 words at most, where code counts as one; lists of links are no sentences."""
+    text = "\n".join("" if re.match(r"\s*(\||#|!\[|<)", line) else line for line in prose_and_code(path)[0])
+    text = re.sub(r"`[^`]*`", "code", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text))
+    paragraphs = re.split(r"\n\s*\n|\n\s*(?:[-*]|\d+\.) ", text)
+    sentences = [part.split() for each in paragraphs for part in re.split(r"(?<=[.!?:;])\s+", each)]
+    assert [" ".join(words) for words in sentences if len(words) > 35 and words.count("·") < 5] == []
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=name)
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", "\n".join(prose_and_code(path)[0])):
@@ -134,6 +185,19 @@ def test_links_lead_somewhere(path):
             linked = DOCS / file
         assert linked.exists(), target
         assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_formulas_are_single_lines(path):
+    """The site's MathML shows the marks of aligned ones as they are written."""
+    assert not re.search(r"\\begin|&=|\\\\$", "\n".join(prose_and_code(path)[0]), re.M)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_parts_of_examples_are_whole_statements(path):
+    for file, first, last in re.findall(r'--8<-- "([^":]+):(\d+):(\d+)"', path.read_text(encoding="utf-8")):
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(first) - 1 : int(last)]
+        assert ast.parse("\n".join(lines)).body, file
 
 
 @pytest.mark.parametrize("path", [path for path in [*TEXTS, *EXAMPLES] if path != CARD], ids=name)
@@ -180,5 +244,5 @@ def test_links_of_the_readme_are_absolute_on_an_index(tmp_path):
     )
     description = next(tmp_path.glob("*.dist-info")).joinpath("METADATA").read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)\s]+)\)", description)
-    assert any(target.endswith("/raw/main/docs/assets/idea.svg") for target in targets)
+    assert any(target.endswith("/raw/main/docs/assets/idea.svg?sanitize=true") for target in targets)
     assert [target for target in targets if not target.startswith("https://")] == []

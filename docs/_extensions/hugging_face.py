@@ -7,7 +7,7 @@ import griffe
 
 # "    n (`int`, *optional*, defaults to `2`):", then "    `ValueError`: why"
 _ARGUMENT = re.compile(r"^( +)\**(\w+) \((\[?`.+?)\):", re.MULTILINE)
-_TYPE = re.compile(r"^( +)`([^`\n]+)`:", re.MULTILINE)
+_TYPE = re.compile(r"^( +)\[?`~?([^`\n]+)`\]?(?:, \*optional\*)?:", re.MULTILINE)
 _REFERENCE = re.compile(r"\[`~?([\w.]+)`\]")
 
 _PAGES = {

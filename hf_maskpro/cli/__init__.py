@@ -1,6 +1,7 @@
 """The `hf-maskpro` command: argument parsing, progress, tables and plots; no algorithm."""
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from logging import ERROR, WARNING, getLogger
@@ -14,7 +15,9 @@ from .training_options import TrainVerb
 from .verb import Verb
 
 
-app = typer.Typer(name="hf-maskpro", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(name="hf-maskpro", pretty_exceptions_enable=False)
+# typer names no other of those that say that something was typed wrongly.
+UsageError: Any = typer.BadParameter.__base__
 
 
 def _add(verb: Callable[..., Any], example: str, name: str | None = None, kind: type[Verb] = Verb) -> None:
@@ -48,17 +51,30 @@ def hf_maskpro(
     """Learned N:M sparsity masks for language models, as PEFT adapters."""
 
 
-def main() -> None:
-    """Run the command; failures are one line on stderr and a non-zero exit code."""
+def keep_others_quiet() -> None:
+    """Keep to itself what other packages have to say, some of them while they are imported."""
     if "PYTHONWARNINGS" not in os.environ:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module=r"hf_maskpro\.")
         # PEFT's, of keys of a configuration that this version does not know.
         warnings.filterwarnings("default", message="Unexpected keyword arguments")
-    # What other packages have to say of themselves, some of them while they are imported.
     getLogger().setLevel(ERROR)
     # torch has a handler of its own, and warns of what torchao does where that is installed.
     getLogger("torch.utils._pytree").setLevel(ERROR)
     getLogger("hf_maskpro").setLevel(WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    app()
+
+
+def main() -> None:
+    """Run the command; failures are one line on stderr and a non-zero exit code."""
+    keep_others_quiet()
+    try:
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except UsageError as error:
+        where = f" See {error.ctx.command_path} --help." if error.ctx is not None else ""
+        message = " ".join(error.format_message().split())
+        typer.echo(f"error: {message}{'' if message.endswith(('.', '?')) else '.'}{where}", err=True)
+        status = 2
+    except typer.Abort:
+        status = 1
+    sys.exit(status or 0)

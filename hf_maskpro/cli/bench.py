@@ -8,17 +8,26 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Column, Table
 
+from .inputs import check_extra, check_model
 from .options import Json
 from .output import console
 
 
+MODEL, TIMING = "Model", "Timing"
+
+
 def bench(
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Merged 2:4 checkpoint: a local folder or a Hub id.")
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Merged 2:4 checkpoint: a local folder or a Hub id.", rich_help_panel=MODEL
+        ),
     ] = None,
     shapes: Annotated[
         Literal["7b"] | None,
-        typer.Option(metavar="7b", help="Random decoder layers of this shape instead of a checkpoint."),
+        typer.Option(
+            metavar="7b", help="Random decoder layers of this shape instead of a checkpoint.", rich_help_panel=MODEL
+        ),
     ] = None,
     prefill_tokens: Annotated[
         list[int] | None,
@@ -26,18 +35,35 @@ def bench(
             min=1,
             metavar="N",
             help="Tokens of the sequence for prefill; repeat it for several. [default: 512 to 32,768]",
+            rich_help_panel=TIMING,
         ),
     ] = None,
     batch_size: Annotated[
-        list[int], typer.Option(min=1, metavar="N", help="Sequences decoded together; repeat it for several.")
+        list[int],
+        typer.Option(
+            min=1, metavar="N", help="Sequences decoded together; repeat it for several.", rich_help_panel=TIMING
+        ),
     ] = [1, 4, 16, 64],  # noqa: B006, typer reads it once
-    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Timed passes of each of the two.")] = 30,
-    fp8: Annotated[bool, typer.Option("--fp8", help="FP8 against FP8 + 2:4, through torchao.")] = False,
+    repeats: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Timed passes of each of the two.", rich_help_panel=TIMING)
+    ] = 30,
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="FP8 against FP8 + 2:4, through torchao.", rich_help_panel=MODEL)
+    ] = False,
     packed: Annotated[
-        bool, typer.Option("--packed", help="Dense against this library's packed weights, for decoding.")
+        bool,
+        typer.Option(
+            "--packed", help="Dense against this library's packed weights, for decoding.", rich_help_panel=MODEL
+        ),
     ] = False,
     min_weights: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Leave smaller layers dense; for torch's 2:4 products alone.")
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Leave smaller layers dense; for torch's 2:4 products alone.",
+            rich_help_panel=MODEL,
+        ),
     ] = 0,
     as_json: Json = False,
 ) -> None:
@@ -46,6 +72,10 @@ def bench(
         raise ValueError("pass either --model DIR or --shapes 7b.")
     if fp8 and packed:
         raise ValueError("pass either --fp8 or --packed.")
+    if model is not None:
+        check_model(model, None)
+    if fp8:
+        check_extra("torchao", "--fp8", "fp8")
     import torch
 
     from ..deploy import bench as benchmark
@@ -78,7 +108,7 @@ def bench(
         typer.echo(json.dumps(figures))
         return
     names = ("batch", "tokens", "mode", "dense ms", "sparse ms", "ratio", "sparse is", "difference")
-    columns = [Column("phase"), *(Column(name, justify="right", overflow="fold") for name in names)]
+    columns = [Column("phase", overflow="fold"), *(Column(name, justify="right", overflow="fold") for name in names)]
     table = Table(*columns, title=f"{figures['model']}, {form}, {figures['dtype']}, {figures['device']}")
     for row in rows:
         cells = [row["phase"], str(row["batch_size"]), f"{row['tokens']:,}", row["mode"]]

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
+from .inputs import adapter_folder, check_extra, check_model, check_on_hub, check_texts
 from .options import EVALUATION, FILES, TEXT, GgufFile, Json, Revision, StartToken, Subfolder
 from .output import console, short_names, show
 
@@ -46,7 +47,9 @@ def evaluate(
         str | None,
         typer.Option(metavar="ADAPTER", help="Mask adapter: a local folder or a Hub id.", rich_help_panel=FILES),
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Measure several models, side by side.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Measure several models, side by side.", rich_help_panel=EVALUATION)
+    ] = False,
     seq_len: Annotated[
         int, typer.Option(min=2, metavar="N", help="Length of a window, in tokens.", rich_help_panel=TEXT)
     ] = 512,
@@ -78,11 +81,18 @@ def evaluate(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Sequences per forward pass: 1 window, 8 of a task unless given."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Sequences per forward pass: 1 window, 8 of a task unless given.",
+            rich_help_panel=EVALUATION,
+        ),
     ] = None,
     revision: Revision = None,
     subfolder: Subfolder = None,
-    record: Annotated[bool, typer.Option("--record", help="Put the results into the adapter's card.")] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Put the results into the adapter's card.", rich_help_panel=FILES)
+    ] = False,
     gguf_file: GgufFile = None,
     as_json: Json = False,
 ) -> None:
@@ -94,9 +104,27 @@ def evaluate(
         raise ValueError(f"{home} is both --home and --text; a text at home is not elsewhere, so name it once.")
     if record and (compare or adapter is None or not Path(adapter).is_dir()):
         raise ValueError("--record writes into an adapter's folder: pass one with --adapter, and no --compare.")
+    if stride is not None and stride >= seq_len:
+        raise ValueError(f"--stride is {stride}, outside 1 to --seq-len - 1 = {seq_len - 1}; lower it.")
+    if max_tokens is not None and max_tokens < seq_len:
+        raise ValueError(f"--max-tokens is {max_tokens}, less than one window of --seq-len, {seq_len}; raise it.")
+    check_texts(paths)
+    if tasks is not None:
+        check_extra("lm_eval", "--tasks", "eval")
+    if compare:
+        if len(sources or []) < 2 or adapter is not None:
+            raise ValueError("--compare takes two or more checkpoints or adapters, and no --adapter.")
+    elif sources:
+        raise ValueError(f"{sources[0]} is one too many: pass --model {sources[0]}, or --compare to compare several.")
+    elif model is None:
+        raise ValueError("no model to measure: pass --model, or --compare with several.")
+    if model is not None:
+        check_model(model, gguf_file)
+    if adapter is not None:
+        adapter_folder(adapter, revision, subfolder)
     from .. import evaluation
     from ..tuner import saved_config
-    from .common import adapter_folder, load_adapter, load_model, read_sources
+    from .common import load_adapter, load_model, load_tokenizer, read_sources
 
     texts = read_sources(paths, dataset, max_tokens or float("inf"), split="test")
     names = tasks.split(",") if tasks is not None else []
@@ -104,7 +132,14 @@ def evaluate(
         evaluation.find_tasks(names)
 
     def measure(base: str, mask: str | None) -> dict[str, Any]:
-        loaded, tokenizer = load_model(base, gguf_file if base == model else None)
+        file = gguf_file if base == model else None
+        tokenizer = load_tokenizer(base, file)
+        # Too short a text is found out before the model is loaded.
+        protocols = {
+            path: f"{path}, {evaluation.protocol(tokenizer, content, seq_len, max_tokens, stride, start_token)}"
+            for path, content in texts.items()
+        }
+        loaded, _ = load_model(base, file)
         if mask is not None:
             loaded = load_adapter(loaded, adapter_folder(mask, revision, subfolder))
         figures: dict[str, Any] = {"model": base, "adapter": mask}
@@ -119,9 +154,8 @@ def evaluate(
                 path: {"perplexity": evaluation.perplexity(loaded, tokenizer, content, *how)}
                 for path, content in texts.items()
             }
-        for path, content in texts.items():
-            protocol = evaluation.protocol(tokenizer, content, seq_len, max_tokens, stride, start_token)
-            figures["texts"][path]["protocol"] = f"{path}, {protocol}"
+        for path, how_measured in protocols.items():
+            figures["texts"][path]["protocol"] = how_measured
         if len(texts) == 1:
             # Nobody said that it is elsewhere.
             figures.pop("elsewhere", None)
@@ -131,14 +165,7 @@ def evaluate(
                 figures["limit"] = limit
         return figures
 
-    if compare:
-        pairs = _compared(sources or [], model, adapter)
-    elif sources:
-        raise ValueError(f"{sources[0]} is one too many: pass --model {sources[0]}, or --compare to compare several.")
-    elif model is None:
-        raise ValueError("no model to measure: pass --model, or --compare with several.")
-    else:
-        pairs = [(model, adapter)]
+    pairs = _compared(sources or [], model) if compare else [(str(model), adapter)]
     # A wrong adapter is not found out after the others were measured.
     for _, mask in pairs:
         if mask is not None:
@@ -181,14 +208,10 @@ def _record(folder: Path, home: Path | None, figures: dict[str, Any]) -> None:
                 hub.record_evaluation(folder, Path(task).stem, metric, value, protocol)
 
 
-def _compared(sources: list[str], model: str | None, adapter: str | None) -> list[tuple[str, str | None]]:
+def _compared(sources: list[str], model: str | None) -> list[tuple[str, str | None]]:
     """Base model and adapter of everything that --compare names."""
     from transformers.utils import find_adapter_config_file
 
-    from .common import check_on_hub
-
-    if len(sources) < 2 or adapter is not None:
-        raise ValueError("--compare takes two or more checkpoints or adapters, and no --adapter.")
     pairs: list[tuple[str, str | None]] = []
     for source in sources:
         if not Path(source).is_dir():
@@ -228,7 +251,7 @@ def _flat(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show_side_by_side(columns: list[str], figures: list[dict[str, Any]]) -> None:
-    table = Table("", *(Column(name, overflow="fold") for name in columns))
+    table = Table(*(Column(name, overflow="fold") for name in ("", *columns)))
     for name, value in figures[0].items():
         if isinstance(value, (int, float)):
             table.add_row(name, *(f"{each[name]:,.4g}" for each in figures))

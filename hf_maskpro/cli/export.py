@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from .inputs import adapter_folder, check_extra, check_model
 from .options import FILES, GgufFile, Json, Model, Output, Overwrite, Revision, Subfolder
 from .output import show
 
@@ -17,6 +18,7 @@ def export(
             metavar="NAME",
             help="dense is what merge writes; cpu packed weights for decoding on a CPU; onnx a float32 graph for "
             "TensorRT; torchao-fp8 a checkpoint that vLLM serves in FP8 + 2:4.",
+            rich_help_panel=FILES,
         ),
     ],
     adapter: Annotated[
@@ -36,12 +38,15 @@ def export(
     """Write a sparse model for another runtime, checked."""
     if target == "dense" and adapter is None:
         raise ValueError("--target dense merges a mask adapter: pass --adapter.")
+    if package := {"onnx": "onnxscript", "torchao-fp8": "torchao"}.get(target):
+        check_extra(package, f"--target {target}", target.removeprefix("torchao-"))
+    check_model(model, gguf_file)
+    masks = None if adapter is None else adapter_folder(adapter, revision, subfolder)
     from .. import deploy
     from ..tuner import saved_config
-    from .common import adapter_folder, checkpoint, load_adapter, load_model
+    from .common import checkpoint, load_adapter, load_model
 
     deploy.check_free(output, overwrite, model, adapter)
-    masks = None if adapter is None else adapter_folder(adapter, revision, subfolder)
     if masks is not None:
         saved_config(masks)
     figures = {"output": str(output), "target": target}

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .inputs import check_model, check_pattern, init_mask, modules_of
 from .options import (
     RULES,
     ExcludeModules,
@@ -47,20 +48,24 @@ def import_masks(
         raise ValueError(f"{source} is made from the weights or a text; use hf-maskpro init --method {source}.")
     if not is_source(source):
         raise ValueError(f"{source} does not exist; pass a folder, a .npz or .safetensors file, or a Hub id.")
+    check_pattern(n, m)
+    method = init_mask(source)
+    layers, left = modules_of(target_modules), modules_of(exclude_modules)
+    check_model(model, gguf_file)
     from peft import get_peft_model
 
     from ..deploy import check_free
     from ..starts import initialize_masks
     from ..tuner import MaskProConfig
-    from .common import init_mask, load_model, modules_of, write_adapter
+    from .common import load_model, write_adapter
 
     config = MaskProConfig(
         n=n,
         m=m,
-        init_mask=init_mask(source),
-        target_modules=modules_of(target_modules),
+        init_mask=method,
+        target_modules=layers,
         target_parameters=None if target_parameters is None else target_parameters.split(","),
-        exclude_modules=modules_of(exclude_modules),
+        exclude_modules=left,
     )
     check_free(output, overwrite, model, source)
     base, _ = load_model(model, gguf_file)

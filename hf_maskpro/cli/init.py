@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from .inputs import GENERATED, check_model, check_pattern, check_texts, modules_of, needs_text, shares_of
+from .inputs import init_mask as source_or_rule
 from .options import (
     FILES,
     MASK,
@@ -100,50 +102,50 @@ def init(
             "text that the model generates is taken as it is, from the start token on; drop --self-generated or "
             "--chat and --no-start-token."
         )
-    import torch
-    from peft import get_peft_model
-
-    from ..deploy import check_free
-    from ..evaluation import check_length, mixed_windows
-    from ..starts import generated_text, needs_data, start_token_of
-    from ..starts.calibration import SAMPLES, SEQ_LEN, SOURCE_SAMPLES, SOURCE_SEQ_LEN
-    from ..tuner import MaskProConfig
-    from .common import (
-        GENERATED,
-        calibrate,
-        calibration_batches,
-        load_model,
-        load_tokenizer,
-        mixture_name,
-        modules_of,
-        read_sources,
-        shares_of,
-        sources_of,
-        windows_of_each,
-        write_adapter,
-    )
-    from .common import init_mask as source_or_rule
-
+    check_pattern(n, m)
     method = source_or_rule(init_mask)
-    config = MaskProConfig(
-        n=n,
-        m=m,
-        init_mask=method,
-        target_modules=modules_of(target_modules),
-        target_parameters=None if target_parameters is None else target_parameters.split(","),
-        exclude_modules=modules_of(exclude_modules),
-    )
-    check_free(output, overwrite, model, *sources_of(method, text, dataset))
-    if source_settings:
-        samples, seq_len = SOURCE_SAMPLES, SOURCE_SEQ_LEN
-    samples, seq_len = samples or SAMPLES, seq_len or SEQ_LEN
-    with_data = needs_data(method)
+    layers, left = modules_of(target_modules), modules_of(exclude_modules)
+    with_data = needs_text(method)
     names = [*map(str, text or []), *(dataset or [])]
     if with_data and not names and not self_generated:
         raise ValueError(
             f"{method} needs a text: pass one of --text FILE, --dataset NAME and --self-generated, or several."
         )
     shares = shares_of(weights, len(names) + self_generated)
+    check_texts(text or [])
+    check_model(model, gguf_file)
+    import torch
+    from peft import get_peft_model
+
+    from ..deploy import check_free
+    from ..evaluation import check_length, mixed_windows
+    from ..starts import generated_text, start_token_of
+    from ..starts.calibration import SAMPLES, SEQ_LEN, SOURCE_SAMPLES, SOURCE_SEQ_LEN
+    from ..tuner import MaskProConfig
+    from .common import (
+        calibrate,
+        calibration_batches,
+        load_model,
+        load_tokenizer,
+        mixture_name,
+        read_sources,
+        sources_of,
+        windows_of_each,
+        write_adapter,
+    )
+
+    config = MaskProConfig(
+        n=n,
+        m=m,
+        init_mask=method,
+        target_modules=layers,
+        target_parameters=None if target_parameters is None else target_parameters.split(","),
+        exclude_modules=left,
+    )
+    check_free(output, overwrite, model, *sources_of(method, text, dataset))
+    if source_settings:
+        samples, seq_len = SOURCE_SAMPLES, SOURCE_SEQ_LEN
+    samples, seq_len = samples or SAMPLES, seq_len or SEQ_LEN
     # Windows are drawn from much more text than they hold.
     contents = read_sources(text, dataset, 16 * samples * seq_len) if with_data else {}
     tokenizer = load_tokenizer(model, gguf_file)

@@ -5,34 +5,46 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Json, Revision, Subfolder
+from .inputs import check_on_hub, check_pattern
+from .options import MASK, Json, Revision, Subfolder
 from .output import show
 
 
 def inspect(
     source: Annotated[str, typer.Argument(help="An adapter or a checkpoint: a local folder or a Hub id.")],
     n: Annotated[
-        int, typer.Option(min=1, max=15, metavar="N", help="Pattern to check a checkpoint for: weights kept.")
+        int,
+        typer.Option(
+            min=1, max=15, metavar="N", help="Pattern to check a checkpoint for: weights kept.", rich_help_panel=MASK
+        ),
     ] = 2,
     m: Annotated[
-        int, typer.Option(min=2, max=16, metavar="N", help="Pattern to check a checkpoint for: size of a group.")
+        int,
+        typer.Option(
+            min=2,
+            max=16,
+            metavar="N",
+            help="Pattern to check a checkpoint for: size of a group.",
+            rich_help_panel=MASK,
+        ),
     ] = 4,
     revision: Revision = None,
     subfolder: Subfolder = None,
     as_json: Json = False,
 ) -> None:
     """Show what an adapter or checkpoint holds."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    from .. import hub
-    from .common import check_on_hub
-
+    check_pattern(n, m)
     folder = Path(source) / (subfolder or "")
     if not folder.is_dir():
         if Path(source).is_dir():
             raise ValueError(f"{folder} does not exist; pass --subfolder with a folder of {source}.")
         check_on_hub(source, "adapter_config.json", "an adapter's or checkpoint's folder", revision)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    from .. import hub
+
+    if not folder.is_dir():
         try:
             return show(hub.inspect_adapter(source, revision, subfolder), as_json)
         except EntryNotFoundError:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from .inputs import adapter_folder, check_model
 from .options import FILES, GgufFile, Json, Model, Output, Overwrite, Revision, Subfolder
 from .output import say_next, show
 
@@ -18,22 +19,25 @@ def merge(
     subfolder: Subfolder = None,
     allow_dense: Annotated[
         bool,
-        typer.Option("--allow-dense", help="Merge another method's adapter all the same: it fills zeros."),
+        typer.Option(
+            "--allow-dense", help="Merge another method's adapter all the same: it fills zeros.", rich_help_panel=FILES
+        ),
     ] = False,
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write an ordinary sparse checkpoint, checked."""
+    check_model(model, gguf_file)
+    folder = adapter_folder(adapter, revision, subfolder)
     from peft import PeftConfig
 
     from .. import deploy
     from ..deploy.merge import drop_sparsity_config
     from ..tuner import MaskProConfig, saved_config
-    from .common import adapter_folder, checkpoint, load_adapter, load_model
+    from .common import checkpoint, load_adapter, load_model
 
     deploy.check_free(output, overwrite, model, adapter)
-    folder = adapter_folder(adapter, revision, subfolder)
     if allow_dense and not isinstance(PeftConfig.from_pretrained(str(folder)), MaskProConfig):
         loaded, tokenizer = load_model(model, gguf_file)
         with deploy.new_folder(output, overwrite) as new:

@@ -13,8 +13,9 @@ import typer
 
 # As in `hf_maskpro.tuner`, which is not imported for the names alone.
 RULES = ("magnitude", "random", "wanda", "ria", "sparsegpt", "gblm", "pruner-zero")
+DATA_FREE = ("magnitude", "random")
 
-MASK, TEXT, EVALUATION, FILES = "Mask", "Text", "Evaluation", "Files"
+MASK, TEXT, LEARNING, EVALUATION, FILES = "Mask", "Text", "Learning", "Evaluation", "Files"
 
 
 def unrefined(name: str) -> str:

@@ -19,7 +19,7 @@ def show(figures: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(figures))
         return
     # What does not fit goes on in the next line, to be copied, rather than be cut.
-    table = Table("", Column(overflow="fold"), show_header=False)
+    table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False)
     for name, value in figures.items():
         table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value))
     console.print(table)

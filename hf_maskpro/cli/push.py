@@ -5,8 +5,11 @@ from typing import Annotated
 
 import typer
 
-from .options import Json
+from .options import FILES, Json
 from .output import show
+
+
+REPOSITORY, COMMIT = "Repository", "Commit"
 
 
 def push(
@@ -14,20 +17,37 @@ def push(
     repo_id: Annotated[str, typer.Argument(help="Repository, USER/NAME; made if there is none.")],
     base_model: Annotated[
         str | None,
-        typer.Option(metavar="ID", help="Hub id of the base model, where the folder names a path of this machine."),
+        typer.Option(
+            metavar="ID",
+            help="Hub id of the base model, where the folder names a path of this machine.",
+            rich_help_panel=FILES,
+        ),
     ] = None,
-    subfolder: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the repository to push to.")] = None,
+    subfolder: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Folder of the repository to push to.", rich_help_panel=REPOSITORY),
+    ] = None,
     revision: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Branch to push to, made if there is none.")
+        str | None,
+        typer.Option(metavar="NAME", help="Branch to push to, made if there is none.", rich_help_panel=REPOSITORY),
     ] = None,
-    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    private: Annotated[
+        bool | None, typer.Option(help="Whether a new repository is private.", rich_help_panel=REPOSITORY)
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead.", rich_help_panel=COMMIT)
+    ] = False,
     commit_message: Annotated[
-        str, typer.Option(metavar="TEXT", help="First line of the commit's message.")
+        str, typer.Option(metavar="TEXT", help="First line of the commit's message.", rich_help_panel=COMMIT)
     ] = "Upload with hf-maskpro",
     as_json: Json = False,
 ) -> None:
     """Push an adapter or a merged checkpoint to the Hub."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist; pass the folder of an adapter or of a merged checkpoint.")
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repo_id)
     from .. import hub
 
     commit = hub.push_folder(

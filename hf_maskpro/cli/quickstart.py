@@ -11,8 +11,10 @@ import sys
 import sysconfig
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +22,8 @@ import typer
 from rich.table import Column, Table
 
 from ..version import __version__
-from .options import Overwrite
+from .inputs import check_extra, check_model, check_texts, read_text
+from .options import FILES, LEARNING, TEXT, Json, Overwrite
 from .output import console
 from .questions import ASKED_AT_THE_END, LEARNED_FROM
 from .train import forget_previous, put_back, set_aside
@@ -42,22 +45,45 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_":
 
 
 def quickstart(
-    minutes: Annotated[float, typer.Option(help="Time for everything together, of which learners get the rest.")] = 10,
-    estimator: Annotated[Literal["both", "simple", "residual"], typer.Option(help="Learners to run.")] = "simple",
-    model: Annotated[str | None, typer.Option(help="Another base model: a local folder or a Hub id.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Another text; every eighth paragraph is held out.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("quickstart"),
+    minutes: Annotated[
+        float,
+        typer.Option(
+            metavar="N",
+            help="Time for everything together, of which learners get the rest.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = 10,
+    estimator: Annotated[
+        Literal["both", "simple", "residual"],
+        typer.Option(metavar="NAME", help="Learners to run: simple, residual or both.", rich_help_panel=LEARNING),
+    ] = "simple",
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Another base model: a local folder or a Hub id.", rich_help_panel=FILES),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Another text; every eighth paragraph is held out.", rich_help_panel=TEXT),
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.", rich_help_panel=FILES)] = Path(
+        "quickstart"
+    ),
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """The whole story on a real model in minutes, without Hub access."""
     begun = time.perf_counter()
-    if minutes <= 0:
+    if not 0 < minutes < inf:
         raise ValueError(f"--minutes is {minutes}; 10 is usual.")
+    for package in ("matplotlib", *["gguf"] * (model is None)):
+        check_extra(package, "quickstart", "quickstart")
+    source: tuple[str, str | None] = _smollm2() if model is None else (model, None)
+    check_model(*source)
+    check_texts([text])
     from ..deploy import check_free
     from ..evaluation import protocol, windows
     from ..starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
-    from ..tuner.files import private_folder
-    from .common import load_tokenizer, read_text
+    from .common import load_tokenizer
 
     check_free(output, overwrite)
     pieces = _topics() if text is None else read_text(text).split("\n\n")
@@ -66,13 +92,32 @@ def quickstart(
         "held_out": "\n\n".join(pieces[::HELD_OUT_EVERY]),
         "elsewhere": _docstrings(),
     }
-    tokenizer = load_tokenizer(*_smollm2()) if model is None else load_tokenizer(model)
+    tokenizer = load_tokenizer(*source)
     windows(tokenizer, texts["calibration"], CALIBRATION_SEQ_LEN)
     measured = protocol(tokenizer, texts["held_out"], SEQ_LEN, MAX_TOKENS)
+    # What is told on the way is not the one object.
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        results = _story(output, model, texts, measured, estimator, minutes, begun)
+    if as_json:
+        typer.echo(json.dumps(results))
+
+
+def _story(
+    output: Path,
+    model: str | None,
+    texts: dict[str, str],
+    measured: str,
+    estimator: str,
+    minutes: float,
+    begun: float,
+) -> dict[str, Any]:
+    """Tell what comes, run it, and show how it ended."""
+    from ..tuner.files import private_folder
+
     console.print(
         f"{minutes:g} minutes: measure the dense model and let it answer {len(LEARNED_FROM)} questions to learn from, "
-        "drop half of its weights by magnitude and by Wanda, learn which to drop in what is left of the time, and let "
-        "all of them answer two more."
+        "drop half of its weights by magnitude and by Wanda, which takes about two minutes on two cores; learn which "
+        f"to drop in what is left; and in the last {ENDING_SECONDS} seconds let all of them answer two more."
     )
     set_aside(output)
     try:
@@ -92,6 +137,7 @@ def quickstart(
         _plot(results["rows"], folder / "learning.png")
     forget_previous(output)
     _show(results, output)
+    return results
 
 
 def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str, end: float) -> dict[str, Any]:
@@ -117,7 +163,7 @@ def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str
         rows.append(_run(output, base, "residual", options + ["--seconds", str(learned["given_seconds"])]))
     rows.append(learned)
     subprocess.run(
-        [sys.executable, "-m", "hf_maskpro.cli", "merge", "--model", base]
+        [sys.executable, "-c", "import hf_maskpro_cli; hf_maskpro_cli.main()", "merge", "--model", base]
         + ["--adapter", str(output / learners[-1]), "--output", str(output / "merged"), "--json"],
         check=True,
         stdout=subprocess.DEVNULL,
@@ -219,8 +265,8 @@ def _run(output: Path, base: str, method: str, options: list[str] | None = None)
         sys.executable,
         "-W",
         "ignore",
-        "-m",
-        "hf_maskpro.cli.quickstart_row",
+        "-c",
+        "import hf_maskpro_cli; hf_maskpro_cli.quickstart_row()",
         "--method",
         method,
         "--base",
@@ -233,7 +279,7 @@ def _run(output: Path, base: str, method: str, options: list[str] | None = None)
     command += ["--result", str(result), "--seq-len", str(SEQ_LEN), "--max-tokens", str(MAX_TOKENS)]
     if method != "dense":
         command += ["--output", str(output / method)]
-    if subprocess.run(command + (options or []), env=KEEP_MEMORY | os.environ).returncode != 0:
+    if subprocess.run(command + (options or []), env=KEEP_MEMORY | os.environ, stdout=sys.stdout).returncode != 0:
         raise RuntimeError(f"the {method} process failed; its message is above.")
     row = json.loads(result.read_text())
     result.unlink()
@@ -271,7 +317,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
 def _show(results: dict[str, Any], output: Path) -> None:
     table = Table(title=f"{results['model']} at 2:4")
     for column in ("method", "at home", "elsewhere", "steps", "seconds", "memory"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
     dense = results["rows"][0]
     for row in results["rows"]:
         table.add_row(
@@ -289,7 +335,7 @@ def _show(results: dict[str, Any], output: Path) -> None:
             "What it does in these seconds is no measure of what it can do."
         )
     if results["answers"]:
-        table = Table("", *(Column(method, overflow="fold") for method in results["answers"]))
+        table = Table(*(Column(method, overflow="fold") for method in ("", *results["answers"])))
         for index, question in enumerate(ASKED_AT_THE_END):
             table.add_row(question, *(answers[index] for answers in results["answers"].values()))
         console.print(table)

@@ -1,4 +1,4 @@
-"""One row of the quickstart's table, in a process of its own: `python -m hf_maskpro.cli.quickstart_row`."""
+"""One row of the quickstart's table, in a process of its own."""
 
 import json
 import resource
@@ -191,7 +191,8 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the row that the command line asks for."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)

@@ -9,9 +9,21 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from .inputs import (
+    GENERATED,
+    adapter_folder,
+    check_model,
+    check_pattern,
+    check_texts,
+    modules_of,
+    read_text,
+    shares_of,
+)
+from .inputs import init_mask as source_or_rule
 from .options import (
     EVALUATION,
     FILES,
+    LEARNING,
     MASK,
     TEXT,
     Chat,
@@ -33,12 +45,13 @@ from .options import (
     check_method,
 )
 from .output import say_next, show
-from .training_options import training_arguments
+from .training_options import one_of, training_arguments
 
 
-LEARNING, STEPS = "Learning", "Steps"
-# As in `hf_maskpro.learning`, which is not imported for the names alone.
+STEPS = "Steps"
+# As in `hf_maskpro.learning`, which is not imported for the names alone, and the patterns of those that have not all.
 Estimator = Literal["simple", "residual", "proxsparse", "maskllm"]
+PATTERNS = {"proxsparse": ("2:4",), "maskllm": ("2:4", "1:4")}
 
 
 def train(
@@ -130,6 +143,7 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME",
+            callback=one_of("trainer_utils.py", "SchedulerType"),
             help="Schedule of the learning rate, as linear or cosine: the estimator's own unless given.",
             rich_help_panel=LEARNING,
         ),
@@ -138,6 +152,7 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME",
+            callback=one_of("training_args.py", "OptimizerNames"),
             help="Optimizer, as adamw_torch or adafactor: transformers' default unless given.",
             rich_help_panel=LEARNING,
         ),
@@ -204,6 +219,7 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME",
+            callback=one_of("integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK", "all", "none"),
             help="Where to report to besides, as tensorboard or trackio.",
             rich_help_panel=EVALUATION,
         ),
@@ -228,6 +244,11 @@ def train(
 
     Every other field of transformers' TrainingArguments is an option too, as in --weight-decay 0.1.
     """
+    for option, value in ("--learning-rate", learning_rate), ("--logit-scale", logit_scale):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{option} is {value}; give a number.")
+    if logit_scale == 0:
+        raise ValueError("--logit-scale is 0.0, outside 0 to 40; 6 is usual.")
     if eval_text is None and (eval_steps, early_stopping) != (None, None):
         raise ValueError("--eval-steps and --early-stopping need a text to evaluate on: pass --eval-text FILE.")
     eval_steps = eval_steps or save_steps
@@ -241,6 +262,27 @@ def train(
             "--n, --m, --init-mask, --target-modules, --target-parameters and --exclude-modules are the adapter's "
             "own; drop them or drop --adapter."
         )
+    names = [*map(str, text or []), *(dataset or []), *[GENERATED] * (self_generated > 0)]
+    if not names:
+        raise ValueError("nothing to learn from: pass --text FILE, --dataset NAME or --self-generated TOKENS.")
+    if self_generated and (chat or not start_token):
+        raise ValueError(
+            "text that the model generates is taken as it is, from the start token on; drop --self-generated or "
+            "--chat and --no-start-token."
+        )
+    if 0 < self_generated < seq_len:
+        raise ValueError(f"--self-generated is {self_generated}, less than one window of {seq_len}; raise it.")
+    if max_tokens is not None and max_tokens < seq_len:
+        raise ValueError(f"--max-tokens is {max_tokens}, less than one window of --seq-len, {seq_len}; raise it.")
+    shares = shares_of(weights, len(names))
+    check_texts([*(text or []), eval_text])
+    if adapter is None and not resume:
+        check_pattern(n or 2, m or 4)
+        _check_learner(estimator, f"{n or 2}:{m or 4}")
+    start = None if init_mask is None else source_or_rule(init_mask)
+    layers, left = modules_of(target_modules), modules_of(exclude_modules)
+    check_model(model, gguf_file)
+    folder = None if adapter is None else adapter_folder(adapter, revision, subfolder)
     import torch
     from peft import get_peft_model
     from transformers import AutoConfig, EarlyStoppingCallback
@@ -255,22 +297,16 @@ def train(
     from ..starts.calibration import SAMPLES, SEQ_LEN
     from ..tuner import MaskProConfig, saved_config
     from .common import (
-        GENERATED,
-        adapter_folder,
         calibrate,
         calibration_batches,
         load_adapter,
         load_model,
         load_tokenizer,
         mixture_name,
-        modules_of,
         read_sources,
-        read_text,
-        shares_of,
         sources_of,
         windows_of_each,
     )
-    from .common import init_mask as source_or_rule
 
     checkpoint = checkpoint_to_resume(output) if resume else None
     if checkpoint is not None and max_steps < int(checkpoint.rpartition("-")[2]):
@@ -284,10 +320,10 @@ def train(
     mask = MaskProConfig(
         n=known.n if n is None else n,
         m=known.m if m is None else m,
-        init_mask=known.init_mask if init_mask is None else source_or_rule(init_mask),
-        target_modules=known.target_modules if target_modules is None else modules_of(target_modules),
+        init_mask=start or known.init_mask,
+        target_modules=known.target_modules if layers is None else layers,
         target_parameters=parameters,
-        exclude_modules=known.exclude_modules if exclude_modules is None else modules_of(exclude_modules),
+        exclude_modules=known.exclude_modules if left is None else left,
         logit_scale=logit_scale,
         logits_dtype=logits_dtype or known.logits_dtype,
     )
@@ -325,24 +361,13 @@ def train(
     for reporter in get_reporting_integration_callbacks(args.report_to):
         reporter()
     held_out = read_text(eval_text) if eval_text is not None else None
-    names = [*map(str, text or []), *(dataset or []), *[GENERATED] * (self_generated > 0)]
-    if not names:
-        raise ValueError("nothing to learn from: pass --text FILE, --dataset NAME or --self-generated TOKENS.")
-    if self_generated and (chat or not start_token):
-        raise ValueError(
-            "text that the model generates is taken as it is, from the start token on; drop --self-generated or "
-            "--chat and --no-start-token."
-        )
-    if 0 < self_generated < seq_len:
-        raise ValueError(f"--self-generated is {self_generated}, less than one window of {seq_len}; raise it.")
-    shares = shares_of(weights, len(names))
     # As much as the run sees, and in a short one as much as calibration is drawn from.
     seen = max_steps * per_device_train_batch_size * gradient_accumulation_steps * seq_len
     tokens = max_tokens or max(seen, 16 * SAMPLES * SEQ_LEN)
-    folder = None if adapter is None else adapter_folder(adapter, revision, subfolder)
     if folder is not None:
         own = saved_config(folder)
         own.logits_dtype = logits_dtype or own.logits_dtype
+    _check_learner(estimator, (mask if folder is None else own).pattern)
     contents = read_sources(text, dataset, tokens)
     tokenizer = load_tokenizer(model, gguf_file)
     limit = max_tokens if len(names) == 1 else None
@@ -406,6 +431,12 @@ def train(
             "eval", *given, "--adapter", str(output), "--text", str(eval_text or "FILE"), "--seq-len", str(seq_len)
         )
         say_next("merge", *given, "--adapter", str(output), "--output", f"{output}-merged")
+
+
+def _check_learner(estimator: str, pattern: str) -> None:
+    """Refuse a pattern that a learner does not learn."""
+    if pattern not in (known := PATTERNS.get(estimator, (pattern,))):
+        raise ValueError(f"--estimator {estimator} learns {' and '.join(known)} alone, not {pattern}; use simple.")
 
 
 def _rows(windows: Any) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,17 +21,46 @@ if TYPE_CHECKING:
 INSTEAD = {"output_dir": "--output", "resume_from_checkpoint": "--resume", "num_train_epochs": "--max-steps"}
 
 
-def training_fields() -> set[str]:
-    """The fields of `MaskProTrainingArguments`: read, not imported, so that a typo is found before torch is loaded."""
+def _transformers(file: str) -> Path:
     spec = find_spec("transformers")
     assert spec is not None
     assert spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0], file)
+
+
+def _parsed(file: Path) -> list[ast.stmt]:
+    """A file, read and not imported, so that a typo is found before torch is loaded."""
+    return ast.parse(file.read_text(encoding="utf-8")).body
+
+
+def one_of(file: str, name: str, *more: str) -> Callable[[str | None], str | None]:
+    """A check that a value is one of those that a class or dictionary of transformers has."""
+
+    def check(value: str | None) -> str | None:
+        if value is None:
+            return None
+        (found,) = (
+            node
+            for node in _parsed(_transformers(file))
+            if (isinstance(node, ast.ClassDef) and node.name == name)
+            or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name)
+        )
+        values = [node.value for node in ast.walk(found) if isinstance(node, ast.Constant)]
+        known = {value for value in values if isinstance(value, str) and value.isidentifier()} | {*more}
+        if value not in known:
+            raise typer.BadParameter(f"transformers knows no {value}.{did_you_mean(value, known)}")
+        return value
+
+    return check
+
+
+def training_fields() -> set[str]:
+    """The fields of `MaskProTrainingArguments`."""
     own = Path(__file__).parents[1] / "learning"
-    files = [Path(spec.submodule_search_locations[0], "training_args.py"), *own.glob("*.py")]
     return {
         field.target.id
-        for file in files
-        for known in ast.parse(file.read_text(encoding="utf-8")).body
+        for file in (_transformers("training_args.py"), *own.glob("*.py"))
+        for known in _parsed(file)
         if isinstance(known, ast.ClassDef) and known.name.endswith("Arguments")
         for field in known.body
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)

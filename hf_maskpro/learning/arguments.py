@@ -1,6 +1,7 @@
 """The arguments of a run."""
 
 from dataclasses import dataclass, field
+from math import inf
 
 from transformers import TrainingArguments
 
@@ -117,8 +118,10 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
                 setattr(self, name, value)
         objective_weights(self.objective)
         for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative.")
+            if not 0 <= getattr(self, name) < inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative or infinite.")
+        if self.fp16:
+            raise ValueError("fp16 scales gradients, which moves the logits by the scale; use bf16.")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, outside 0 to 1; 0.9 to 0.999 is usual.")

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..subset import Distribution
 from ..tuner import MaskProLayer
+from ..tuner.base import plain
 from .adapter import MaskWeight, TrainedAdapter
 from .estimator import Estimator, TrainingStep
 from .objectives import ranks_of_loss, sequence_losses, share_of_loss
@@ -381,7 +382,7 @@ class Residual(Estimator):
         """Whether the trainer's loss of batches of examples is the sum of cached ones, but for rounding."""
         trainer = self.trainer
         half = trainer.accelerator.mixed_precision == "bf16"
-        rounding = torch.finfo(torch.bfloat16 if half else self.adapter.layers[0].base_weight.dtype).eps
+        rounding = torch.finfo(torch.bfloat16 if half else plain(self.adapter.layers[0].base_weight).dtype).eps
         for inputs in self._batches(order, trainer._train_batch_size):
             index = inputs.pop(_INDEX)
             items = trainer._get_num_items_in_batch([inputs], trainer.args.device)

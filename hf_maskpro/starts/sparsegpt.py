@@ -49,7 +49,8 @@ def mask(weight: torch.Tensor, calibration: Calibration, n: int, m: int) -> torc
     columns[unused] = 0
     diagonal[unused] = 1
     diagonal += DAMPING * diagonal.mean()
-    factor = _inverse_factor(hessian).float().contiguous()
+    factor = _inverse_factor(hessian)
+    del hessian, diagonal
     keep = torch.empty_like(columns, dtype=torch.bool)
     choose = _choose_compiled if weight.device.type == "cpu" and _library() is not None else _choose_in_torch
     # The columns beyond a block are updated once per block, by one product.
@@ -96,12 +97,16 @@ def _choose_in_torch(columns: torch.Tensor, factor: torch.Tensor, keep: torch.Te
 
 
 def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """The upper U with U^T U = H^-1: as H = R R^T with R upper, the factor of H in reverse order, U is R^-1."""
+    """
+    The upper U with U^T U = H^-1, in float32: as H = R R^T with R upper, the factor of H in reverse order, U is R^-1.
+    """
     lower = torch.linalg.cholesky(hessian.flip(0, 1))
-    inverse = torch.zeros_like(lower)
+    # By rows, as the compiled choices read it.
+    inverse = torch.zeros(lower.shape, device=lower.device)
     # By blocks, as torch's solver does not skip the zeros of a triangular right-hand side.
-    unit = torch.eye(len(lower)).to(lower)
+    unit = torch.eye(len(lower), 2 * BLOCK).to(lower)
     for start in range(0, len(lower), 2 * BLOCK):
         rest, block = slice(start, None), slice(start, start + 2 * BLOCK)
-        inverse[rest, block] = torch.linalg.solve_triangular(lower[rest, rest], unit[rest, block], upper=False)
+        right = unit[: len(lower) - start, : len(lower) - start]
+        inverse[rest, block] = torch.linalg.solve_triangular(lower[rest, rest], right, upper=False)
     return inverse.flip(0, 1)

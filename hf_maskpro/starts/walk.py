@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -124,14 +124,22 @@ class _Batch:
         output = block(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def remembering(self, finished: list[nn.Module]) -> AbstractContextManager[None]:
-        """Let modules whose masks are all chosen compute what they put out once, and say it again in later runs."""
-        return _running(
-            {
-                module: partial(_remember, module.forward, self.known.setdefault(module, []), count())
-                for module in finished
-            }
-        )
+    @contextmanager
+    def remembering(self, finished: Collection[nn.Module] = ()) -> Iterator[None]:
+        """
+        Let modules whose masks are all chosen compute what they put out once, and say it again in later runs. What
+        they consist of is then forgotten.
+        """
+        known = {module: self.known.setdefault(module, []) for module in (*self.known, *finished)}
+        with _running(
+            {module: partial(_remember, module.forward, outputs, count()) for module, outputs in known.items()}
+        ):
+            yield
+        for module in finished:
+            if self.known[module]:
+                for inner in module.modules():
+                    if inner is not module:
+                        self.known.pop(inner, None)
 
     def example(self, block: nn.Module, index: int, inside: list[MaskProLayer]) -> Example:
         """What to learn from once the dense output is known; what was remembered of other masks is forgotten."""
@@ -291,7 +299,7 @@ def _walk_blocks(
                 _choose_experts(experts, calls, names, with_gram, choose)
         for batch in captured:
             # Of a walk by stages, all but the last are known.
-            with batch.remembering(list(batch.known)):
+            with batch.remembering():
                 batch.hidden = batch.run(block, index, batch.hidden)
             batch.known.clear()
         for layer in inside:

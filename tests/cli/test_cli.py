@@ -34,7 +34,7 @@ def offline():
 
 
 def run(*arguments, code=0):
-    """Run the command in this process, which spares the seconds of its imports."""
+    """Run the command in this process, which spares the seconds of its imports; `code`: of its exit, or several."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["hf-maskpro", *map(str, arguments)])
@@ -44,7 +44,7 @@ def run(*arguments, code=0):
             status = 0
         except SystemExit as exit:
             status = exit.code
-    assert status == code, err.getvalue()
+    assert status in (code if isinstance(code, tuple) else (code,)), err.getvalue()
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
@@ -422,7 +422,7 @@ class TestBadInput:
 
     def test_patterns(self, checkpoint, tmp_path):
         init = ["init", "--model", checkpoint, "--method", "magnitude", "--output", tmp_path / "a"]
-        assert "--n is 4, outside 1 to m - 1 = 3" in fails(*init, "--n", 4, "--m", 4)
+        assert "--n is 4, outside 1 to --m - 1 = 3" in fails(*init, "--n", 4, "--m", 4)
         assert "Invalid value for '--n'" in run(*init, "--n", 0, code=2).stderr
         assert "Invalid value for '--m'" in run(*init, "--m", 32, code=2).stderr
         line = fails(*init, "--m", 6)
@@ -518,7 +518,10 @@ class TestBadInput:
 
     def test_altered_adapters(self, checkpoint, text, adapter, tmp_path):
         tensors = load_file(adapter / "adapter_model.safetensors")
-        config = (adapter / "adapter_config.json").read_text()
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        # It alone would tell.
+        del config["masks_digest"]
+        config = json.dumps(config)
 
         def altered(name, tensors, config=config, cut=0):
             folder = tmp_path / name

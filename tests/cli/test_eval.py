@@ -186,10 +186,12 @@ def test_bad_input(checkpoint, adapter, text, tmp_path, monkeypatch):
     assert "no --adapter" in fails(*eval, "--compare", checkpoint, checkpoint, "--adapter", adapter)
     assert "is an adapter; pass its base model with --model" in fails(*eval, "--compare", checkpoint, adapter)
     assert "error" in fails(*eval, "--compare", checkpoint, tmp_path / "no")
-    # Before a model is loaded, since there is none at all.
+    # Before a model is loaded, since there is nothing to load.
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "hollow" / "config.json").write_text("{}")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    compare = ["--compare", checkpoint, tmp_path / "lora", "--model", tmp_path / "no"]
+    compare = ["--compare", checkpoint, tmp_path / "lora", "--model", tmp_path / "hollow"]
     assert "lora is a LORA adapter, not a mask adapter" in fails(*eval, *compare)
     assert "--stride is 32, outside 1 to --seq-len - 1 = 31" in fails(*eval, "--model", checkpoint, "--stride", 32)
     assert "nonsense is neither a task" in fails("eval", "--model", checkpoint, "--tasks", "nonsense")

@@ -98,6 +98,8 @@ def test_help_shows_every_option_whole_and_an_example(verb, monkeypatch):
     assert {name for name in names if name.startswith("--")} <= shown
     assert "…" not in printed
     assert f"Example: hf-maskpro {verb}" in printed
+    in_no_group = re.search(r"╭─ Options ─.*?╰", printed, re.DOTALL)[0]
+    assert set(re.findall(r"--[a-z0-9-]+", in_no_group)) <= {"--seed", "--json", "--help"}
 
 
 def test_shells_can_complete():
@@ -109,6 +111,15 @@ def test_shells_can_complete():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
     assert "train" in done.stdout.split()
     assert not HEAVY & set(done.stderr.rpartition("loaded: ")[2].split())
+
+
+@pytest.mark.slow
+def test_a_row_of_the_quickstart_makes_no_noise():
+    """Where torchao is installed, importing it says several lines."""
+    program = "import hf_maskpro_cli; hf_maskpro_cli.quickstart_row()"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, "--help"], capture_output=True, text=True)
+    assert "--held-out" in done.stdout
+    assert done.stderr == ""
 
 
 def test_what_other_packages_log_is_no_noise():

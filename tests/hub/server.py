@@ -171,8 +171,12 @@ class Hub:
         self.requests: list[tuple[str, str, int]] = []
         # Blob addresses are signed: who knows one needs no token.
         self.signature = secrets.token_hex(16)
-        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for handler in (ApiHandler, BlobHandler)]
-        self.url, self.blobs_url = [f"http://127.0.0.1:{server.server_port}" for server in self.servers]
+        # As on the Hub, blobs are with another host: clients of before 2.0 look at its name alone.
+        hosts = {"127.0.0.1": ApiHandler, "127.0.0.2": BlobHandler}
+        self.servers = [ThreadingHTTPServer((host, 0), handler) for host, handler in hosts.items()]
+        self.url, self.blobs_url = [
+            f"http://{host}:{server.server_port}" for host, server in zip(hosts, self.servers, strict=True)
+        ]
 
     def __enter__(self) -> "Hub":
         for server in self.servers:

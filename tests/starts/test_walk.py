@@ -588,6 +588,22 @@ def test_a_walk_by_stages_sees_what_whole_models_see():
     assert [bool(inputs.lost.norm() > 1e-2) for inputs in seen.values()] == [False] * 3 + [True] * (len(seen) - 3)
 
 
+def test_a_walk_by_stages_runs_a_layer_under_its_mask_once_for_a_batch(ids, monkeypatch):
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="wanda+swaps"))
+    names = {layer: name for name, layer in masked_layers(model).items()}
+    cls, runs = type(next(iter(names))), []
+    forward = cls.forward
+
+    def counted(layer, *args):
+        if not layer.dense:
+            runs.append(names[layer])
+        return forward(layer, *args)
+
+    monkeypatch.setattr(cls, "forward", counted)
+    initialize_masks(model, batches(ids))
+    assert sorted(runs) == sorted(2 * list(names.values()))
+
+
 def test_what_parts_in_a_later_batch_has_its_own_dense_inputs():
     """Two layers that share their input at first: then each has another."""
 
