@@ -1,8 +1,8 @@
 """
-Peak anonymous memory of `hf-maskpro merge` and of `check_sparsity` on a checkpoint of random bfloat16 weights, once in
-one file and once in shards: shaped as a Llama, or with `--experts` as a mixture that stores its experts one by one.
-Files are mapped, and what is mapped is the system's to drop: it does not count. Writes three times the checkpoint's
-size to `--folder`, and deletes it again. Linux only.
+Peak memory of `hf-maskpro merge` and of `check_sparsity` on a checkpoint of random bfloat16 weights, once in one file
+and once in shards, or by `--layout` in the one alone: shaped as a Llama, or with `--experts` as a mixture that stores
+its experts one by one. Files are mapped, and what is mapped is the system's to drop: anonymous memory is without it,
+resident memory with it. Writes twice the checkpoint's size to `--folder`, and deletes it again. Linux only.
 """
 
 import argparse
@@ -25,6 +25,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from hf_maskpro import MaskProConfig
 from hf_maskpro.subset import pack_codes
 from hf_maskpro.tuner import MaskProLayer
+from hf_maskpro.tuner.base import masks_digest
+
+
+LAYOUTS = ("one file", "shards")
 
 
 def config_of(gigabytes: float) -> LlamaConfig:
@@ -128,39 +132,44 @@ def write_adapter(folder: Path, config: PreTrainedConfig) -> None:
     save_file(masks, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     saved = model.peft_config["default"]
     weights = sum(module.base_weight.numel() for module in model.modules() if isinstance(module, MaskProLayer))
-    saved.record_stage({}, 0.0, weights, sum(mask.nbytes for mask in masks.values()))
+    digest = masks_digest(masks, masks.__getitem__)
+    saved.record_stage({}, 0.0, weights, digest, sum(mask.nbytes for mask in masks.values()))
     saved.save_pretrained(str(folder))
 
 
-def anonymous(process: subprocess.Popen) -> Iterator[int]:
-    """The process's anonymous memory in bytes, looked at a hundred times a second."""
+def memory_of(process: subprocess.Popen) -> Iterator[tuple[int, int]]:
+    """The process's anonymous and resident memory in bytes, looked at a hundred times a second."""
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
-        yield next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
+        fields = dict(line.split(":", 1) for line in status.splitlines())
+        # A process that has ended, and is not waited for yet, has none.
+        if "RssAnon" in fields:
+            yield 1024 * int(fields["RssAnon"].split()[0]), 1024 * int(fields["VmHWM"].split()[0])
         time.sleep(0.01)
 
 
-def peak_of(command: list[str]) -> tuple[float, float]:
-    """Peak anonymous bytes and seconds of a command."""
+def peak_of(command: list[str]) -> dict[str, float]:
+    """Peak bytes and seconds of a command."""
     begun = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        peak = max(anonymous(process))
+        anonymous, resident = map(max, zip(*memory_of(process), strict=True))
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed.")
-    return peak, time.perf_counter() - begun
+    return {"anonymous": anonymous, "resident": resident, "seconds": time.perf_counter() - begun}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=8)
     parser.add_argument("--experts", action="store_true", help="a mixture of experts")
+    parser.add_argument("--layout", choices=LAYOUTS, action="append", help="of the checkpoint; both unless given")
     parser.add_argument("--folder", help="where to write; the system's temporary folder unless given")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     config = mixture_of(args.gigabytes) if args.experts else config_of(args.gigabytes)
     rows = []
-    idle, _ = peak_of([sys.executable, "-c", "import hf_maskpro"])
-    for layout in ("one file", "shards"):
+    idle = peak_of([sys.executable, "-c", "import hf_maskpro"])["anonymous"]
+    for layout in args.layout or LAYOUTS:
         with tempfile.TemporaryDirectory(dir=args.folder) as parent:
             base, adapter, merged = (Path(parent) / name for name in ("base", "adapter", "merged"))
             size = write_checkpoint(base, config, layout == "shards")
@@ -171,16 +180,15 @@ def main() -> None:
                 "merge": [*merge, "--adapter", str(adapter), "--output", str(merged)],
                 "check_sparsity": [sys.executable, "-c", check],
             }.items():
-                peak, seconds = peak_of(command)
-                rows.append({"layout": layout, "job": job, "checkpoint_bytes": size, "peak": peak, "seconds": seconds})
+                rows.append({"layout": layout, "job": job, "checkpoint_bytes": size, **peak_of(command)})
     if args.json:
         print(json.dumps({"import_alone": idle, "rows": rows}))
         return
-    table = Table(title=f"peak anonymous memory; importing the package alone takes {idle / 1e9:.2f} GB")
-    for name in ("layout", "job", "checkpoint, GB", "peak, GB", "seconds"):
+    table = Table(title=f"peak memory; importing the package alone takes {idle / 1e9:.2f} GB")
+    for name in ("layout", "job", "checkpoint, GB", "anonymous, GB", "resident, GB", "seconds"):
         table.add_column(name)
     for row in rows:
-        gigabytes = (f"{row[name] / 1e9:.2f}" for name in ("checkpoint_bytes", "peak"))
+        gigabytes = (f"{row[name] / 1e9:.2f}" for name in ("checkpoint_bytes", "anonymous", "resident"))
         table.add_row(row["layout"], row["job"], *gigabytes, f"{row['seconds']:.0f}")
     Console(width=100).print(table)
 

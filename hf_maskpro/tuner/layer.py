@@ -561,6 +561,8 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
 
     def train(self, mode: bool = True):
         self.forget_masked_weight()
+        # An optimizer may write through `.data`, of which torch says nothing.
+        self._finite.clear()
         return super().train(mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -588,6 +590,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
                 not finite.
         """
         self._masked_weight = None
+        self._finite.clear()
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.maskpro_theta:
                 continue

@@ -148,8 +148,11 @@ def test_bad_sources_are_named_before_the_model_is_loaded(checkpoint, sources, t
     for name, rows in ((name, row and json.dumps(row)) for name, row in contents.items()):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.jsonl").write_text(rows)
+    # There is nothing in it to load.
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "hollow" / "config.json").write_text("{}")
     for verb in ("init", "train"):
-        given = [verb, "--model", tmp_path / "no", "--output", tmp_path / "out", "--text", a]
+        given = [verb, "--model", tmp_path / "hollow", "--output", tmp_path / "out", "--text", a]
         assert f"{tmp_path / 'no.txt'} does not exist" in fails(*given, "--text", tmp_path / "no.txt")
         assert f"{tmp_path / 'empty.txt'} is empty" in fails(*given, "--text", tmp_path / "empty.txt")
         assert f"{tmp_path / 'bytes.txt'} is no text in UTF-8: invalid start byte at byte 6; convert it" in fails(

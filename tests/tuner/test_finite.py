@@ -117,6 +117,16 @@ def test_a_mode_is_not_taken_of_logits_that_training_spoiled(llama, ids):
         model(input_ids=ids)
 
 
+def test_logits_that_an_optimizer_spoiled_through_data(llama, ids):
+    model = get_peft_model(llama, MaskProConfig()).train()
+    model(input_ids=ids)
+    for layer in masked_layers(model).values():
+        layer.maskpro_theta["default"].data.fill_(torch.nan)
+    for use in (lambda: model.merge_and_unload(), lambda: model.eval()(input_ids=ids)):
+        with pytest.raises(ValueError, match="has logits that are not finite"):
+            use()
+
+
 def test_logits_that_load_state_dict_brings(llama, ids):
     model = get_peft_model(llama, MaskProConfig()).train()
     model(input_ids=ids)
