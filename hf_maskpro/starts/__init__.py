@@ -22,6 +22,7 @@ from ..tuner import (
     one_adapter,
     split_init_mask,
 )
+from ..tuner.base import listed
 from . import blocks, gblm, magnitude, pruner_zero, random, ria, sparsegpt, swaps, wanda
 from .batches import read_batches, sequences_in, tokens_in
 from .blocks import TOWARDS_DENSE
@@ -112,6 +113,7 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
     gradients = gradient_norms(model, adapter_name, batches) if rule in ("gblm", "pruner-zero") else {}
 
     by_magnitude: set[tuple[str, int]] = set()
+    unseen: list[str] = []
 
     def choose(name: str, layer: MaskProLayer, inputs: Inputs | None, number: int = 0) -> torch.Tensor:
         if inputs is not None and not inputs.squares.isfinite().all():
@@ -124,6 +126,8 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
         blind = inputs is not None and not tokens
         if blind and expert:
             by_magnitude.add((name.rpartition(".")[0], number))
+        elif blind:
+            unseen.append(name)
         mask = _mask_by_rule("magnitude" if blind and rule in RULES else rule, weight, calibration, config, name)
         if mask is None:
             mask = mask_of(layer.initial_codes(adapter_name)[rows], config.m)
@@ -143,9 +147,11 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
     else:
         learn = partial(blocks.learn, adapter_name) if "blocks" in refined else None
         walk(model, adapter_name, batches, rule == "sparsegpt", choose, bool(refined), learn)
+    kept = "largest weights" if rule in RULES else "masks of the source"
+    if unseen:
+        logger.warning(f"calibration: {listed(unseen)} saw no data; their {kept} are kept.")
     if by_magnitude:
         count = f"{len(by_magnitude):,} expert{'s' * (len(by_magnitude) > 1)}"
-        kept = "largest weights" if rule in RULES else "masks of the source"
         logger.warning(
             f"calibration: {count} saw fewer than {FEWEST_TOKENS} tokens, for which their {kept} are kept; pass more "
             "text to calibrate them."

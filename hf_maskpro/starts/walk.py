@@ -578,8 +578,6 @@ def _choose_at_once(
         for inputs in set(gathered.values()):
             inputs.complete()
     alone = [unit for unit in units if isinstance(unit, MaskProLayer)]
-    if unseen := [left[layer] for layer in alone if layer not in gathered]:
-        logger.warning(f"calibration: {listed(unseen)} saw no data and keep their largest weights.")
     for layer in alone:
         choose(left[layer], layer, gathered.get(layer) or _nothing(layer, with_gram))
     for experts, known in routed.items():
@@ -629,8 +627,8 @@ def _stacks(model: nn.Module, names: dict[MaskProLayer, str], batch: dict[str, A
 
 
 def one_pass(model: nn.Module, batch: dict[str, Any]) -> None:
-    """Run a model on a batch, up to its output head."""
-    with _stopping_at_head(model, {}):
+    """Run a model on a batch, up to its output head if that is dense."""
+    with _stopping_at_head(model, [module for module in model.modules() if isinstance(module, MaskProLayer)]):
         _run(model, batch)
 
 
@@ -657,7 +655,7 @@ def _attention_mask(model: nn.Module, module: nn.Module, inputs: dict[str, Any])
 
 
 @contextmanager
-def _stopping_at_head(model: nn.Module, names: dict[MaskProLayer, str]) -> Iterator[None]:
+def _stopping_at_head(model: nn.Module, masked: Collection[MaskProLayer]) -> Iterator[None]:
     """Let a forward pass end where logits would be made, which take more memory than anything before them."""
 
     def stop(*_: Any) -> None:
@@ -665,7 +663,7 @@ def _stopping_at_head(model: nn.Module, names: dict[MaskProLayer, str]) -> Itera
 
     base = _pretrained(model)
     head = None if base is None else base.get_output_embeddings()
-    handle = None if head is None or head in names else head.register_forward_pre_hook(stop)
+    handle = None if head is None or head in masked else head.register_forward_pre_hook(stop)
     try:
         yield
     finally:

@@ -155,7 +155,8 @@ def watching(model: nn.Module) -> Iterator[Findings]:
     def enter(module: nn.Module, args: Any) -> None:
         called.extend(masking.get(module, ()))
 
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    # After an error torch calls it without the keyword arguments.
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         if not isinstance(module, (MaskProLinear, MaskProExperts)):
             return
         inside = list(masking[module].values())

@@ -423,7 +423,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def check_calls(model: nn.Module, run: Callable[[], Any]) -> None:
     """
-    Look at one forward pass, in the mode that the model is in, whether every masked layer sees its mask.
+    Look at one forward pass, in the mode that the model is in, whether every masked layer sees its mask. Those that it
+    does not reach are named in a warning.
 
     Args:
         model (`torch.nn.Module`): A model with a mask adapter.
@@ -436,6 +437,11 @@ def check_calls(model: nn.Module, run: Callable[[], Any]) -> None:
     with watching(model) as findings:
         run()
     _check_findings(findings)
+    if findings.unseen:
+        logger.warning(
+            f"the first batch does not reach {listed(list(map(_bare, findings.unseen)))}: whether masks apply there was "
+            "not seen, and such data does not move them."
+        )
 
 
 def _check_findings(findings: Findings) -> None:

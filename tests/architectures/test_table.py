@@ -40,6 +40,7 @@ def calibrated(base, known, rule, caplog):
     for layer in layers.values():
         assert (mask_of(layer.initial_codes("default"), 4).sum(1) == 2).all()
     assert "saw no data" not in caplog.text
+    assert "does not reach" not in caplog.text
     at_once = bool(known.at_once) or not known.walked
     assert ("in one pass" in caplog.text) == (at_once and rule != "wanda")
     assert all(name in caplog.text for name in known.at_once if rule != "wanda")

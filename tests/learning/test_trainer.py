@@ -144,6 +144,14 @@ def test_a_weight_that_is_used_without_a_call_in_train_mode_alone_is_refused_bef
     trainer("residual").train()
 
 
+def test_a_layer_that_the_first_batch_of_a_run_does_not_reach_is_told(tmp_path, caplog):
+    puzzle = Puzzle()
+    puzzle.tower = nn.Linear(8, 8)
+    model = get_peft_model(puzzle, MaskProConfig(target_modules=["layer", "tower"]))
+    MaskProTrainer(model, arguments(tmp_path, "residual", max_steps=2), train_dataset=puzzle_rows(8)).train()
+    assert caplog.text.count("the first batch does not reach tower:") == 1
+
+
 def advantages(tmp_path, llama, residuals, **options):
     model = get_peft_model(copy.deepcopy(llama), MaskProConfig())
     trainer = MaskProTrainer(model, arguments(tmp_path, "residual", **options), train_dataset=rows())

@@ -10,6 +10,7 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -332,7 +333,6 @@ def test_lists_are_walked_as_they_run_and_what_is_outside_comes_last(shared, in_
     walk(model, "default", data, True, take, in_order)
     walked = ["first.0.layer", "first.1.layer"] + ["second.0.layer", "second.1.layer"] * (not shared)
     assert order[: len(walked)] == walked
-    assert "unseen saw no data" in caplog.text
     assert "in one pass" in caplog.text
     assert not seen.pop("unseen").squares.any()
     # Of what the masked layers before it make of the data.
@@ -351,6 +351,25 @@ def test_lists_are_walked_as_they_run_and_what_is_outside_comes_last(shared, in_
     for name in set(seen) - set(walked):
         rows = torch.cat(given[name]).flatten(0, 1)
         torch.testing.assert_close(seen[name].squares, rows.square().sum(0))
+
+
+@pytest.mark.parametrize("rule", ["wanda", "sparsegpt+swaps"])
+def test_layers_of_a_list_that_no_data_reaches_keep_their_largest_weights_and_are_named(rule, ids, caplog):
+    sizes = {"vocab_size": 34, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    model = get_peft_model(
+        GPT2LMHeadModel(GPT2Config(add_cross_attention=True, **sizes)), MaskProConfig(init_mask=rule)
+    )
+    initialize_masks(model, batches(ids))
+    model.add_adapter("largest", MaskProConfig())
+    kept = [
+        name
+        for name, layer in masked_layers(model).items()
+        if torch.equal(layer.initial_codes("default"), layer.initial_codes("largest"))
+    ]
+    assert kept == [name for name in masked_layers(model) if "crossattention" in name]
+    (told,) = [record.message for record in caplog.records if "saw no data" in record.message]
+    assert all(name in told for name in kept[:3])
+    assert f"and {len(kept) - 3} more saw no data; their largest weights are kept" in told
 
 
 def test_batches_that_run_other_layers_than_the_first_are_refused():

@@ -359,6 +359,36 @@ def test_the_first_batch_tells_where_nothing_is_known_of_a_models_inputs(init_ma
     initialize_masks(model, [{"x": torch.ones(2, 16)}])
 
 
+class Partly(nn.Module):
+    """A model that uses one of its layers alone."""
+
+    def __init__(self, used):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.used = used
+
+    def forward(self, x, **_):
+        return getattr(self, self.used)(x)
+
+
+@pytest.mark.parametrize(("used", "other"), [("first", "second"), ("second", "first")])
+def test_what_the_first_batch_does_not_reach_is_told_each_time(used, other, caplog):
+    model = get_peft_model(Partly(used), MaskProConfig(target_modules=["first", "second"]))
+    for _ in range(2):
+        caplog.clear()
+        initialize_masks(model, [{"x": torch.ones(2, 16)}])
+        assert caplog.text.count(f"the first batch does not reach {other}:") == 1
+
+
+@pytest.mark.filterwarnings("error:global module forward hook")
+def test_the_first_batch_reaches_a_head_that_is_masked(llama, ids, caplog):
+    for targets in (["o_proj"], ["o_proj", "lm_head"]):
+        model = get_peft_model(llama, MaskProConfig(target_modules=targets))
+        initialize_masks(model, [{"input_ids": ids}])
+        assert "does not reach" not in caplog.text
+        model.unload()
+
+
 def test_looking_at_a_pass_leaves_the_model_and_the_generator_as_they_were(llama):
     called = []
     llama.register_forward_hook(lambda *_: called.append(1))
