@@ -439,8 +439,8 @@ def check_calls(model: nn.Module, run: Callable[[], Any]) -> None:
     _check_findings(findings)
     if findings.unseen:
         logger.warning(
-            f"the first batch does not reach {listed(list(map(_bare, findings.unseen)))}: whether masks apply there was "
-            "not seen, and such data does not move them."
+            f"the first batch does not reach {listed(list(map(_bare, findings.unseen)))}: whether masks apply there "
+            "was not seen, and such data does not move them."
         )
 
 
