@@ -102,8 +102,7 @@ def test_texts_of_one_name_have_figures_of_their_own(checkpoint, adapter, text, 
     assert len({each.metric_value for each in figures.values()}) == 3
     compared = run(*eval, "--compare", checkpoint, checkpoint).stdout
     for name in ("verse/text.txt", "prose/text.txt"):
-        assert f"│ {name}" in printed
-        # Where a header is folded depends on how long the folders' names are.
+        assert name in printed
         assert name in compared
 
 
