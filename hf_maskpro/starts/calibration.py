@@ -138,6 +138,10 @@ def _openings(tokenizer: PreTrainedTokenizerBase, seq_len: int) -> list[list[int
         mark = "QUESTION"
         turns = str(tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False))
         opening = tokenizer(turns.rpartition(mark)[0], add_special_tokens=False).input_ids
+        start_token = start_token_of(tokenizer)
+        # Templates may leave it to the tokenizer.
+        if start_token is not None and opening[:1] != [start_token]:
+            opening = [start_token, *opening]
         if 0 < len(opening) < seq_len:
             openings.append(opening)
     return openings

@@ -480,9 +480,10 @@ def test_generated_text_is_a_function_of_its_seed(starting_checkpoint):
     assert len({tuple(row) for row in first.tolist()}) == 70
 
 
-def test_every_other_batch_of_generated_text_begins_as_a_conversation(starting_checkpoint):
+@pytest.mark.parametrize("start", ["{{ bos_token }} ", ""])
+def test_every_other_batch_of_generated_text_begins_as_a_conversation(starting_checkpoint, start):
     tokenizer = AutoTokenizer.from_pretrained(starting_checkpoint)
-    tokenizer.chat_template = "{{ bos_token }} w30 w31 {{ messages[0].content }} w29"
+    tokenizer.chat_template = start + "w30 w31 {{ messages[0].content }} w29"
     batches = generated_text(tiny_llama(), tokenizer, samples=130, seq_len=8)
     text = torch.cat([batch["input_ids"] for batch in batches])
     assert text.shape == (130, 8)
