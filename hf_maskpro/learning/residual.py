@@ -107,10 +107,10 @@ class Residual(Estimator):
         super().__init__(trainer, adapter)
         self.tracker = 0.0
         self._variance, self._moves = 0.0, 0
-        # Of a step: what its masks' seeds are made of, the micro-batches so far, and the share of each mask in the
-        # loss, minus that of the initial one.
+        # Of a step: what its masks' seeds are made of, the micro-batches so far, and for each mask its share in the
+        # loss, minus that of the initial one, and a number that is 0 if there was nothing to predict.
         self._step_seed, self._micro_batches = 0, 0
-        self._shares: list[torch.Tensor] = []
+        self._shares = torch.empty(0, 2)
         # Of the mask that the layers apply.
         self._seed = 0
         self._history: dict[str, list[float]] = {"residual": [], "tracker": []}
@@ -180,7 +180,7 @@ class Residual(Estimator):
             # torch's own generator, whose state a checkpoint keeps.
             self._step_seed = int(torch.randint(2**63 - 1, ()))
             masks = min(trainer.args.masks_per_step, trainer.current_gradient_accumulation_steps)
-            self._shares = [torch.zeros((), device=trainer.args.device) for _ in range(masks)]
+            self._shares = torch.zeros(masks, 2, device=trainer.args.device)
         mask = self._micro_batches % len(self._shares)
         self._micro_batches += 1
         self._seed = self._seed_of(mask)
@@ -194,10 +194,12 @@ class Residual(Estimator):
                 assert num_items_in_batch is not None
                 known = self._baselines[index.cpu()].sum() * ranks_of_loss(trainer)
                 baseline = (known / float(num_items_in_batch)).to(loss)
-        self._shares[mask] += loss - baseline
+        # Unlike the loss of no tokens a reward of 0 is one.
+        told = loss.abs() + baseline.abs() if trainer.reward_fn is None else torch.ones_like(loss)
+        self._shares[mask] += torch.stack([loss - baseline, told])
         if trainer.accelerator.sync_gradients:
             seeds, residuals = self._of_all_processes()
-            if self.is_finite(torch.tensor(residuals).sum()):
+            if self.is_finite(torch.tensor(residuals).sum()) and seeds:
                 self._move_logits(seeds, residuals)
             self._micro_batches = 0
         return loss
@@ -233,14 +235,19 @@ class Residual(Estimator):
         return (self._step_seed + mask * accelerator.num_processes + accelerator.process_index) % (2**63 - 1)
 
     def _of_all_processes(self) -> tuple[list[int], list[float]]:
-        """The seed of every mask of a step, and its residual."""
+        """The seed of every mask of a step that had something to predict, and its residual."""
         masks = len(self._shares)
-        seeds = torch.tensor([self._seed_of(mask) for mask in range(masks)])
-        residuals = masks * torch.stack(self._shares).double().cpu()
+        shares = self._shares.double().cpu()
+        # No seed is negative.
+        seeds = torch.tensor([self._seed_of(mask) for mask in range(masks)]).where(shares[:, 1] != 0, -1)
+        residuals = masks * shares[:, 0]
         told = torch.stack([seeds, residuals.view(torch.int64)], dim=1).unsqueeze(0).to(self.trainer.args.device)
         # First the first mask of every process, in the order of the micro-batches.
         known = self.trainer.accelerator.gather(told).cpu().transpose(0, 1).flatten(0, 1)
-        return known[:, 0].tolist(), known[:, 1].contiguous().view(torch.float64).tolist()
+        heard = known[known[:, 0] >= 0]
+        # The tokens that the shares are of are spread over fewer masks.
+        residuals = heard[:, 1].contiguous().view(torch.float64) * (len(heard) / len(known))
+        return heard[:, 0].tolist(), residuals.tolist()
 
     @torch.no_grad()
     def _move_logits(self, seeds: list[int], residuals: list[float]) -> None:

@@ -64,7 +64,7 @@ def initialize_masks(model: nn.Module, dataloader: Iterable[Mapping[str, torch.T
     Args:
         model (`torch.nn.Module`): A model with a mask adapter.
         dataloader (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): Batches of calibration text. Each maps
-            arguments of the model's forward to tensors, as `{"input_ids": int64 [sequences, tokens]}`; see
+            arguments of the model's forward to tensors or flags, as `{"input_ids": int64 [sequences, tokens]}`; see
             [`random_windows`]. Needed by every rule but these two, and by `"+swaps"` and `"+blocks"`. Padding, by
             the batch's `attention_mask`, does not count.
 

@@ -4,12 +4,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..tuner import MaskProLayer, evaluating, masked_layers
 from ..tuner.base import is_quantized
-from .batches import sequences_in
+from .batches import sequences_in, without_cache
 
 
 def gradient_norms(model: nn.Module, adapter_name: str, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -48,14 +49,14 @@ def gradient_norms(model: nn.Module, adapter_name: str, batches: list[dict[str, 
             layer.dense = True
         device = next(model.parameters()).device
         sequences = [
-            {key: value[i : i + 1] for key, value in batch.items()}
+            {key: value if isinstance(value, bool) else value[i : i + 1] for key, value in batch.items()}
             for batch in batches
             for i in range(sequences_in(batch))
         ]
         with evaluating(model), torch.enable_grad():
             for sequence in tqdm(sequences, desc="gradients"):
-                sequence = {key: value.to(device) for key, value in sequence.items()}
-                model(**_with_labels(sequence), use_cache=False).loss.backward()
+                sequence = send_to_device(sequence, device)
+                model(**_with_labels(sequence) | without_cache(model)).loss.backward()
     finally:
         for handle in handles:
             handle.remove()

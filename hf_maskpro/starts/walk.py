@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from ..tuner import MaskProExperts, MaskProExpertWeight, MaskProLayer, evaluating, masked_layers
 from ..tuner.base import listed
 from ..tuner.experts import has_kernels
-from .batches import sequences_in, tokens_in
+from .batches import sequences_in, tokens_in, without_cache
 from .blocks import TOWARDS_DENSE, Example
 
 
@@ -637,9 +638,9 @@ def _run(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     base = _pretrained(model)
     with_labels = base is not None and base.config.is_encoder_decoder
     device = next(model.parameters()).device
-    inputs = {key: value.to(device) for key, value in batch.items() if key != "labels" or with_labels}
+    inputs = send_to_device({key: value for key, value in batch.items() if key != "labels" or with_labels}, device)
     with suppress(_StopForward):
-        model(**inputs, use_cache=False)
+        model(**inputs | without_cache(model))
     return inputs
 
 

@@ -94,12 +94,13 @@ def check_masks(config: MaskProConfig, names: Iterable[str], get: Callable[[str]
 
 def is_quantized(weight: torch.Tensor) -> bool:
     """Whether a weight is stored in fewer bits than it is computed with, by torchao or bitsandbytes."""
-    kind = type(weight)
-    return (
-        kind.__module__.startswith("torchao.")
-        or kind.__name__ == "Params4bit"
-        or (kind.__name__ == "Int8Params" and weight.dtype == torch.int8)
-    )
+    return type(weight).__module__.startswith("torchao.") or is_of_bitsandbytes(weight)
+
+
+def is_of_bitsandbytes(weight: torch.Tensor) -> bool:
+    """Whether bitsandbytes has quantized a weight."""
+    kind = type(weight).__name__
+    return kind == "Params4bit" or (kind == "Int8Params" and weight.dtype == torch.int8)
 
 
 def weight_of(module: Any, name: str = "weight") -> Any:

@@ -36,7 +36,7 @@ from ..subset import (
     unpack_codes,
 )
 from ..subset.codec import word_layout
-from .base import is_quantized, plain, weight_of
+from .base import is_of_bitsandbytes, is_quantized, plain, weight_of
 from .config import DATA_FREE, MaskProConfig
 
 
@@ -569,10 +569,15 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         names = self._adapters_to_apply()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if (self.is_plain() or is_quantized(self.base_weight)) and not args and not kwargs:
+        if self.is_plain() and not args and not kwargs:
             weight = self._mask_weight(names)
             # bitsandbytes puts out what it is given, whatever it computes with.
             return self.linear(x, weight.to(x.dtype) if is_quantized(self.base_weight) else weight)
+        if is_of_bitsandbytes(self.base_weight):
+            raise ValueError(
+                f"cannot mask {self.base_layer}: bitsandbytes has quantized its weight, and its forward has hooks or "
+                "was replaced, which the mask would pass over; remove them, or exclude the layer by exclude_modules."
+            )
         with onloaded([self]), over(self.base_layer, {"weight": self._mask_weight(names)}):
             return self.base_layer(x, *args, **kwargs)
 

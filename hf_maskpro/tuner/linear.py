@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from .base import is_quantized
+from .base import is_of_bitsandbytes, is_quantized
 from .layer import MaskProLayer
 
 
@@ -18,8 +18,12 @@ class MaskProLinear(MaskProLayer):
     def is_plain(self) -> bool:
         base = self.base_layer
         hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        own = type(base).forward is not type(self).base_forward or type(base).__call__ is not nn.Module.__call__
-        return not (own or hooks or "forward" in vars(base))
+        forward, patched = type(base).forward, "forward" in vars(base)
+        known = forward is type(self).base_forward
+        if is_of_bitsandbytes(self.base_weight):
+            # Its forwards take no other weight, but what they compute is known; accelerate's hook has nothing to move.
+            known, patched = forward.__module__.startswith("bitsandbytes."), patched and "_hf_hook" not in vars(base)
+        return known and type(base).__call__ is nn.Module.__call__ and not (hooks or patched)
 
     def out_in(self, weight: torch.Tensor) -> torch.Tensor:
         return weight

@@ -100,10 +100,10 @@ def test_texts_of_one_name_have_figures_of_their_own(checkpoint, adapter, text, 
     home = f"{text.parent.name}/text.txt"
     assert figures.keys() == {"verse/text.txt", "prose/text.txt", home}
     assert len({each.metric_value for each in figures.values()}) == 3
-    printed += run(*eval, "--compare", checkpoint, checkpoint).stdout
+    compared = run(*eval, "--compare", checkpoint, checkpoint).stdout
     for name in ("verse/text.txt", "prose/text.txt"):
-        assert f"{name} perplexity" in printed
-        assert f"│ {name}" in printed
+        assert name in printed
+        assert name in compared
 
 
 def test_one_text_is_neither_at_home_nor_elsewhere(checkpoint, adapter, text):

@@ -130,13 +130,14 @@ def limited_memory():
 
 def attempt(action, *others):
     """What an action returns, or `None` if one line says what is wrong, by our kinds of errors or these others."""
-    begun = time.process_time()
-    result = once(action, others)
-    if time.process_time() - begun > SECONDS:
-        # The first of all calls imports what it needs.
+    # The first of all calls imports what it needs, and beside other processes a second of work may take longer.
+    for _ in range(3):
         begun = time.process_time()
         result = once(action, others)
-        assert time.process_time() - begun < SECONDS
+        taken = time.process_time() - begun
+        if taken < SECONDS:
+            break
+    assert taken < SECONDS
     event("refused" if result is None else "read")
     return result
 

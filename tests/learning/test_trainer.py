@@ -565,6 +565,40 @@ def test_several_such_updates_in_a_row_stop_the_run_with_the_checkpoint_in_place
     assert trainer.estimator.skipped == 6
 
 
+@pytest.mark.parametrize("advantage", ["raw", "scaled"])
+def test_a_mask_that_had_nothing_to_predict_is_as_if_it_had_not_been_there(tmp_path, advantage):
+    def run(dataset, masks):
+        model = get_peft_model(tiny_llama(), MaskProConfig(logit_scale=2.0, init_mask="random"))
+        args = arguments(
+            tmp_path, "residual", max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=masks,
+            masks_per_step=masks, train_sampling_strategy="sequential", baseline="step", advantage=advantage,
+        )  # fmt: skip
+        trainer = MaskProTrainer(model, args, train_dataset=dataset)
+        trainer.train()
+        return trainer
+
+    # The second mask of each step has no labels.
+    two, one = run(Spoiled({1, 3}), 2), run(rows(8)[:4:2], 1)
+    assert any(theta.any() for theta in thetas(one.model))
+    for theta, expected in zip(thetas(two.model), thetas(one.model), strict=True):
+        torch.testing.assert_close(theta, expected)
+    assert two.estimator.tracker == pytest.approx(one.estimator.tracker)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_micro_batch_without_labels_spoils_no_step(tmp_path, llama, estimator):
+    model = get_peft_model(llama, MaskProConfig(logit_scale=2.0, init_mask="random"))
+    args = arguments(
+        tmp_path, estimator, max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential", logging_steps=2, **QUICK.get(estimator, {}),
+    )  # fmt: skip
+    trainer = MaskProTrainer(model, args, train_dataset=Spoiled({1, 2}))
+    trainer.train()
+    assert all(theta.isfinite().all() for theta in thetas(model))
+    assert any(theta.any() for theta in thetas(model))
+    assert trainer.estimator.skipped == 0
+
+
 class Interrupted(Exception):
     pass
 

@@ -10,6 +10,7 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 
 from hf_maskpro import MaskProConfig, initialize_masks
+from hf_maskpro.deploy import merge
 from hf_maskpro.subset import mask_of
 from hf_maskpro.tuner import masked_layers
 
@@ -110,9 +111,13 @@ def test_of_a_pruned_checkpoint_only_what_transformers_loads_is_read(tmp_path):
 
 def test_a_pruned_checkpoint_whose_names_lack_a_prefix(tmp_path):
     """As GPT-2 is on the Hub, and what is merged into it."""
+    tiny_gpt2().transformer.save_pretrained(tmp_path / "base")
     model, masks = random_adapter(tiny_gpt2)
-    model.merge_and_unload().transformer.save_pretrained(tmp_path)
-    assert same(masks_of(imported(tiny_gpt2, tmp_path)), masks)
+    model.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    model.merge_and_unload().transformer.save_pretrained(tmp_path / "saved")
+    for source in ("saved", "merged"):
+        assert same(masks_of(imported(tiny_gpt2, tmp_path / source)), masks)
 
 
 def test_a_pruned_checkpoint_may_hold_fewer_weights(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
@@ -70,3 +71,22 @@ def test_a_weight_that_bitsandbytes_has_laid_out_for_cpus_is_refused(loaded, ids
         return
     with pytest.raises(ValueError, match="has laid its weight out for CPUs; load the model anew"):
         get_peft_model(base, MaskProConfig())
+
+
+def test_what_hangs_on_the_call_is_refused_but_for_the_hooks_that_move_weights(loaded):
+    def changed(change):
+        base = loaded()
+        change(base.model.layers[0].mlp.up_proj)
+        return masked_layers(get_peft_model(base, MaskProConfig()))["model.layers.0.mlp.up_proj"]
+
+    inputs = torch.randn(3, 64)
+    for change in (
+        lambda layer: layer.register_forward_hook(lambda module, args, output: 2 * output),
+        lambda layer: layer.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+        lambda layer: setattr(layer, "forward", lambda x: x),
+    ):
+        with pytest.raises(ValueError, match=r"^cannot mask Linear.*hooks or was replaced") as caught:
+            changed(change)(inputs)
+        assert len(str(caught.value).splitlines()) == 1
+    layer = changed(lambda layer: add_hook_to_module(layer, AlignDevicesHook("cpu", io_same_device=True)))
+    torch.testing.assert_close(layer(inputs), changed(lambda layer: None)(inputs))

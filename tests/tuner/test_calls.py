@@ -154,8 +154,13 @@ def test_a_weight_that_something_else_computes_is_not_masked_in_vain(llama, ids,
 
 
 @torch.inference_mode()
-def test_a_model_made_in_inference_mode_works(ids):
-    model = get_peft_model(tiny_llama(), MaskProConfig()).eval()
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_model_made_in_inference_mode_works(ids, loaded, tmp_path):
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="random")).eval()
+    if loaded:
+        model.save_pretrained(tmp_path)
+        other, model = model, PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+        assert torch.equal(logits(model, ids), logits(other, ids))
     generated = model.generate(input_ids=ids, max_new_tokens=2, do_sample=False)
     assert generated.shape[1] == ids.shape[1] + 2
     before = logits(model, ids)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import PeftModel, get_peft_model
 
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments, initialize_masks
@@ -98,3 +99,38 @@ def test_rules_that_look_at_gradients_are_refused(ids):
     model = get_peft_model(quantized(), MaskProConfig(init_mask="gblm"))
     with pytest.raises(ValueError, match="is quantized, and has no gradient"):
         initialize_masks(model, [{"input_ids": ids}])
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def patched(layer):
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+
+
+def subclassed(layer):
+    class Doubles(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer.__class__ = Doubles
+
+
+def moved(layer):
+    add_hook_to_module(layer, AlignDevicesHook("cpu", io_same_device=True))
+    hooked(layer)
+
+
+@pytest.mark.parametrize("change", [hooked, patched, subclassed, moved])
+def test_what_hangs_on_the_call_of_a_quantized_layer_is_run(change):
+    inputs = torch.randn(3, 16, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    found = []
+    for changed in (False, True):
+        base = quantized()
+        if changed:
+            change(base.model.layers[0].mlp.up_proj)
+        model = get_peft_model(base, MaskProConfig()).eval()
+        found.append(masked_layers(model)["model.layers.0.mlp.up_proj"](inputs))
+    torch.testing.assert_close(found[1], 2 * found[0])
