@@ -137,8 +137,8 @@ def open_adapter(folder: Path, config: MaskProConfig, stack: ExitStack) -> Tenso
 def _array(arrays: Any, key: str) -> torch.Tensor:
     try:
         return torch.from_numpy(arrays[key])
-    # The last two of entries that are encrypted, or compressed in a way that Python does not know.
-    except (BadZipFile, zlib.error, EOFError, TypeError, RuntimeError, NotImplementedError) as error:
+    # The last of entries that are encrypted, or compressed in a way that Python does not know.
+    except (BadZipFile, zlib.error, EOFError, TypeError, RuntimeError) as error:
         raise ValueError(f"the source's entry cannot be read: {error}.") from error
 
 
