@@ -2,13 +2,11 @@
 
 import os
 import re
-import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -82,8 +80,9 @@ def _reader(path: Path, stack: ExitStack, model: nn.Module, adapter_name: str) -
         try:
             # Without pickles, which numpy would run.
             arrays = stack.enter_context(np.lib.npyio.NpzFile(file, allow_pickle=False))
-        except BadZipFile as error:
-            raise ValueError(f"{path} is not a whole .npz file: {error}.") from error
+        # What is damaged is noticed in many ways: a version or a flag that Python does not know, text that is none.
+        except Exception as error:
+            raise ValueError(f"{path} is not a whole .npz file: {one_line(error)}.") from error
         masks = _by_parameter({key: partial(_array, arrays, key) for key in arrays.files}, path)
         return _mask_reader(masks, adapter_name, _of_bits)
     if path.suffix == ".safetensors":
@@ -137,9 +136,9 @@ def open_adapter(folder: Path, config: MaskProConfig, stack: ExitStack) -> Tenso
 def _array(arrays: Any, key: str) -> torch.Tensor:
     try:
         return torch.from_numpy(arrays[key])
-    # The last of entries that are encrypted, or compressed in a way that Python does not know.
-    except (BadZipFile, zlib.error, EOFError, TypeError, RuntimeError) as error:
-        raise ValueError(f"the source's entry cannot be read: {error}.") from error
+    # The file's own list may be sound and its entries damaged, encrypted, or compressed in a way that is not known.
+    except Exception as error:
+        raise ValueError(f"the source's entry cannot be read: {one_line(error)}.") from error
 
 
 def _mask_reader(

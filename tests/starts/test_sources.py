@@ -216,6 +216,26 @@ def test_bad_masks_are_refused_by_name(tmp_path):
         masks_of(target)
 
 
+@pytest.mark.parametrize(
+    ("at", "value", "reason"),
+    [
+        (6, 99, "not a whole .npz file: zip file version"),
+        (8, 1, "cannot be read: .*encrypted"),
+        (10, 77, "cannot be read"),
+    ],
+)
+def test_damaged_entries_of_an_archive_are_refused(tmp_path, at, value, reason):
+    model, masks = random_adapter(tiny_llama)
+    source = maskllm(tmp_path / "mask.npz", by_parameter(model, masks))
+    content = bytearray(source.read_bytes())
+    # The first entry of the list at the end: the version it needs, its flags, its compression.
+    content[content.index(b"PK\x01\x02") + at] = value
+    source.write_bytes(content)
+    with pytest.raises(ValueError, match=reason) as error:
+        imported(tiny_llama, source)
+    assert "\n" not in str(error.value)
+
+
 def test_bad_files_are_refused(tmp_path):
     model, masks = random_adapter(tiny_llama)
     flat = by_parameter(model, masks)
