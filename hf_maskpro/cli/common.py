@@ -18,6 +18,7 @@ from transformers.utils import logging
 from .. import hub  # noqa: F401
 from ..deploy import new_folder
 from ..evaluation import windows
+from ..learning.dataset import dataset_by_name
 from ..starts import initialize_masks, needs_data, random_windows
 from ..tuner import RULES, split_init_mask
 from .inputs import check_model, read_text
@@ -155,16 +156,11 @@ def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 def _documents(dataset: str, split: str, characters: float) -> Iterator[str]:
     """Documents of a dataset's split until there are so many characters."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ValueError("--dataset needs the datasets package: pip install 'hf-maskpro[datasets]'.") from error
-    name, _, config = dataset.partition(":")
-    if Path(name).is_file():
+    if Path(dataset.partition(":")[0]).is_file():
         raise ValueError(f"dataset {dataset} is a file; pass a text by --text, and of a dataset its folder.")
     bar = tqdm(total=characters, desc=f"reading {dataset}", unit=" characters", unit_scale=True)
     try:
-        for row in load_dataset(name, config or None, split=split, streaming=True):
+        for row in dataset_by_name(dataset, split):
             if "text" not in row:
                 raise ValueError(f"it has no column 'text', only {', '.join(row)}.")
             if not row["text"]:
