@@ -180,12 +180,24 @@ def _documents(dataset: str, split: str, characters: float) -> Iterator[str]:
         bar.close()
 
 
-def calibrate(masked: PeftModel, batches: list[dict[str, torch.Tensor]], text: str, seed: int) -> None:
+def calibrate(
+    masked: PeftModel,
+    batches: list[dict[str, torch.Tensor]],
+    text: str,
+    seed: int,
+    start_token: int | None,
+    chat: bool = False,
+) -> None:
     """Fill the starting mask, and note in the adapter what it was calibrated on."""
     config = masked.peft_config["default"]
     initialize_masks(masked, batches)
     if needs_data(config.init_mask):
-        config.start["calibration"] |= {"text": text, "seed": seed}
+        config.start["calibration"] |= {
+            "text": text,
+            "seed": seed,
+            "start_token": start_token is not None,
+            "chat": chat,
+        }
 
 
 def write_adapter(

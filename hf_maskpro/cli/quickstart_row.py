@@ -157,8 +157,9 @@ def quickstart_row(
         masked: Any = model
     elif method in ("magnitude", "wanda", "sparsegpt+swaps"):
         masked = get_peft_model(model, MaskProConfig(init_mask=method))
-        batches = random_windows(inputs, seed=0, start_token=start_token_of(tokenizer))
-        calibrate(masked, batches, " and ".join(path.name for path in calibration), seed=0)
+        start_token = start_token_of(tokenizer)
+        batches = random_windows(inputs, seed=0, start_token=start_token)
+        calibrate(masked, batches, " and ".join(path.name for path in calibration), 0, start_token)
     else:
         assert start is not None
         masked = load_adapter(model, start, is_trainable=True)
