@@ -57,7 +57,7 @@ def warm_up() -> None:
         import_module(name)
 
 
-def script(name: str, *arguments: str) -> dict[str, Any]:
+def script(name: str, *arguments: str) -> Any:
     """The JSON of another script of this folder."""
     sys.argv = [name, *arguments, "--json"]
     with redirect_stdout(io.StringIO()) as printed:
@@ -301,6 +301,14 @@ def training(small: bool, estimator: str) -> Figures:
     yield figures | {"says": f"{says}; {figures['peak_bytes'] / 1e9:.1f} GB"}
 
 
+def start(small: bool) -> Figures:
+    """The best starting mask of a 7B-shaped decoder layer, whole."""
+    shape = ("256", "512") if small else ("4096", "11008")
+    (row,) = script("start", "--layer", *shape, "--method", "sparsegpt+swaps")
+    says = f"{row['start']:.1f} s, {row['ratio']:.1f} times a forward pass; {row['peak_bytes'] / 1e9:.1f} GB"
+    yield row | {"says": says}
+
+
 def bytes_per_weight(small: bool) -> Figures:
     """Peak memory of a training step per target weight, by two sizes, with that of the weight."""
     from transformers import LlamaConfig
@@ -339,6 +347,7 @@ PARTS: dict[str, tuple[Callable[..., Figures], tuple[str, ...], int]] = {
     "bench, bfloat16": (bench, ("semi-structured",), 60),
     "masks against the CPU": (masks, (), 60),
     "mask step, bfloat16 logits": (mask_step, ("bfloat16",), 60),
+    "start of a 7B layer": (start, (), 60),
     "200 steps of residual": (training, ("residual",), 60),
     "bench, FP8": (bench, ("fp8",), 60),
     "200 steps of simple": (training, ("simple",), 60),

@@ -1,6 +1,7 @@
 """
 What a starting mask takes, against one plain forward pass of the dense model over the same tokens. With `--layer` the
-model is one decoder layer of that shape, of random weights, and so are the tokens: a layer of a larger model.
+model is one decoder layer of that shape, of random weights, and so are the tokens: a layer of a larger model. Memory
+is that of the process, on a GPU what is allocated there.
 """
 
 import argparse
@@ -9,20 +10,22 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_maskpro import MaskProConfig, initialize_masks
 from hf_maskpro.cli.common import load_model
 from hf_maskpro.cli.quickstart import write_smollm2
-from hf_maskpro.cli.quickstart_row import peak_bytes
 from hf_maskpro.evaluation import windows
 from hf_maskpro.starts import random_windows, start_token_of
 from hf_maskpro.starts.calibration import SAMPLES, SEQ_LEN
+from memory import forget_peak, peak_bytes
 
 
 def main() -> None:
@@ -48,15 +51,12 @@ def main() -> None:
     for method in args.method:
         forward, start = [], []
         for _ in range(args.repeats):
-            begun = time.perf_counter()
-            with torch.no_grad():
-                for batch in batches:
-                    base(**batch, use_cache=False)
-            forward.append(time.perf_counter() - begun)
+            # The first batch warms up what the others use.
+            forward_pass(base, batches[:1])
+            forward.append(timed(partial(forward_pass, base, batches)))
             model = get_peft_model(base, MaskProConfig(init_mask=method))
-            begun = time.perf_counter()
-            initialize_masks(model, batches)
-            start.append(time.perf_counter() - begun)
+            forget_peak()
+            start.append(timed(partial(initialize_masks, model, batches)))
             base = model.unload()
         ratio = statistics.median(a / b for a, b in zip(start, forward, strict=True))
         row = {"method": method, "forward": statistics.median(forward), "start": statistics.median(start)}
@@ -66,15 +66,31 @@ def main() -> None:
         print(json.dumps(rows))
         return
     print(f"{SAMPLES} windows of {SEQ_LEN} tokens; medians of {args.repeats}, in one process\n")
-    print("| method | start, s | forward pass, s | ratio | peak memory so far |\n|---|---:|---:|---:|---:|")
+    print("| method | start, s | forward pass, s | ratio | peak memory |\n|---|---:|---:|---:|---:|")
     for row in rows:
         seconds = f"{row['start']:.1f} | {row['forward']:.1f} | {row['ratio']:.1f}"
         print(f"| {row['method']} | {seconds} | {row['peak_bytes'] / 2**30:.1f} GiB |")
 
 
+@torch.no_grad()
+def forward_pass(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> None:
+    for batch in batches:
+        model(**batch, use_cache=False)
+
+
+def timed(job: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    job()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
 def random_layer(hidden: int, intermediate: int) -> LlamaForCausalLM:
     """A model of one decoder layer, of random weights in bfloat16."""
     config = LlamaConfig(
+        # A head takes part in the forward pass.
+        vocab_size=256,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=1,

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from .. import hub  # noqa: F401
 from ..deploy import new_folder
 from ..evaluation import windows
+from ..learning.dataset import dataset_by_name
 from ..starts import initialize_masks, needs_data, random_windows
 from ..tuner import RULES, split_init_mask
 from .inputs import check_model, read_text
@@ -155,16 +156,11 @@ def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 def _documents(dataset: str, split: str, characters: float) -> Iterator[str]:
     """Documents of a dataset's split until there are so many characters."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ValueError("--dataset needs the datasets package: pip install 'hf-maskpro[datasets]'.") from error
-    name, _, config = dataset.partition(":")
-    if Path(name).is_file():
+    if Path(dataset.partition(":")[0]).is_file():
         raise ValueError(f"dataset {dataset} is a file; pass a text by --text, and of a dataset its folder.")
     bar = tqdm(total=characters, desc=f"reading {dataset}", unit=" characters", unit_scale=True)
     try:
-        for row in load_dataset(name, config or None, split=split, streaming=True):
+        for row in dataset_by_name(dataset, split):
             if "text" not in row:
                 raise ValueError(f"it has no column 'text', only {', '.join(row)}.")
             if not row["text"]:
@@ -184,12 +180,24 @@ def _documents(dataset: str, split: str, characters: float) -> Iterator[str]:
         bar.close()
 
 
-def calibrate(masked: PeftModel, batches: list[dict[str, torch.Tensor]], text: str, seed: int) -> None:
+def calibrate(
+    masked: PeftModel,
+    batches: list[dict[str, torch.Tensor]],
+    text: str,
+    seed: int,
+    start_token: int | None,
+    chat: bool = False,
+) -> None:
     """Fill the starting mask, and note in the adapter what it was calibrated on."""
     config = masked.peft_config["default"]
     initialize_masks(masked, batches)
     if needs_data(config.init_mask):
-        config.start["calibration"] |= {"text": text, "seed": seed}
+        config.start["calibration"] |= {
+            "text": text,
+            "seed": seed,
+            "start_token": start_token is not None,
+            "chat": chat,
+        }
 
 
 def write_adapter(

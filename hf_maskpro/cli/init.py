@@ -77,7 +77,7 @@ def init(
         bool,
         typer.Option(
             "--source-settings",
-            help="Calibrate as the rules' papers do: 128 windows of 2,048 tokens.",
+            help="As many and as long windows as in the rules' papers: 128 of 2,048 tokens.",
             rich_help_panel=TEXT,
         ),
     ] = False,
@@ -159,10 +159,11 @@ def init(
     if with_data and self_generated:
         batches = generated_text(base, tokenizer, samples, seq_len, seed)
         pieces.append(torch.cat([batch["input_ids"] for batch in batches]))
+    start_id = start_token_of(tokenizer) if start_token else None
     if with_data and contents:
         inputs = pieces[0] if len(pieces) == 1 else mixed_windows(pieces, shares, samples * seq_len, seed)
-        start_id = start_token_of(tokenizer) if start_token else None
         batches = calibration_batches(inputs, len(pieces) == 1, samples, seq_len, seed, start_id)
     masked = get_peft_model(base, config)
-    calibrate(masked, batches, mixture_name([*names, *[GENERATED] * self_generated], shares), seed)
+    text_name = mixture_name([*names, *[GENERATED] * self_generated], shares)
+    calibrate(masked, batches, text_name, seed, start_id, chat)
     write_adapter(masked, output, overwrite, model, gguf_file, as_json)

@@ -115,9 +115,10 @@ def _story(
     from ..tuner.files import private_folder
 
     console.print(
-        f"{minutes:g} minutes: measure the dense model and let it answer {len(LEARNED_FROM)} questions to learn from, "
-        "drop half of its weights by magnitude and by Wanda, which takes about two minutes on two cores; learn which "
-        f"to drop in what is left; and in the last {ENDING_SECONDS} seconds let all of them answer two more."
+        f"{minutes:g} minutes, of which the parts take on two cores: about two to measure the dense model, let it "
+        f"answer {len(LEARNED_FROM)} questions to learn from, and drop half of its weights by magnitude and by Wanda. "
+        "Then sparsegpt+swaps drops them without learning, in two more, where as much is left for the rest. "
+        f"Learning which to drop takes what is left, and two more questions to each the last {ENDING_SECONDS} seconds."
     )
     set_aside(output)
     try:
@@ -152,11 +153,18 @@ def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str
     start = "wanda"
     if not shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0]):
         console.print("There is no C++ compiler, and swaps would take too long without: the start is Wanda's mask.")
-    elif START_RATIO * rows[-1]["seconds"] < (end - time.perf_counter()) / 2:
+    elif (seconds := START_RATIO * rows[-1]["seconds"]) < (left := max(0, end - time.perf_counter())) / 2:
         start = "sparsegpt+swaps"
+        console.print(f"{start}: about {seconds:.0f} seconds.")
         rows.append(_run(output, base, start))
+    else:
+        console.print(
+            f"sparsegpt+swaps would take about {seconds:.0f} of the {left:.0f} seconds that are left: the start is "
+            "Wanda's mask."
+        )
     learners = ("residual", "simple") if estimator == "both" else (estimator,)
-    share = (end - time.perf_counter()) / len(learners)
+    share = max(0, end - time.perf_counter()) / len(learners)
+    console.print(f"{' and '.join(learners)}, from the mask of {start}: about {share:.0f} seconds each.")
     options = ["--start", str(output / start)]
     learned = _run(output, base, learners[-1], options + ["--deadline", str(time.time() + share)])
     if estimator == "both":

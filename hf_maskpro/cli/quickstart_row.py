@@ -17,7 +17,9 @@ from transformers.utils import logging
 
 from ..evaluation import mixed_windows, perplexity, windows
 from ..learning import MaskProTrainer, MaskProTrainingArguments
-from ..starts import random_windows, start_token_of
+from ..starts import start_token_of
+from ..starts.calibration import SAMPLES
+from ..starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
 from ..tuner import MaskProConfig, masked_layers
 from .common import calibrate, load_adapter, load_model, read_text
 from .verb import one_line_errors
@@ -105,16 +107,24 @@ def learn(
     batch = BATCHES[0]
     each = step_seconds(batch)
 
+    def left() -> float:
+        return deadline - time.time() - evaluations if seconds is None else seconds
+
     def given() -> float:
         # On a slow machine a story that ends late is better than none.
-        return max(LEAST_SECONDS, deadline - time.time() - evaluations) if seconds is None else seconds
+        return max(LEAST_SECONDS, left())
 
     if given() < LEAST_STEPS * each:
         batch = BATCHES[1]
         typer.echo(f"{given():.0f} seconds hold few steps of {BATCHES[0]} windows; they are of {batch}.")
         each = step_seconds(batch)
+    if (late := LEAST_SECONDS - left()) > 0:
+        typer.echo(f"Learning takes {LEAST_SECONDS:.0f} seconds all the same, and ends about {late:.0f} seconds late.")
     seconds = given()
-    trainer, clock = run(batch, max(1, int(seconds / each)), seconds, evaluate)
+    steps = max(1, int(seconds / each))
+    if steps < LEAST_STEPS:
+        typer.echo(f"{seconds:.0f} seconds hold {steps} steps, too few to see what it can learn; raise --minutes.")
+    trainer, clock = run(batch, steps, seconds, evaluate)
     log = [
         {"seconds": clock.finished[entry["step"] - 1], **{k: v for k, v in entry.items() if k != "epoch"}}
         for entry in trainer.state.log_history
@@ -148,17 +158,22 @@ def quickstart_row(
     """Run one method, and write its row and the adapter."""
     model, tokenizer = load_model(base)
     text, other = read_text(held_out), read_text(elsewhere)
-    sources = [windows(tokenizer, read_text(path), SEQ_LEN) for path in calibration]
-    # As much of each, and of the largest all.
-    inputs = mixed_windows(sources, [1] * len(sources), len(sources) * max(map(torch.numel, sources)))
+    contents = [read_text(path) for path in calibration]
+
+    def mixed(seq_len: int) -> torch.Tensor:
+        sources = [windows(tokenizer, content, seq_len) for content in contents]
+        # As much of each, and of the largest all.
+        return mixed_windows(sources, [1] * len(sources), len(sources) * max(map(torch.numel, sources)))
+
     torch.manual_seed(0)
     begun = time.perf_counter()
     if method == "dense":
         masked: Any = model
     elif method in ("magnitude", "wanda", "sparsegpt+swaps"):
         masked = get_peft_model(model, MaskProConfig(init_mask=method))
-        batches = random_windows(inputs, seed=0, start_token=start_token_of(tokenizer))
-        calibrate(masked, batches, " and ".join(path.name for path in calibration), seed=0)
+        batches = [{"input_ids": batch} for batch in mixed(CALIBRATION_SEQ_LEN)[:SAMPLES].split(8)]
+        name = " and ".join(path.name for path in calibration)
+        calibrate(masked, batches, name, 0, start_token_of(tokenizer))
     else:
         assert start is not None
         masked = load_adapter(model, start, is_trainable=True)
@@ -174,7 +189,7 @@ def quickstart_row(
     else:
         estimator: Literal["residual", "simple"] = "residual" if method == "residual" else "simple"
         with tempfile.TemporaryDirectory() as scratch:
-            row = learn(masked, estimator, inputs, seconds, deadline, evaluate, Path(scratch))
+            row = learn(masked, estimator, mixed(SEQ_LEN), seconds, deadline, evaluate, Path(scratch))
     if output is not None:
         masked.save_pretrained(output)
     row |= {"method": method, "elsewhere": perplexity(masked, tokenizer, other, seq_len, max_tokens)}

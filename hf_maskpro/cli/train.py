@@ -392,7 +392,7 @@ def train(
             available = inputs.numel() if start_id is None else inputs[:, 1:].numel() + 1
             in_order = len(pieces) == 1 and not self_generated
             batches = calibration_batches(inputs, in_order, SAMPLES, min(SEQ_LEN, available), seed, start_id)
-            calibrate(masked, batches, mixture_name(names, shares), seed)
+            calibrate(masked, batches, mixture_name(names, shares), seed, start_id, chat)
     else:
         masked = load_adapter(base, folder, is_trainable=True, config=own)
         # The scale goes with the logits: where there are none, it belongs to a training that is over.

@@ -33,10 +33,12 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
     [`MaskLLMArguments`].
 
     Args:
-        estimator (`str`, defaults to `"residual"`):
-            `"residual"`: the policy gradient of MaskPro (arXiv 2506.12876), forward passes alone. `"simple"`: a
-            backward pass through the exact marginals (Ahmed et al., ICLR 2023); far fewer steps. `"proxsparse"` (arXiv
+        estimator (`str`, defaults to `"simple"`):
+            `"simple"`: a backward pass through the exact marginals (Ahmed et al., ICLR 2023). `"residual"`: the policy
+            gradient of MaskPro (arXiv 2506.12876), forward passes alone; far more steps. `"proxsparse"` (arXiv
             2502.00258) and `"maskllm"` (arXiv 2409.17481): those papers' learners, by backward, to compare with.
+        per_device_train_batch_size (`int`, defaults to 2):
+            Windows per micro-batch.
         objective (`str` or `dict[str, float]`, *optional*):
             What is minimised. `"language-modeling"`: the model's own loss, which also adapts the mask to the kind of
             text. `"distillation"`: KL(dense || masked) of every next token, the dense model being the same one without
@@ -78,7 +80,8 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
         `ValueError`: if a value is none of those allowed.
     """
 
-    estimator: str = field(default="residual", metadata={"help": "How the mask is learned."})
+    estimator: str = field(default="simple", metadata={"help": "How the mask is learned."})
+    per_device_train_batch_size: int = field(default=2, metadata={"help": "Windows per micro-batch."})
     objective: dict[str, float] | str | None = field(default=None, metadata={"help": "What is minimised."})
     max_length: int = field(default=512, metadata={"help": "Length of the windows of text, in tokens."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "Of the divergence's distributions."})

@@ -23,6 +23,25 @@ ROWS_AT_ONCE = 100
 ROWS_LOOKED_AT = 8
 
 
+def dataset_by_name(name: str, split: str = "train") -> Any:
+    """
+    A dataset from a folder or the Hub, streamed.
+
+    Args:
+        name (`str`): A folder or Hub id, NAME or NAME:CONFIG.
+        split (`str`, defaults to `"train"`): Which part of it.
+
+    Raises:
+        `ImportError`: if datasets is not installed.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(f"dataset {name} needs the datasets package: pip install 'hf-maskpro[datasets]'.") from error
+    folder, _, config = name.partition(":")
+    return load_dataset(folder, config or None, split=split, streaming=True)
+
+
 class TextWindows(IterableDataset):
     """
     A dataset's rows of text, one after the other, in windows that are filled to the last token; what is left over at

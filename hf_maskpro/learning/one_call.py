@@ -31,22 +31,20 @@ def sparsify(
     Args:
         model (`PreTrainedModel`): The dense model. Its weights do not change.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list[dict]`): Text, in a column `text` or
-            `messages`.
+        dataset (`datasets.Dataset`, `datasets.IterableDataset`, `list[dict]` or `str`): Text, in a column `text` or
+            `messages`; or the folder or Hub id of such a dataset.
         init_mask (`str`, defaults to `"sparsegpt+swaps"`): The starting mask, as in [`MaskProConfig`].
         n (`int`, defaults to 2): How many of every `m` weights are kept.
         m (`int`, defaults to 4): The size of a group.
         max_steps (`int`, defaults to 0): Steps to learn for; none unless given.
-        settings: As for [`MaskProTrainingArguments`]; unless given, `simple` learns in steps of 2 windows, and no
-            checkpoints are kept.
+        settings: As for [`MaskProTrainingArguments`]; no checkpoints are kept unless `save_strategy` is given.
 
     Returns:
         [`~peft.PeftModel`]: The model with the mask adapter.
     """
     masked = get_peft_model(model, MaskProConfig(n=n, m=m, init_mask=init_mask))
-    usual: dict[str, Any] = {"estimator": "simple", "per_device_train_batch_size": 2, "save_strategy": "no"}
     # Of a stream a trainer wants to know how many steps, though it takes none.
-    args = MaskProTrainingArguments(**usual | settings, max_steps=max(max_steps, 1))
+    args = MaskProTrainingArguments(**{"save_strategy": "no"} | settings, max_steps=max(max_steps, 1))
     trainer = MaskProTrainer(masked, args, train_dataset=dataset, processing_class=tokenizer)
     text = torch.stack([row["input_ids"] for row in islice(trainer.train_dataset, 1024)])
     seq_len = min(SEQ_LEN, args.max_length)

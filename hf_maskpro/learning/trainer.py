@@ -24,7 +24,7 @@ from ..tuner.files import one_line
 from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
 from .checkpoints import UNFINISHED, EndsWithCheckpoint, checkpoint_to_resume, discard, place_checkpoint
-from .dataset import Repeated, rows_of
+from .dataset import Repeated, dataset_by_name, rows_of
 from .objectives import Distillation, objective_weights, ranks_of_loss
 from .progress import MaskProgress
 from .record import add_to_card, card_path, objective_name, plot_run, record_training
@@ -48,13 +48,14 @@ class MaskProTrainer(Trainer):
     Args:
         model ([`~peft.PeftModel`]): A model with a mask adapter.
         args ([`MaskProTrainingArguments`]): The arguments of the run.
-        train_dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list[dict]`, *optional*):
+        train_dataset (`datasets.Dataset`, `datasets.IterableDataset`, `list[dict]` or `str`, *optional*):
             Rows with a text in the column `text` or a conversation in the column `messages`, which are tokenised, by
             the tokenizer's chat template, and packed into windows of `args.max_length` tokens; each begins with the
             start token, where the tokenizer adds one. A stream is tokenised as it is read. Rows with arguments of the
-            model's forward, as `input_ids` and `labels`, are left as they are.
+            model's forward, as `input_ids` and `labels`, are left as they are. Or a folder or Hub id, NAME or
+            NAME:CONFIG, of whose split `train` the rows are streamed.
         eval_dataset (*optional*):
-            Likewise, or a dictionary of such datasets by name.
+            Such rows, or a dictionary of such datasets by name.
         processing_class (`PreTrainedTokenizerBase`, *optional*): The tokenizer.
         data_collator (`Callable`, *optional*):
             Makes a batch of rows. Without a `processing_class` it is given the rows as they are, whatever they hold.
@@ -94,6 +95,8 @@ class MaskProTrainer(Trainer):
                 f"{args.estimator!r} and {args.objective!r}; the others need the gradient of a loss."
             )
         self.reward_fn = reward_fn
+        if isinstance(train_dataset, str):
+            train_dataset = dataset_by_name(train_dataset)
         if processing_class is not None or data_collator is None:
             read = partial(rows_of, model=model, tokenizer=processing_class, max_length=args.max_length)
             rows, eval_rows = read(train_dataset), read(eval_dataset)

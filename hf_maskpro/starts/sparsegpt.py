@@ -1,6 +1,7 @@
 """SparseGPT (Frantar & Alistarh, 2023, arXiv 2301.00774): the mask alone, chosen while the kept weights make up."""
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from ..subset import group_members, mode
 from ..subset.native import compiled_or_none
+from .gpu import in_triton
 from .walk import Calibration
 
 
@@ -52,7 +54,7 @@ def mask(weight: torch.Tensor, calibration: Calibration, n: int, m: int) -> torc
     factor = _inverse_factor(hessian)
     del hessian, diagonal
     keep = torch.empty_like(columns, dtype=torch.bool)
-    choose = _choose_compiled if weight.device.type == "cpu" and _library() is not None else _choose_in_torch
+    choose = _way(weight)
     # The columns beyond a block are updated once per block, by one product.
     per_block = max(1, BLOCK // m) * m
     for start in range(0, len(columns), per_block):
@@ -60,6 +62,14 @@ def mask(weight: torch.Tensor, calibration: Calibration, n: int, m: int) -> torc
         errors = choose(columns[start:end], factor[start:end, start:end], keep[start:end], n, m)
         columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     return group_members(keep.T, m).contiguous()
+
+
+def _way(weight: torch.Tensor) -> Callable[..., torch.Tensor]:
+    if in_triton(weight):
+        from .sparsegpt_triton import choose
+
+        return choose
+    return _choose_compiled if weight.device.type == "cpu" and _library() is not None else _choose_in_torch
 
 
 def _choose_compiled(columns: torch.Tensor, factor: torch.Tensor, keep: torch.Tensor, n: int, m: int) -> torch.Tensor:
@@ -77,7 +87,7 @@ def _choose_in_torch(columns: torch.Tensor, factor: torch.Tensor, keep: torch.Te
     Choose within a block of columns of the weight.
 
     Args:
-        columns (`torch.Tensor`): `[columns, out_features]`; the compiled choice leaves it as it is.
+        columns (`torch.Tensor`): `[columns, out_features]`; the compiled choices leave it as it is.
         factor (`torch.Tensor`): Their rows and columns of U.
         keep (`torch.Tensor`): bool `[columns, out_features]`, to be filled.
 

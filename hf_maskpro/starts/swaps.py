@@ -1,15 +1,14 @@
 """Swaps of kept against dropped weights while the layer's reconstruction error falls (the idea of SparseSwaps)."""
 
 import ctypes
-import warnings
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 from ..subset import group_members
 from ..subset.native import compiled_or_none
+from .gpu import in_triton
 
 
 # A gain below this share of what a row's dropped weights cost, each by itself, is rounding.
@@ -22,24 +21,6 @@ def _library() -> ctypes.CDLL | None:
     if library is not None:
         library.refine.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3 + [ctypes.c_int]
     return library
-
-
-@cache
-def _triton(device: torch.device) -> ModuleType | None:
-    """The swaps of a GPU, or after a warning `None` where Triton is not there or does not work."""
-    try:
-        # Only here, since on a CPU there may be no Triton.
-        from . import swaps_triton
-
-        # What is missing shows at the first launch, for which one group is enough.
-        one = torch.eye(4, device=device)
-        swaps_triton.refine(one.view(4, 4, 1), one.view(4, 4, 1) > 0, one.view(4, 1, 4, 1), one.view(4, 4, 1), one[0])
-    # It raises many kinds of errors for a missing compiler, header, driver or architecture.
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        warnings.warn(f"swaps in plain torch take several times as long; Triton does not work: {reason}", stacklevel=3)
-        return None
-    return swaps_triton
 
 
 def reconstruction_error(weight: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -79,10 +60,11 @@ def refine(
 
     Returns:
         `torch.Tensor`: The refined mask, of the same shape. No single swap of it lowers the error of a row by more
-            than rounding, a billionth of `sum_j d_j^2 G_jj` at first.
+            than rounding: of float64 a billionth, of float32 a millionth of `sum_j d_j^2 G_jj` at first.
     """
-    way = _triton(weight.device) if _on_gpu(weight) else _library() if weight.device.type == "cpu" else None
-    if way is None:
+    triton = in_triton(weight)
+    library = _library() if weight.device.type == "cpu" and not triton else None
+    if not triton and library is None:
         return refine_in_torch(weight, mask, gram, shift)
     rows, m, groups = mask.shape
     # What is compiled reads float32, whatever is there.
@@ -93,11 +75,14 @@ def refine(
     # Of both, the same member of all groups in a row.
     weight, product = (group_members(matrix, m).contiguous() for matrix in (weight, product))
     gram = gram.view(groups, m, groups, m).permute(1, 0, 3, 2).contiguous()
-    if isinstance(way, ModuleType):
-        return way.refine(weight, mask.contiguous(), gram, product, tolerance)
+    if triton:
+        from . import swaps_triton
+
+        return swaps_triton.refine(weight, mask.contiguous(), gram, product, tolerance)
+    assert library is not None
     refined = mask.clone(memory_format=torch.contiguous_format)
     pointers = [tensor.data_ptr() for tensor in (weight, gram, product, tolerance, refined)]
-    way.refine(*pointers, rows, m, groups, torch.get_num_threads())
+    library.refine(*pointers, rows, m, groups, torch.get_num_threads())
     return refined
 
 
@@ -142,10 +127,6 @@ def refine_in_torch(
         )
     keep = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, order[:, :n].flatten(1), True)
     return group_members(keep, m).contiguous()
-
-
-def _on_gpu(weight: torch.Tensor) -> bool:
-    return weight.is_cuda
 
 
 def _dropped(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -298,7 +298,8 @@ def _walk_blocks(
                 choose(names[layer], layer, inputs)
             for experts, calls in routed.items():
                 _choose_experts(experts, calls, names, with_gram, choose)
-        for batch in captured:
+        # What the last puts out is nobody's input.
+        for batch in captured if block is not blocks[-1] else []:
             # Of a walk by stages, all but the last are known.
             with batch.remembering():
                 batch.hidden = batch.run(block, index, batch.hidden)

@@ -5,15 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from shutil import copytree
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.main import get_command
 
+from hf_maskpro.cli import app
 from hf_maskpro.cli.train import forget_previous, put_back, set_aside
 from hf_maskpro.cli.verb import in_options
-from hf_maskpro.learning import MaskProTrainer
+from hf_maskpro.learning import MaskProTrainer, MaskProTrainingArguments
 
 from ..conftest import tiny_mixtral
 from .test_cli import adapter, fails, run
@@ -324,3 +327,14 @@ def test_an_unexpected_failure_of_our_own_keeps_its_traceback(checkpoint, monkey
 def test_python_m_runs_the_command():
     done = subprocess.run([sys.executable, "-m", "hf_maskpro.cli", "--version"], capture_output=True, text=True)
     assert done.stdout.startswith("hf-maskpro ")
+
+
+def test_defaults_are_those_of_python():
+    options = {option.name: option.default for option in get_command(app).commands["train"].params}
+    python = {field.name: field.default for field in fields(MaskProTrainingArguments)}
+    python["seq_len"] = python["max_length"]
+    # A run counts in epochs in Python, and keeps all checkpoints and logs; None is the other's default.
+    own = {"max_steps", "save_steps", "logging_steps", "report_to"}
+    shared = {name for name, default in options.items() if name in python and default is not None} - own
+    assert {"estimator", "per_device_train_batch_size", "seq_len", "seed"} <= shared
+    assert {name: options[name] for name in shared} == {name: python[name] for name in shared}

