@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Where a checkpoint is written, in the folder of the run, and beside it what it replaces; and the sizes of its files, by
+# Where a checkpoint is written, in the folder of the run, and there what it replaces; and the sizes of its files, by
 # which half of one shows.
 UNFINISHED, REPLACED, FILES_NAME = ".unfinished", "replaced", "files.json"
 
