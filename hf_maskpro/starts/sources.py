@@ -84,7 +84,9 @@ def _reader(path: Path, stack: ExitStack, model: nn.Module, adapter_name: str) -
         # Packed bits and a header; of a few compressed bytes an entry can be of any size.
         layers = masked_layers(model, adapter_name).values()
         most = 2**16 + max(layer.out_features * layer.in_features for layer in layers) // 8
-        arrays = {name.removesuffix(".npy"): partial(_array, archive, name, most) for name in archive.namelist()}
+        arrays: Tensors = {
+            name.removesuffix(".npy"): partial(_array, archive, name, most) for name in archive.namelist()
+        }
         masks = _by_parameter(arrays, path)
         return _mask_reader(masks, adapter_name, _of_bits)
     if path.suffix == ".safetensors":
