@@ -85,6 +85,9 @@ class PackedLinear(nn.Module):
         out_features (`int`): Outputs.
         bias (`bool`): Whether it has a bias.
         dtype (`torch.dtype`): Of values, bias, inputs and outputs.
+
+    Raises:
+        `ValueError`: if the inputs are no multiple of 32.
     """
 
     values: torch.Tensor
@@ -93,6 +96,8 @@ class PackedLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
+        if in_features % _BLOCK:
+            raise ValueError(f"a packed layer has a multiple of {_BLOCK} inputs, not {in_features}.")
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         self.register_buffer("values", torch.empty(out_features, in_features // 2, dtype=dtype))
         self.register_buffer("positions", torch.empty(out_features, in_features // _BLOCK, dtype=torch.int32))
@@ -143,11 +148,20 @@ class PackedConfig(QuantizationConfigMixin):
 
     Args:
         modules_to_not_convert (`list[str]`): The linear layers that are dense.
+
+    Raises:
+        `ValueError`: if they are no list of names.
     """
 
-    def __init__(self, modules_to_not_convert: list[str], quant_method: str = METHOD) -> None:
-        self.quant_method = quant_method
-        self.modules_to_not_convert = modules_to_not_convert
+    def __init__(self, modules_to_not_convert: Any = None, **others: Any) -> None:
+        dense = modules_to_not_convert
+        if not isinstance(dense, list) or not all(isinstance(name, str) for name in dense):
+            raise ValueError(
+                f"modules_to_not_convert of a packed model's quantization_config is {str(dense)[:50]!r}, which is no "
+                "list of names."
+            )
+        self.quant_method = METHOD
+        self.modules_to_not_convert = dense
 
 
 @register_quantizer(METHOD)
@@ -173,8 +187,11 @@ class PackedQuantizer(HfQuantizer):
         dense |= {name.removeprefix(f"{model.base_model_prefix}.") for name in dense}
         for name in set(_linear_layers(model)) - dense:
             linear = model.get_submodule(name)
-            with torch.device("meta"):
-                packed = PackedLinear(linear.in_features, linear.out_features, linear.bias is not None)
+            try:
+                with torch.device("meta"):
+                    packed = PackedLinear(linear.in_features, linear.out_features, linear.bias is not None)
+            except ValueError as error:
+                raise ValueError(f"{name} is not in modules_to_not_convert: {error}") from error
             model.set_submodule(name, packed)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:

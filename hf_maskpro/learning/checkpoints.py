@@ -18,8 +18,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Where a checkpoint is written, in the folder of the run; and the sizes of its files, by which half of one shows.
-UNFINISHED, FILES_NAME = ".unfinished", "files.json"
+# Where a checkpoint is written, in the folder of the run, and there what it replaces; and the sizes of its files, by
+# which half of one shows.
+UNFINISHED, REPLACED, FILES_NAME = ".unfinished", "replaced", "files.json"
 
 
 def place_checkpoint(written: Path, folder: Path) -> None:
@@ -31,10 +32,20 @@ def place_checkpoint(written: Path, folder: Path) -> None:
     for path in (written / FILES_NAME, *paths, written):
         _to_disk(path)
     if folder.exists():
-        folder.rename(written.with_name("replaced"))
+        replaced = written.parent / REPLACED
+        replaced.mkdir()
+        folder.rename(replaced / folder.name)
     written.rename(folder)
     _to_disk(folder.parent)
-    shutil.rmtree(written.parent, ignore_errors=True)
+    discard(written.parent)
+
+
+def discard(unfinished: Path) -> None:
+    """Delete what was not placed, but for what it was to replace: without a successor that gets its place again."""
+    for old in unfinished.glob(f"{REPLACED}/*"):
+        if not (unfinished.parent / old.name).exists():
+            old.rename(unfinished.parent / old.name)
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _to_disk(path: Path) -> None:

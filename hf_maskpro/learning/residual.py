@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..subset import Distribution
+from ..subset.bits import hash_positions
 from ..tuner import MaskProLayer
 from ..tuner.base import plain
 from .adapter import MaskWeight, TrainedAdapter
@@ -188,7 +189,7 @@ class Residual(Estimator):
         inputs = trainer._prepare_inputs(inputs)
         with torch.no_grad(), trainer.compute_loss_context_manager():
             loss = self._loss(self._sampled, model, inputs, num_items_in_batch)
-            if index is None or self._baselines is None or not self._are_known(index.cpu(), inputs["labels"]):
+            if index is None or self._baselines is None or not self._are_known(index.cpu(), inputs):
                 baseline = self._loss(self.adapter.initial, model, inputs, num_items_in_batch)
             else:
                 assert num_items_in_batch is not None
@@ -204,9 +205,9 @@ class Residual(Estimator):
             self._micro_batches = 0
         return loss
 
-    def _are_known(self, index: torch.Tensor, labels: torch.Tensor) -> bool:
+    def _are_known(self, index: torch.Tensor, inputs: dict[str, torch.Tensor]) -> bool:
         """Whether examples are what they were when their losses were cached; else those are forgotten."""
-        if torch.equal(_tokens_of(labels), self._tokens[index]):
+        if torch.equal(_tokens_of(inputs), self._tokens[index]):
             return True
         self._baselines = None
         logger.warning(
@@ -377,13 +378,13 @@ class Residual(Estimator):
         order = torch.randperm(len(self.trainer.train_dataset), generator=generator)[: PROBES * size].tolist()
         try:
             alone, together = self._cached(order, 1), self._cached(order, size)
-            # Of another example, or of a token more, the loss may be much the same.
-            return torch.equal(alone[1], together[1]) and self._add_up(order, alone[0], together[0])
         except torch.OutOfMemoryError:
             raise
         # Of what has no labels or no logits, or is no batch of rows, the losses cannot be cached.
         except (KeyError, AttributeError, TypeError, ValueError, IndexError, RuntimeError):
             return False
+        # Of another example, or of a token more, the loss may be much the same.
+        return torch.equal(alone[1], together[1]) and self._add_up(order, alone[0], together[0])
 
     def _add_up(self, order: list[int], *cached: torch.Tensor) -> bool:
         """Whether the trainer's loss of batches of examples is the sum of cached ones, but for rounding."""
@@ -393,7 +394,7 @@ class Residual(Estimator):
         for inputs in self._batches(order, trainer._train_batch_size):
             index = inputs.pop(_INDEX)
             items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-            if not (count := float(items)):
+            if not (count := float(items or 0)):
                 return False
             with torch.no_grad(), self.adapter.masks(self.adapter.initial), trainer.accelerator.autocast():
                 loss = share_of_loss(trainer, trainer.model, trainer._prepare_inputs(inputs), items).item()
@@ -422,17 +423,16 @@ class Residual(Estimator):
         for inputs in tqdm(self._batches(examples, size), desc="baseline loss", disable=trainer.args.disable_tqdm):
             index = inputs.pop(_INDEX)
             inputs = trainer._prepare_inputs(inputs)
-            labels = inputs["labels"]
+            tokens[index] = _tokens_of(inputs)
             with torch.no_grad(), self.adapter.masks(self.adapter.initial), trainer.accelerator.autocast():
                 if trainer.distillation is not None:
                     found = trainer.distillation.sequence_losses(trainer.model, inputs)
                 else:
-                    inputs.pop("labels")
+                    labels = inputs.pop("labels")
                     found = sequence_losses(trainer.model(**inputs).logits, labels)
             if len(found) != len(index):
                 raise ValueError(f"{len(index)} examples become {len(found)} rows.")
             losses[index] = found.double().cpu()
-            tokens[index] = _tokens_of(labels)
         return losses, tokens
 
     def _batches(self, examples: Sequence[int], size: int) -> DataLoader:
@@ -442,10 +442,16 @@ class Residual(Estimator):
         )
 
 
-def _tokens_of(labels: torch.Tensor) -> torch.Tensor:
-    """Of every row the sum of its labels, each plus one, and their number: int64 `[rows, 2]`."""
-    counts = labels[:, 1:] != -100
-    return torch.stack([(labels[:, 1:] + 1).where(counts, 0).sum(1), counts.sum(1)], dim=1).cpu()
+def _tokens_of(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of every row a hash of its tokens and labels, and how many labels count: int64 `[rows, 2]`."""
+    labels = inputs["labels"]
+    counts = labels != -100
+    # A causal loss does not see what comes after the last label, where padding may be that no mask tells of.
+    seen = counts.flip(1).cumsum(1).flip(1) * inputs.get("attention_mask", 1) > 0
+    # The same wherever padding has moved a row.
+    places = seen.cumsum(1).int()
+    words = hash_positions(hash_positions(places, 0, inputs.get("input_ids", labels).int()), 0, labels.int())
+    return torch.stack([words.long().where(seen, 0).sum(1), counts[:, 1:].sum(1)], dim=1).cpu()
 
 
 class _Indexed(Dataset):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,7 +23,7 @@ from ..tuner.card import PLOT, load_card, save_card
 from ..tuner.files import one_line
 from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
-from .checkpoints import UNFINISHED, EndsWithCheckpoint, checkpoint_to_resume, place_checkpoint
+from .checkpoints import UNFINISHED, EndsWithCheckpoint, checkpoint_to_resume, discard, place_checkpoint
 from .dataset import Repeated, dataset_by_name, rows_of
 from .objectives import Distillation, objective_weights, ranks_of_loss
 from .progress import MaskProgress
@@ -176,6 +175,7 @@ class MaskProTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint_to_resume(str(self.args.output_dir))
         # What an earlier run of this trainer left behind is not this run's.
+        self._is_checked = False
         self.estimator = ESTIMATORS[self.args.estimator](self, self.adapter)
         self.optimizer = self._given_optimizer
         if self.is_fsdp_enabled:
@@ -256,9 +256,14 @@ class MaskProTrainer(Trainer):
     ) -> Any:
         if not (self._is_checked or return_outputs):
             # Before the first step, since a model may use weights in train mode alone without calling their layers.
-            self._is_checked = True
             look = partial(self.compute_loss, model, dict(inputs), num_items_in_batch=num_items_in_batch)
-            check_calls(self.model, look)
+            # The look is itself a loss that is computed.
+            self._is_checked = True
+            try:
+                check_calls(self.model, look)
+            except BaseException:
+                self._is_checked = False
+                raise
         # Evaluation asks for outputs, too; its loss is the language model's whatever is minimised.
         if self.distillation is None or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -337,7 +342,7 @@ class MaskProTrainer(Trainer):
         unfinished = run / UNFINISHED
         if self.args.should_save:
             # A process that was killed may have left some of its last.
-            shutil.rmtree(unfinished, ignore_errors=True)
+            discard(unfinished)
         self.accelerator.wait_for_everyone()
         save_logits, self.config.save_logits = self.config.save_logits, True
         # What is pushed lies where it stays.
@@ -354,7 +359,7 @@ class MaskProTrainer(Trainer):
                 place_checkpoint(unfinished / folder.name, folder)
         except BaseException:
             if self.args.should_save:
-                shutil.rmtree(unfinished, ignore_errors=True)
+                discard(unfinished)
             raise
         finally:
             self._unfinished = ""

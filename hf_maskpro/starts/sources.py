@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -76,14 +76,18 @@ def _reader(path: Path, stack: ExitStack, model: nn.Module, adapter_name: str) -
             return _reader(path / MASKLLM_FILE, stack, model, adapter_name)
         return _checkpoint_reader(weight_files(path), stack, model, adapter_name)
     if path.suffix == ".npz":
-        file = stack.enter_context(path.open("rb"))
         try:
-            # Without pickles, which numpy would run.
-            arrays = stack.enter_context(np.lib.npyio.NpzFile(file, allow_pickle=False))
+            archive = stack.enter_context(ZipFile(path))
         # What is damaged is noticed in many ways: a version or a flag that Python does not know, text that is none.
         except Exception as error:
             raise ValueError(f"{path} is not a whole .npz file: {one_line(error)}.") from error
-        masks = _by_parameter({key: partial(_array, arrays, key) for key in arrays.files}, path)
+        # Packed bits and a header; of a few compressed bytes an entry can be of any size.
+        layers = masked_layers(model, adapter_name).values()
+        most = 2**16 + max(layer.out_features * layer.in_features for layer in layers) // 8
+        arrays: Tensors = {
+            name.removesuffix(".npy"): partial(_array, archive, name, most) for name in archive.namelist()
+        }
+        masks = _by_parameter(arrays, path)
         return _mask_reader(masks, adapter_name, _of_bits)
     if path.suffix == ".safetensors":
         masks = _by_parameter(open_tensors([path], stack), path)
@@ -133,9 +137,13 @@ def open_adapter(folder: Path, config: MaskProConfig, stack: ExitStack) -> Tenso
     return known
 
 
-def _array(arrays: Any, key: str) -> torch.Tensor:
+def _array(archive: ZipFile, name: str, most: int) -> torch.Tensor:
+    if (size := archive.getinfo(name).file_size) > most:
+        raise ValueError(f"the source's entry has {size:,} bytes, and no mask of this model needs more than {most:,}.")
     try:
-        return torch.from_numpy(arrays[key])
+        with archive.open(name) as file:
+            # Without pickles, which numpy would run.
+            return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
     # The file's own list may be sound and its entries damaged, encrypted, or compressed in a way that is not known.
     except Exception as error:
         raise ValueError(f"the source's entry cannot be read: {one_line(error)}.") from error

@@ -37,7 +37,7 @@ from .linear import PLAIN, is_ordinary, layer_class
 logger = logging.get_logger(__name__)
 
 # Of processor time, for all names of a model, which take milliseconds; by the clock ten times as much.
-SECONDS_TO_MATCH = 2
+SECONDS_TO_MATCH = 1
 _MATCH_ALL = """
 import json, re, sys
 pattern, names, seconds = json.load(sys.stdin)
@@ -100,7 +100,8 @@ class MaskProModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> None:
         names = [*EMBEDDING_LAYER_NAMES, *(name for name, _ in model.named_modules())]
-        _check_patterns(self.peft_config[adapter_name], names)
+        experts = [f"{name}.{key}" for name, module in _modules(model) for key in expert_parameters(module)]
+        _check_patterns(self.peft_config[adapter_name], names + experts)
         super().inject_adapter(model, adapter_name, *args, **options)
         with without_hooks(model), evaluating(model), watching(model) as findings:
             error = tiny_passes(model, findings)
@@ -567,7 +568,7 @@ def _check_patterns(config: MaskProConfig, names: list[str]) -> None:
             # What ran out of time was killed.
             if isinstance(error, subprocess.TimeoutExpired) or error.returncode < 0:
                 raise ValueError(
-                    f"{of_file} takes more than {SECONDS_TO_MATCH} seconds to match; put the layers' names into it."
+                    f"{of_file} takes more than {SECONDS_TO_MATCH} s to match; put the layers' names into it."
                 ) from error
             reason = (error.stderr.strip().splitlines() or [f"the check ended with {error.returncode}"])[-1]
             raise ValueError(f"{of_file} is none: {reason:.200}.") from error

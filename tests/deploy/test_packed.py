@@ -192,6 +192,17 @@ def test_a_state_dict_of_a_packed_layer_is_checked_too(wrong):
         PackedLinear(64, 8, bias=False).load_state_dict(state | {"positions": state["positions"].long()}, assign=True)
 
 
+def test_a_layer_whose_inputs_do_not_fill_whole_words_is_refused():
+    with pytest.raises(ValueError, match="has a multiple of 32 inputs, not 48"):
+        PackedLinear(48, 8, bias=False)
+
+
+@pytest.mark.parametrize("dense", [None, "lm_head", [5], [["lm_head"]], {"lm_head": 1}])
+def test_layers_that_stay_dense_are_a_list_of_names(dense):
+    with pytest.raises(ValueError, match=r"^modules_to_not_convert of .* is no list of names\.$"):
+        PackedConfig.from_dict({"modules_to_not_convert": dense, "quant_method": packed.METHOD})
+
+
 def test_what_cannot_be_packed_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no layer can be packed: .* the model is torch\.float32, and 13 of its"):
         to_packed(merged(torch.float32), None, tmp_path / "packed")

@@ -14,7 +14,7 @@ from peft import get_peft_model
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_maskpro import MaskProConfig, MaskProTrainer
-from hf_maskpro.learning.checkpoints import UNFINISHED, newest_checkpoint, place_checkpoint
+from hf_maskpro.learning.checkpoints import UNFINISHED, discard, newest_checkpoint, place_checkpoint
 
 from ..conftest import tiny_llama
 from .test_trainer import arguments, rows, thetas
@@ -280,7 +280,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
 
 def test_what_a_checkpoint_replaces_goes_when_its_place_is_on_the_disk(tmp_path, monkeypatch):
     placed(tmp_path, 1, "old")
-    seen, names = [], ("checkpoint-1", f"{UNFINISHED}/replaced")
+    seen, names = [], ("checkpoint-1", f"{UNFINISHED}/replaced/checkpoint-1")
 
     def fsync(descriptor):
         if os.path.sameopenfile(descriptor, folder):
@@ -291,6 +291,25 @@ def test_what_a_checkpoint_replaces_goes_when_its_place_is_on_the_disk(tmp_path,
     placed(tmp_path, 1, "new")
     os.close(folder)
     assert seen == [["new", "old"]]
+
+
+@pytest.mark.parametrize("error", [OSError("the disk is gone"), KeyboardInterrupt()])
+def test_a_checkpoint_whose_successor_is_not_placed_is_put_back(tmp_path, monkeypatch, error):
+    placed(tmp_path, 1, "old")
+
+    def rename(self, target):
+        if self.parent.name == UNFINISHED:
+            raise error
+        return rename_path(self, target)
+
+    rename_path = Path.rename
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(type(error)):
+        placed(tmp_path, 1, "new")
+    # What the next run does, if nobody could do it then.
+    discard(tmp_path / UNFINISHED)
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    assert (tmp_path / "checkpoint-1" / "logits").read_text() == "old"
 
 
 def test_the_bar_shows_loss_and_changed_groups(tmp_path, capsys):

@@ -21,6 +21,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutput
 
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
 from hf_maskpro.learning import residual
@@ -143,6 +145,28 @@ def test_a_weight_that_is_used_without_a_call_in_train_mode_alone_is_refused_bef
     assert not trained.adapter.has_moved()
     # It learns in eval mode.
     trainer("residual").train()
+
+
+class Uncalled(nn.Module):
+    """A language model that uses a weight without calling the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.layer = nn.Embedding(34, 16), nn.Linear(16, 34)
+
+    def forward(self, input_ids, labels=None, num_items_in_batch=None, **options):
+        logits = F.linear(self.table(input_ids), self.layer.weight)
+        loss = None if labels is None else ForCausalLMLoss(logits, labels, 34, num_items_in_batch)
+        return CausalLMOutput(loss, logits)
+
+
+@pytest.mark.parametrize("baseline", ["auto", "cache"])
+def test_a_weight_that_is_used_without_a_call_is_refused_by_every_run_of_residual(tmp_path, baseline):
+    model = get_peft_model(Uncalled(), MaskProConfig(target_modules=["layer"]))
+    trainer = MaskProTrainer(model, arguments(tmp_path, "residual", max_steps=8, baseline=baseline), rows(16))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^cannot mask layer: the model uses the weight without calling"):
+            trainer.train()
 
 
 def test_a_layer_that_the_first_batch_of_a_run_does_not_reach_is_told(tmp_path, caplog):
@@ -356,7 +380,21 @@ def test_one_row_among_many_that_pads_others_is_not_overlooked(tmp_path, llama):
     assert baseline_of(tmp_path, llama, 20, examples, data_collator=padded_on_the_right) == "cache"
 
 
-def test_one_row_among_many_that_is_drawn_at_random_is_not_overlooked(tmp_path, llama, monkeypatch):
+def drawn_prompt(row):
+    """Other tokens before the same labels."""
+    prompt = torch.randint(2, 34, (6,))
+    labels = torch.cat([torch.full((6,), -100), row["labels"][6:]])
+    return {"input_ids": torch.cat([prompt, row["input_ids"][6:]]), "labels": labels}
+
+
+def drawn_order(row):
+    """The same tokens in another order, after the same first one."""
+    ids = row["input_ids"][[0, *range(11, 0, -1)]] if torch.rand(()) < 0.5 else row["input_ids"]
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("draw", [drawn_prompt, drawn_order, lambda row: DrawnAtRandom()[0]])
+def test_one_row_among_many_that_is_drawn_at_random_is_not_overlooked(tmp_path, llama, monkeypatch, draw):
     examples = rows(64)
 
     class Drawn(torch.utils.data.Dataset):
@@ -364,7 +402,7 @@ def test_one_row_among_many_that_is_drawn_at_random_is_not_overlooked(tmp_path, 
             return len(examples)
 
         def __getitem__(self, index):
-            return DrawnAtRandom()[index] if index == 5 else examples[index]
+            return draw(examples[index]) if index == 5 else examples[index]
 
     said = []
     monkeypatch.setattr(residual.logger, "warning", said.append)

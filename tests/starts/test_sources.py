@@ -236,6 +236,13 @@ def test_damaged_entries_of_an_archive_are_refused(tmp_path, at, value, reason):
     assert "\n" not in str(error.value)
 
 
+def test_an_entry_that_is_larger_than_any_mask_is_not_read(tmp_path):
+    model, masks = random_adapter(tiny_llama)
+    np.savez_compressed(tmp_path / "mask.npz", **by_parameter(model, masks) | {FIRST: np.zeros(10**7, dtype=np.uint8)})
+    with pytest.raises(ValueError, match=rf"{FIRST}: the source's entry has 10,000,\d+ bytes, and no mask"):
+        imported(tiny_llama, tmp_path / "mask.npz")
+
+
 def test_bad_files_are_refused(tmp_path):
     model, masks = random_adapter(tiny_llama)
     flat = by_parameter(model, masks)

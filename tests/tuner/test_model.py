@@ -33,7 +33,7 @@ from hf_maskpro.deploy import merge
 from hf_maskpro.subset import group_members, keep_of
 from hf_maskpro.tuner import MaskProLayer, masked_layers, unmasked
 
-from ..conftest import tiny_gpt2, tiny_llama
+from ..conftest import tiny_gpt2, tiny_llama, tiny_mixtral
 
 
 class Int8(torch.Tensor):
@@ -592,19 +592,27 @@ class TestPatternsOfFiles:
 
     @pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
     @pytest.mark.parametrize("loader", ["peft", "transformers", "merge"])
-    def test_one_that_takes_for_ever_is_refused(self, base_folder, tmp_path, monkeypatch, name, loader):
+    def test_one_that_takes_for_ever_is_refused(self, base_folder, tmp_path, name, loader):
         folder = self.adapter(tmp_path / "a", {name: r"(\w+\.?)+!"})
-        monkeypatch.setattr("hf_maskpro.tuner.model.SECONDS_TO_MATCH", 1)
         base = AutoModelForCausalLM.from_pretrained(base_folder)
         load = {
             "peft": lambda: PeftModel.from_pretrained(base, folder),
             "transformers": lambda: base.load_adapter(str(folder)),
             "merge": lambda: merge(base_folder, folder, tmp_path / "merged"),
         }[loader]
-        message = rf"^{name} of .* is the pattern '\(.*!', which takes more than 1 seconds to match"
+        message = rf"^{name} of .* is the pattern '\(.*!', which takes more than 1 s to match"
         with pytest.raises(ValueError, match=message) as error:
             load()
         assert "\n" not in str(error.value)
+
+    def test_one_that_takes_for_ever_on_the_names_of_experts_is_refused(self, tmp_path):
+        get_peft_model(tiny_mixtral(1), MaskProConfig()).save_pretrained(tmp_path)
+        path = tmp_path / "adapter_config.json"
+        pattern = {"exclude_modules": r"(?=.*gate_up_proj)(\w+\.?)+!"}
+        all_linear = {"target_modules": None, "target_parameters": None}
+        path.write_text(json.dumps(json.loads(path.read_text()) | all_linear | pattern))
+        with pytest.raises(ValueError, match=r"^exclude_modules of .* takes more than 1 s to match"):
+            PeftModel.from_pretrained(tiny_mixtral(1), tmp_path)
 
     @pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
     def test_one_that_is_none_is_refused(self, base_folder, tmp_path, name):
@@ -623,7 +631,6 @@ class TestPatternsOfFiles:
         )
         python.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(python))
-        monkeypatch.setattr("hf_maskpro.tuner.model.SECONDS_TO_MATCH", 1)
         assert len(masked_layers(PeftModel.from_pretrained(base, folder))) == 4
 
     @pytest.mark.parametrize(
