@@ -17,16 +17,13 @@ from string import Template
 from textwrap import dedent
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.main import get_command
 
-import hf_maskpro
 from hf_maskpro import MaskProConfig, MaskProTrainingArguments, check_sparsity
 from hf_maskpro.cli import app
 
@@ -46,6 +43,7 @@ HUB = {
     "me/llama-2of4": "mask",
     "user/repo": "mask",
     "path/to/the/base": "M",
+    "another-model": "M",
     "allenai/c4:en": "corpus:en",
     "NAME:CONFIG": "corpus:en",
     "Salesforce/wikitext:wikitext-2-raw-v1": "corpus:en",
@@ -56,7 +54,7 @@ HUB = {
 }
 TEXTS = ("text", "my", "other", "held_out", "web", "speeches", "news", "manuals")
 # Blocks and commands that need questions of the Hub, a GPU, bitsandbytes or minutes: these are only read.
-ONLY_READ = ("hf-maskpro quickstart", "hf-maskpro bench", "zero-shot", "arc_easy")
+ONLY_READ = ("hf-maskpro quickstart", "hf-maskpro bench", "zero-shot", "arc_easy", "--source-settings")
 ONLY_READ += ("to_semi_structured(", "TorchAoConfig(", "BitsAndBytesConfig(")
 if shutil.which(os.environ.get("CXX", "g++")) is None:
     ONLY_READ += ('model="packed"',)
@@ -163,15 +161,16 @@ def given(name: str) -> Any:
             return masked("M")
         case "tokenizer":
             return AutoTokenizer.from_pretrained("M")
-        case "text" | "news" | "web" | "speeches" | "general" | "manuals":
+        case "text" | "news" | "web" | "speeches":
             return Path("text.txt").read_text()
+        case "name":
+            return "M"
         case "dataset":
             rows = torch.randint(2, 34, (8, 16), generator=torch.Generator().manual_seed(0)).tolist()
             return [{"input_ids": row, "labels": row} for row in rows]
-        case "arguments":
-            return MaskProTrainingArguments("run", estimator="simple", max_steps=2)
-    module = next(module for module in (hf_maskpro, peft, transformers) if hasattr(module, name))
-    return getattr(module, name)
+        case "args":
+            return MaskProTrainingArguments("run", max_steps=2)
+    raise NameError(f"{name} is neither imported on the page nor something that its reader has.")
 
 
 def free_names(tree: ast.Module) -> set[str]:
@@ -193,16 +192,26 @@ def free_names(tree: ast.Module) -> set[str]:
     return free
 
 
+# Of what several pages have, once is enough.
+RAN: set[str] = set()
+
+
 # The README's is one program, and has a test of its own.
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "python")], ids=page_name)
 def test_python_runs_as_it_is_written(page, workplace, hub):
     shutil.rmtree("run", ignore_errors=True)
+    imported: dict[str, Any] = {}
     for block in blocks(page, "python"):
         tree = ast.parse(local(block))
-        if not only_read(block):
-            names = {name: given(name) for name in free_names(tree)}
-            with pushing_to(hub) if "push_to_hub(" in block else nullcontext():
-                exec(compile(tree, page_name(page), "exec"), names | {"__name__": "pasted"})
+        names = {name: given(name) for name in free_names(tree) - imported.keys()}
+        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        if only_read(block):
+            continue
+        names |= imported | {"__name__": "pasted"}
+        with pushing_to(hub) if "push_to_hub(" in block else nullcontext():
+            exec(compile(tree, page_name(page), "exec"), names)
+        known = [(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names]
+        imported |= {name: names[name] for name in known}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=page_name)
@@ -213,9 +222,10 @@ def test_commands_run_as_they_are_written(page, workplace, hub):
         Path("own_words.jsonl").write_text(row)
     for command in commands(page):
         words = shlex.split(local(command), comments=True)[1:]
-        if only_read(command):
+        if only_read(command) or command in RAN:
             get_command(app).commands[words[0]].make_context(words[0], words[1:])
             continue
+        RAN.add(command)
         # Pages write to the same names, and what is there is refused.
         if "--output" in words and "--resume" not in words:
             shutil.rmtree(words[words.index("--output") + 1], ignore_errors=True)
