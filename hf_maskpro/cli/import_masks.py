@@ -12,6 +12,7 @@ from .options import (
     GgufFile,
     Json,
     Model,
+    OnIndivisible,
     Output,
     Overwrite,
     PatternM,
@@ -38,6 +39,7 @@ def import_masks(
     target_modules: TargetModules = None,
     target_parameters: TargetParameters = None,
     exclude_modules: ExcludeModules = None,
+    on_indivisible: OnIndivisible = None,
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -66,6 +68,7 @@ def import_masks(
         target_modules=layers,
         target_parameters=None if target_parameters is None else target_parameters.split(","),
         exclude_modules=left,
+        on_indivisible=on_indivisible or "error",
     )
     check_free(output, overwrite, model, source)
     base, _ = load_model(model, gguf_file)

@@ -16,6 +16,7 @@ from .options import (
     GgufFile,
     Json,
     Model,
+    OnIndivisible,
     Output,
     Overwrite,
     PatternM,
@@ -58,6 +59,7 @@ def init(
     target_modules: TargetModules = None,
     target_parameters: TargetParameters = None,
     exclude_modules: ExcludeModules = None,
+    on_indivisible: OnIndivisible = None,
     seq_len: Annotated[
         int | None,
         typer.Option(
@@ -141,6 +143,7 @@ def init(
         target_modules=layers,
         target_parameters=None if target_parameters is None else target_parameters.split(","),
         exclude_modules=left,
+        on_indivisible=on_indivisible or "error",
     )
     check_free(output, overwrite, model, *sources_of(method, text, dataset))
     if source_settings:

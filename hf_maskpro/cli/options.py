@@ -6,7 +6,7 @@ help, typos and bad values are answered at once.
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -128,5 +128,13 @@ TargetParameters = Annotated[
 ExcludeModules = Annotated[
     str | None,
     typer.Option(metavar="NAMES", help="Layers to leave dense, given as in --target-modules.", rich_help_panel=MASK),
+]
+OnIndivisible = Annotated[
+    Literal["error", "dense"] | None,
+    typer.Option(
+        metavar="HOW",
+        help="Layers whose inputs M does not divide: error unless given, or dense to leave them so.",
+        rich_help_panel=MASK,
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Seed of all that is random.")]

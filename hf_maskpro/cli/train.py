@@ -32,6 +32,7 @@ from .options import (
     GgufFile,
     Json,
     Model,
+    OnIndivisible,
     Output,
     Overwrite,
     Revision,
@@ -114,6 +115,7 @@ def train(
     target_modules: TargetModules = None,
     target_parameters: TargetParameters = None,
     exclude_modules: ExcludeModules = None,
+    on_indivisible: OnIndivisible = None,
     seq_len: Annotated[
         int, typer.Option(min=2, metavar="N", help="Length of a training window, in tokens.", rich_help_panel=TEXT)
     ] = 512,
@@ -257,10 +259,11 @@ def train(
             f"--save-steps is {save_steps}, not a multiple of --eval-steps, {eval_steps}: the best mask is one that "
             "is saved; change either."
         )
-    if adapter is not None and {n, m, init_mask, target_modules, target_parameters, exclude_modules} != {None}:
+    layer_options = {target_modules, target_parameters, exclude_modules, on_indivisible}
+    if adapter is not None and {n, m, init_mask} | layer_options != {None}:
         raise ValueError(
-            "--n, --m, --init-mask, --target-modules, --target-parameters and --exclude-modules are the adapter's "
-            "own; drop them or drop --adapter."
+            "--n, --m, --init-mask, --target-modules, --target-parameters, --exclude-modules and --on-indivisible are "
+            "the adapter's own; drop them or drop --adapter."
         )
     names = [*map(str, text or []), *(dataset or []), *[GENERATED] * (self_generated > 0)]
     if not names:
@@ -324,6 +327,7 @@ def train(
         target_modules=known.target_modules if layers is None else layers,
         target_parameters=parameters,
         exclude_modules=known.exclude_modules if left is None else left,
+        on_indivisible=on_indivisible or known.on_indivisible,
         logit_scale=logit_scale,
         logits_dtype=logits_dtype or known.logits_dtype,
     )

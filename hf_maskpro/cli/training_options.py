@@ -84,6 +84,10 @@ class TrainVerb(Verb):
                     self._check(ctx, word.partition("=")[0], fields)
         return rest
 
+    def options_of_names(self) -> dict[str, str]:
+        fields = {name: f"--{name.replace('_', '-')}" for name in training_fields()}
+        return fields | INSTEAD | super().options_of_names()
+
     def _check(self, ctx: Any, option: str, fields: set[str]) -> None:
         """Refuse an option that neither the verb nor the training arguments have."""
         name = option.removeprefix("--").replace("-", "_")

@@ -15,9 +15,12 @@ class Verb(TyperCommand):
     """A command that says in one line why it failed."""
 
     def invoke(self, ctx: Any) -> Any:
-        options = {str(known.name): known.opts[-1] for known in self.params if known.opts[-1].startswith("--")}
-        with one_line_errors(options):
+        with one_line_errors(self.options_of_names()):
             return super().invoke(ctx)
+
+    def options_of_names(self) -> dict[str, str]:
+        """The option for every argument that a message may name."""
+        return {str(known.name): known.opts[-1] for known in self.params if known.opts[-1].startswith("--")}
 
 
 @contextmanager
@@ -54,6 +57,7 @@ def one_line_errors(options: dict[str, str] | None = None) -> Iterator[None]:
 def in_options(line: str, options: dict[str, str]) -> str:
     """A message as the command says it: the library names arguments of Python, and the user has typed options."""
     for name, option in options.items():
+        line = re.sub(rf"(?<![\w./-]){name}=(?:'([^']*)'|(\w+))", rf"{option} \1\2", line)
         if "_" in name:
             line = re.sub(rf"(?<![\w./-]){name}(?![\w/=-]|\.\w)", option, line)
         else:

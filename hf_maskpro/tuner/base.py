@@ -202,7 +202,8 @@ def check_base(config: MaskProConfig, weights: dict[str, torch.Tensor]) -> None:
         if other:
             raise ValueError(
                 f"the mask was learned for other weights than this model has, in {len(other)} of {len(found)} layers: "
-                f"{listed(other)}. Load the base model that it names, or pass a config= with check_base = False."
+                f"{listed(other)}. Load the base model that it names; in Python, a config with check_base=False goes "
+                "without."
             )
         warn_if_quantized(config, found)
         # Saved again, it can still be compared with what it was learned for.

@@ -18,7 +18,7 @@ from hf_maskpro.cli.train import forget_previous, put_back, set_aside
 from hf_maskpro.cli.verb import in_options
 from hf_maskpro.learning import MaskProTrainer, MaskProTrainingArguments
 
-from ..conftest import tiny_mixtral
+from ..conftest import save_tiny_model, tiny_mixtral
 from .test_cli import adapter, fails, run
 
 
@@ -114,12 +114,15 @@ def test_bad_files_of_options(train, tmp_path):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--weight-decay", "-1"], "weight_decay is -1.0"),
-        (["--weight-decay", "nan"], "weight_decay is nan"),
-        (["--adam-beta1", "2"], "adam_beta1 is 2.0"),
+        (["--weight-decay", "-1"], "--weight-decay is -1.0"),
+        (["--weight-decay", "nan"], "--weight-decay is nan"),
+        (["--adam-beta1", "2"], "--adam-beta1 is 2.0"),
         (["--fp16", "true"], "fp16 scales gradients"),
-        (["--estimator", "residual", "--masks-per-step", "0"], "masks_per_step is 0"),
-        (["--estimator", "residual", "--optimizer-in-backward", "true"], "optimizer_in_backward=True is for"),
+        (["--estimator", "residual", "--masks-per-step", "0"], "--masks-per-step is 0"),
+        (
+            ["--estimator", "residual", "--optimizer-in-backward", "true"],
+            "--optimizer-in-backward True is for --estimator simple, not",
+        ),
     ],
 )
 def test_values_are_checked_before_the_model_is_loaded(train, monkeypatch, tmp_path, options, line):
@@ -168,6 +171,24 @@ def test_experts_by_name(checkpoint, text, tmp_path):
     assert "--target-parameters" in fails(*train, tmp_path / "u", "--adapter", tmp_path / "i")
 
 
+def test_layers_that_m_does_not_divide(text, tmp_path):
+    save_tiny_model(tmp_path / "base", intermediate_size=40)
+
+    def masked(*command):
+        run(*command, "--on-indivisible", "dense", "--overwrite")
+        known = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_fingerprint"]
+        return {name.rpartition(".")[2] for name in known}
+
+    given = ["--model", tmp_path / "base", "--n", 2, "--m", 5, "--output", tmp_path / "a"]
+    init = ["init", "--method", "magnitude", *given]
+    assert fails(*init).endswith("exclude it with --exclude-modules, or all such layers by --on-indivisible dense.")
+    assert masked(*init) == {"down_proj"}
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert masked("import", tmp_path / "b", *given) == {"down_proj"}
+    train = ["train", "--init-mask", "magnitude", "--text", text, "--seq-len", 32, "--max-steps", 1, *given]
+    assert masked(*train) == {"down_proj"}
+
+
 def test_the_best_mask_is_kept(text, train, tmp_path):
     (tmp_path / "other.txt").write_text(" ".join(reversed(text.read_text().split()[:500])))
     given = ["--eval-text", tmp_path / "other.txt", "--eval-steps", 1, "--save-steps", 1, "--early-stopping", 1]
@@ -206,6 +227,7 @@ def test_messages_name_options():
     options = {"seq_len": "--seq-len", "n": "--n", "init_mask": "--method"}
     assert in_options("n is 4; lower seq_len.", options) == "--n is 4; lower --seq-len."
     assert in_options("init_mask is 'a'", options) == "--method is 'a'"
+    assert in_options("use init_mask='a', n=2 or seq_len=8", options) == "use --method a, --n 2 or --seq-len 8"
     assert in_options("/tmp/seq_len/x and seq_len.py, a n is", options) == "/tmp/seq_len/x and seq_len.py, a n is"
 
 
