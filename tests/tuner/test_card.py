@@ -126,7 +126,7 @@ def test_a_class_that_a_configuration_names_is_a_name(adapter, name):
     """It would get into the lines of the card that load the adapter."""
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_mapping": {"base_model_class": name}}))
-    with pytest.raises(ValueError, match="base_model_class of auto_mapping is .*, which is not the name of a class"):
+    with pytest.raises(ValueError, match=r"base_model_class of auto_mapping is .*, which is not the name of a class"):
         MaskProConfig.from_pretrained(adapter)
 
 
