@@ -14,6 +14,7 @@ import ablations
 import gpu
 import leaderboard
 import protocol
+import start_settings
 
 
 LEARNED = [f"{estimator} from {start or 'sparsegpt+swaps'}" for estimator, start in leaderboard.LEARNERS]
@@ -256,6 +257,23 @@ def test_settings_of_the_ablations_have_the_type_of_the_default():
     assert {name: type(value) for name, value in settings.items()} == {
         "start": str, "logit_scale": float, "batch": int, "tokens": int,
     }  # fmt: skip
+
+
+def test_every_pair_of_settings_of_a_start_is_a_mask(monkeypatch, checkpoint, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("".join(f"A line of text, number {i}.\n" for i in range(2000)))
+    settings = ["--shrinkage", 0, 0.9, "--towards", 0.2]
+    argv = ["--text", tmp_path / "text.txt", "--model", checkpoint, "--work", tmp_path / "work", *settings]
+    # What it sets holds for the process.
+    monkeypatch.setattr(start_settings.walk, "SHRINKAGE", 0.3)
+    monkeypatch.setattr(start_settings.starts, "TOWARDS_DENSE", 0.2)
+    monkeypatch.setattr(protocol, "SEQ_LEN", 32)
+    monkeypatch.setattr(protocol, "CALIBRATION_SEQ_LEN", 32)
+    monkeypatch.setattr(sys, "argv", ["start_settings.py", *map(str, argv), "--max-tokens", "640", "--json"])
+    start_settings.main()
+    plain, shrunk = json.loads(capsys.readouterr().out)
+    assert (plain["shrinkage"], shrunk["shrinkage"]) == (0, 0.9)
+    assert plain["texts"]["held_out.txt"]["ratio"] == plain["at_home"] != shrunk["at_home"]
+    assert plain["elsewhere"] > 0
 
 
 class TestOnAGpu:

@@ -383,7 +383,7 @@ def train(
     base, _ = load_model(model, gguf_file, dtype)
     check_length(base, seq_len)
     if self_generated:
-        cache = output.with_name(f"{output.name}.generated")
+        cache = _beside(output, "{}.generated")
         batches = generated_text(base, tokenizer, self_generated // seq_len, seq_len, seed, cache)
         pieces.append(torch.cat([batch["input_ids"] for batch in batches]))
     inputs = pieces[0] if len(pieces) == 1 else mixed_windows(pieces, shares, tokens if shares else max_tokens, seed)
@@ -426,6 +426,8 @@ def train(
     last = [entry for entry in state.log_history if "loss" in entry][-1:]
     figures = {"output": str(output), "steps": result.global_step, "seconds": result.metrics["train_runtime"]}
     figures |= {name: value for entry in last for name, value in entry.items() if name not in ("epoch", "step")}
+    # Of the mask that was saved, which need not be the last one that was logged.
+    figures["changed"] = trainer.changed_groups()
     if state.best_metric is not None:
         figures |= {"best_step": state.best_global_step, "eval_perplexity": math.exp(state.best_metric)}
     show(figures, as_json)
@@ -447,11 +449,16 @@ def _rows(windows: Any) -> list[dict[str, Any]]:
     return [{"input_ids": row, "labels": row} for row in windows]
 
 
+def _beside(output: Path, name: str) -> Path:
+    """A path beside a folder, by a name with the folder's in it."""
+    # A name may have no more bytes than this leaves room for.
+    own = output.absolute().name.encode()[:200].decode(errors="ignore")
+    return output.absolute().with_name(name.format(own))
+
+
 def _previous(output: Path) -> Path:
     """Where a folder is kept until its successor is complete, under a name that nobody else gives."""
-    # A name may have no more bytes than this leaves room for.
-    name = output.absolute().name.encode()[:200].decode(errors="ignore")
-    return output.absolute().with_name(f".{name}.replaced")
+    return _beside(output, ".{}.replaced")
 
 
 def set_aside(output: Path) -> None:

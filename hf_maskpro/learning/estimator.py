@@ -65,10 +65,14 @@ class Estimator:
             `ValueError`: if it cannot train this model, by this trainer.
         """
 
-    def refuse_several_processes(self) -> None:
+    def refuse_several_processes(self, what: str, why: str) -> None:
         """
+        Args:
+            what (`str`): What runs in one process alone.
+            why (`str`): Why, and what to do.
+
         Raises:
-            `ValueError`: if the run has several, which would learn masks of their own and part.
+            `ValueError`: if the run has several.
             `SystemExit`: in all of them but the first, which says so for all.
         """
         args = self.trainer.args
@@ -76,10 +80,7 @@ class Estimator:
             if args.process_index > 0:
                 # As if it had succeeded: for one that fails, torchrun ends the first before it has said why.
                 raise SystemExit
-            raise ValueError(
-                f"estimator={args.estimator!r} runs in one process on one device, not {processes}: "
-                "ranks with different masks would drift apart; use estimator='simple'."
-            )
+            raise ValueError(f"{what} runs in one process on one device, not {processes}: {why}.")
 
     def begin(self) -> None:
         """Called before the first step of a run, new or resumed."""

@@ -44,7 +44,10 @@ class Relaxation(Estimator):
 
     def check(self) -> None:
         args = self.trainer.args
-        self.refuse_several_processes()
+        self.refuse_several_processes(
+            f"estimator={self.trainer.args.estimator!r}",
+            "ranks with different masks would drift apart; use estimator='simple'",
+        )
         if self.trainer.optimizer is not None:
             raise ValueError(f"estimator={args.estimator!r} makes what its optimizer steps; drop optimizers.")
         if args.load_best_model_at_end and args.save_only_model:

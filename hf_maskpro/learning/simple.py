@@ -72,14 +72,11 @@ class Simple(Estimator):
         self.in_backward: OptimizerInBackward | None = None
 
     def check(self) -> None:
-        args = self.trainer.args
-        if not args.optimizer_in_backward:
+        if not self.trainer.args.optimizer_in_backward:
             return
-        if (processes := max(args.world_size, args.n_gpu)) > 1:
-            raise ValueError(
-                f"optimizer_in_backward=True runs in one process on one device, not {processes}: it steps before "
-                "gradients are summed; drop it, or run one process."
-            )
+        self.refuse_several_processes(
+            "optimizer_in_backward=True", "it steps before gradients are summed; drop it, or run one process"
+        )
         if self.trainer.optimizer is not None:
             raise ValueError("optimizer_in_backward=True steps the logits itself; drop optimizers.")
 

@@ -19,8 +19,8 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, has_length, rotate_checkpoints
 
 from ..tuner import MaskProConfig, check_calls, saved_config
-from ..tuner.card import PLOT, load_card, save_card
-from ..tuner.files import one_line
+from ..tuner.card import CARD_FILES, PLOT, load_card, save_card
+from ..tuner.files import one_line, private_folder
 from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
 from .checkpoints import UNFINISHED, EndsWithCheckpoint, checkpoint_to_resume, discard, place_checkpoint
@@ -304,9 +304,16 @@ class MaskProTrainer(Trainer):
         self.estimator.settle()
         record_training(self.config, self.args, self.state.global_step, self.estimator.settings())
 
-    def _save(self, *args: Any, **kwargs: Any) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._record()
-        super()._save(*args, **kwargs)
+        folder = output_dir or str(self.args.output_dir)
+        if not self.args.should_save:
+            super()._save(folder, state_dict)
+            return
+        # The adapter, which PEFT saves whole, comes with its tokenizer and arguments.
+        cards = [card_path("", name).with_name(file) for name in self.model.peft_config for file in CARD_FILES]
+        with private_folder(folder, *map(str, cards)) as new:
+            super()._save(str(new), state_dict)
 
     def create_model_card(
         self,

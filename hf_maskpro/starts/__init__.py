@@ -123,7 +123,9 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
         if calibration.gradient is not None and not calibration.gradient.isfinite().all():
             raise ValueError(f"{name}: its gradients are not finite; load the model in bfloat16 or float32.")
         expert, tokens = isinstance(layer, MaskProExpertWeight), 0 if inputs is None else inputs.tokens
-        blind = inputs is not None and not tokens
+        # What looks at no inputs has gradients.
+        dead = calibration.gradient is not None and not calibration.gradient.any()
+        blind = dead if inputs is None else not tokens
         if blind and expert:
             by_magnitude.add((name.rpartition(".")[0], number))
         elif blind:

@@ -88,6 +88,9 @@ def _check_types(config: "MaskProConfig") -> None:
     # PEFT makes regular expressions of them.
     if wrong := [module for module in config.modules_to_save or [] if not re.fullmatch(r"[\w.-]+", module)]:
         raise ValueError(f"modules_to_save holds {wrong[0][:50]!r}, which is not the name of a module.")
+    base = (config.auto_mapping or {}).get("base_model_class")
+    if base is not None and not (isinstance(base, str) and base.isidentifier()):
+        raise ValueError(f"base_model_class of auto_mapping is {str(base)[:50]!r}, which is not the name of a class.")
     if config.target_weights is not None and config.target_weights < 1:
         raise ValueError(f"target_weights is {config.target_weights}, and a mask has at least one weight.")
     for stage in config.lineage or []:

@@ -192,9 +192,12 @@ def test_layers_that_m_does_not_divide(text, tmp_path):
 def test_the_best_mask_is_kept(text, train, tmp_path):
     (tmp_path / "other.txt").write_text(" ".join(reversed(text.read_text().split()[:500])))
     given = ["--eval-text", tmp_path / "other.txt", "--eval-steps", 1, "--save-steps", 1, "--early-stopping", 1]
+    given += ["--logging-steps", 1]
     command = [*train[:-1], tmp_path / "b", "--max-steps", 8, "--learning-rate", 5, *given, "--json"]
     figures = json.loads(run(*command).stdout)
     assert figures["steps"] in (figures["best_step"] + 1, 8)
+    inspected = json.loads(run("inspect", tmp_path / "b", "--json").stdout)
+    assert figures["changed"] == pytest.approx(inspected["groups_changed"][-1])
     base = command[command.index("--model") + 1]
     measured = run(
         "eval",

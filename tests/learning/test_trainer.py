@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AutoTokenizer,
     BartConfig,
     BartForCausalLM,
     DataCollatorWithFlattening,
@@ -1001,9 +1002,13 @@ def test_refusals(tmp_path, llama):
         MaskProTrainer(frozen, arguments(tmp_path, "simple"), train_dataset=rows())
 
 
-@pytest.mark.parametrize("estimator", ["proxsparse", "maskllm"])
-def test_of_several_processes_the_first_alone_says_why_there_must_be_one(tmp_path, llama, monkeypatch, estimator):
-    args = arguments(tmp_path, estimator)
+@pytest.mark.parametrize(
+    ("estimator", "options"), [("proxsparse", {}), ("maskllm", {}), ("simple", {"optimizer_in_backward": True})]
+)
+def test_of_several_processes_the_first_alone_says_why_there_must_be_one(
+    tmp_path, llama, monkeypatch, estimator, options
+):
+    args = arguments(tmp_path, estimator, **options)
     model = get_peft_model(llama, MaskProConfig())
     monkeypatch.setattr(MaskProTrainingArguments, "world_size", 2)
     with pytest.raises(ValueError, match="runs in one process on one device, not 2"):
@@ -1085,6 +1090,21 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, llama):
 @pytest.mark.slow
 def test_a_full_disk_leaves_no_half_checkpoint_whatever_its_size(tmp_path, llama):
     fill_the_disk_while_saving(tmp_path, llama, 1)
+
+
+def test_a_full_disk_leaves_what_a_trainer_saved_earlier(tmp_path, llama, checkpoint):
+    model = get_peft_model(llama, MaskProConfig(target_modules=["k_proj"]))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    trainer = MaskProTrainer(model, arguments(tmp_path, "simple"), rows(), processing_class=tokenizer)
+    trainer.save_model()
+    for layer in masked_layers(model).values():
+        nn.init.normal_(layer.maskpro_theta["default"], std=20)
+    (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text() + "My own words.\n")
+    before = contents(tmp_path)
+    after = on_disks_of_every_size(tmp_path, trainer.save_model, 499)
+    assert after.keys() == before.keys()
+    assert after["adapter_model.safetensors"] != before["adapter_model.safetensors"]
+    assert after["README.md"].endswith(b"My own words.\n")
 
 
 def test_a_full_disk_leaves_the_earlier_card_when_a_checkpoint_is_pushed(tmp_path, llama, monkeypatch):

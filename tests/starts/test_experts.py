@@ -103,7 +103,7 @@ def test_other_rules_look_at_experts_one_by_one(rule, text):
         assert not torch.equal(mask, magnitude[name])
 
 
-@pytest.mark.parametrize("rule", ["wanda", "sparsegpt", "gblm", "wanda+swaps"])
+@pytest.mark.parametrize("rule", ["wanda", "sparsegpt", "gblm", "pruner-zero", "wanda+swaps"])
 def test_an_expert_that_saw_too_few_tokens_keeps_its_largest_weights(rule, text, caplog):
     def make(layers):
         model = tiny_gpt_oss(layers)

@@ -121,6 +121,15 @@ def test_a_configuration_puts_nothing_but_text_into_a_card(adapter):
     assert ModelCard.load(adapter / "README.md").text.count(END) == 1
 
 
+@pytest.mark.parametrize("name", ["os; os.system('x')", "Llama\n```\n# Heading", "", 5, ["LlamaModel"]])
+def test_a_class_that_a_configuration_names_is_a_name(adapter, name):
+    """It would get into the lines of the card that load the adapter."""
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_mapping": {"base_model_class": name}}))
+    with pytest.raises(ValueError, match=r"base_model_class of auto_mapping is .*, which is not the name of a class"):
+        MaskProConfig.from_pretrained(adapter)
+
+
 def test_no_card_without_a_mask(tmp_path):
     MaskProConfig().save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
