@@ -2,33 +2,35 @@
 
 import ast
 import builtins
+import json
 import os
 import re
 import runpy
 import shlex
 import shutil
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from string import Template
 from textwrap import dedent
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.main import get_command
 
-import hf_maskpro
 from hf_maskpro import MaskProConfig, MaskProTrainingArguments, check_sparsity
 from hf_maskpro.cli import app
 
 from .cli.test_cli import run
 from .conftest import VOCABULARY, save_tiny_model
+from .hub.server import Hub
+from .starts.test_sources import maskllm
 
 
 ROOT = Path(__file__).parents[1]
@@ -41,13 +43,19 @@ HUB = {
     "me/llama-2of4": "mask",
     "user/repo": "mask",
     "path/to/the/base": "M",
+    "another-model": "M",
+    "allenai/c4:en": "corpus:en",
+    "NAME:CONFIG": "corpus:en",
+    "Salesforce/wikitext:wikitext-2-raw-v1": "corpus:en",
+    "Vinnnf/LLaMA-2-7B-MaskLLM-C4": "masks-of-maskllm",
+    "pruned-checkpoint": "sparse",
     '"cuda"': '"cpu"',
     "from .simple": "from hf_maskpro.learning.simple",
 }
 TEXTS = ("text", "my", "other", "held_out", "web", "speeches", "news", "manuals")
-# Blocks and commands that need the Hub, a GPU or an extra, or minutes: these are only read.
-ONLY_READ = ("push", "--dataset", "--self-generated", "MaskLLM", "pruned-checkpoint", "quickstart", "sft_trl")
-ONLY_READ += ("torchao", "BitsAndBytes", "onnx", "semi_structured", "bench", "--tasks", "--record")
+# Blocks and commands that need questions of the Hub, a GPU, bitsandbytes or minutes: these are only read.
+ONLY_READ = ("hf-maskpro quickstart", "hf-maskpro bench", "zero-shot", "arc_easy", "--source-settings")
+ONLY_READ += ("to_semi_structured(", "TorchAoConfig(", "BitsAndBytesConfig(")
 if shutil.which(os.environ.get("CXX", "g++")) is None:
     ONLY_READ += ('model="packed"',)
 
@@ -64,10 +72,13 @@ def commands(page: Path) -> list[str]:
 
 
 def local(code: str) -> str:
-    """With folders for names of the Hub, and two steps for hundreds."""
+    """With folders for names of the Hub that are read, two steps for hundreds, and short windows."""
     for known, folder in HUB.items():
-        code = re.sub(rf"{known}(?![-\w])", folder, code)
-    return re.sub(r"(max_steps=|--max-steps |max_steps: )\d+", r"\g<1>2", code)
+        code = re.sub(rf"(?<!push_to_hub\(\")(?<!mask ){known}(?![-\w])", folder, code)
+    code = re.sub(r"(max_steps=|--max-steps |max_steps: )\d+", r"\g<1>2", code)
+    if "--self-generated" in code:
+        code = re.sub(r"--seq-len \d+", "", re.sub(r"(--self-generated) \d+", r"\1 64", code)) + " --seq-len 32"
+    return code
 
 
 def only_read(code: str) -> bool:
@@ -80,6 +91,26 @@ def page_name(page: Path) -> str:
 
 def masked(folder: str) -> PeftModel:
     return get_peft_model(AutoModelForCausalLM.from_pretrained(folder), MaskProConfig())
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Iterator[Hub]:
+    with Hub(tmp_path_factory.mktemp("hub"), {"token-of-me": "me"}) as server:
+        yield server
+
+
+@contextmanager
+def pushing_to(hub: Hub) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", "token-of-me")
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        patch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        patch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +132,17 @@ def workplace(tmp_path_factory) -> Iterator[None]:
         AutoTokenizer.from_pretrained("M").save_pretrained("sparse")
         kept = {name: (merged.get_parameter(name) != 0).to(torch.uint8) for name in check_sparsity(merged, 2, 4)}
         save_file(kept, "mask.safetensors")
+        Path("masks-of-maskllm").mkdir()
+        maskllm(Path("masks-of-maskllm/mask_compressed.npz"), kept)
+        Path("corpus").mkdir()
+        files = "".join(f"  - {{split: {split}, path: rows.jsonl}}\n" for split in ("train", "test"))
+        Path("corpus/README.md").write_text(f"---\nconfigs:\n- config_name: en\n  data_files:\n{files}---\n")
+        Path("corpus/rows.jsonl").write_text(json.dumps({"text": Path("text.txt").read_text()}))
         shutil.copytree("M", "quickstart/base")
         shutil.copytree("sparse", "quickstart/merged")
         for name in ("wanda", "simple"):
             shutil.copytree("mask", f"quickstart/{name}")
-        for name in ("calibration.txt", "held_out.txt"):
+        for name in ("calibration.txt", "held_out.txt", "conversations.txt"):
             shutil.copyfile("text.txt", f"quickstart/{name}")
         talking = AutoTokenizer.from_pretrained("M")
         talking.eos_token = "<unk>"
@@ -124,15 +161,16 @@ def given(name: str) -> Any:
             return masked("M")
         case "tokenizer":
             return AutoTokenizer.from_pretrained("M")
-        case "text" | "news" | "web" | "speeches" | "general" | "manuals":
+        case "text" | "news" | "web" | "speeches":
             return Path("text.txt").read_text()
+        case "name":
+            return "M"
         case "dataset":
             rows = torch.randint(2, 34, (8, 16), generator=torch.Generator().manual_seed(0)).tolist()
             return [{"input_ids": row, "labels": row} for row in rows]
-        case "arguments":
-            return MaskProTrainingArguments("run", estimator="simple", max_steps=2)
-    module = next(module for module in (hf_maskpro, peft, transformers) if hasattr(module, name))
-    return getattr(module, name)
+        case "args":
+            return MaskProTrainingArguments("run", max_steps=2)
+    raise NameError(f"{name} is neither imported on the page nor something that its reader has.")
 
 
 def free_names(tree: ast.Module) -> set[str]:
@@ -154,30 +192,72 @@ def free_names(tree: ast.Module) -> set[str]:
     return free
 
 
+# Of what several pages have, once is enough.
+RAN: set[str] = set()
+
+
 # The README's is one program, and has a test of its own.
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "python")], ids=page_name)
-def test_python_runs_as_it_is_written(page, workplace):
+def test_python_runs_as_it_is_written(page, workplace, hub):
     shutil.rmtree("run", ignore_errors=True)
+    imported: dict[str, Any] = {}
     for block in blocks(page, "python"):
         tree = ast.parse(local(block))
-        if not only_read(block):
-            names = {name: given(name) for name in free_names(tree)}
-            exec(compile(tree, page_name(page), "exec"), names | {"__name__": "pasted"})
+        names = {name: given(name) for name in free_names(tree) - imported.keys()}
+        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        if only_read(block):
+            continue
+        names |= imported | {"__name__": "pasted"}
+        with pushing_to(hub) if "push_to_hub(" in block else nullcontext():
+            exec(compile(tree, page_name(page), "exec"), names)
+        known = [(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names]
+        imported |= {name: names[name] for name in known}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=page_name)
-def test_commands_run_as_they_are_written(page, workplace):
+def test_commands_run_as_they_are_written(page, workplace, hub):
     for yaml in blocks(page, "yaml"):
-        Path("run.yaml").write_text(local(yaml))
+        Path("own_words.yaml" if "own_words" in yaml else "run.yaml").write_text(local(yaml))
+    for row in blocks(page, "json"):
+        Path("own_words.jsonl").write_text(row)
     for command in commands(page):
         words = shlex.split(local(command), comments=True)[1:]
-        if only_read(command):
+        if only_read(command) or command in RAN:
             get_command(app).commands[words[0]].make_context(words[0], words[1:])
             continue
+        RAN.add(command)
         # Pages write to the same names, and what is there is refused.
         if "--output" in words and "--resume" not in words:
             shutil.rmtree(words[words.index("--output") + 1], ignore_errors=True)
-        run(*words)
+        with pushing_to(hub) if words[0] == "push" else nullcontext():
+            run(*words)
+
+
+def other_lines() -> list[str]:
+    """What else of this repository is called on a page."""
+    lines = [line for page in PAGES for line in "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()]
+    return sorted({line.partition("  #")[0].strip() for line in lines if re.match("(python|make) ", line)})
+
+
+class Parsed(Exception):
+    """The options of a script are understood."""
+
+
+@pytest.mark.parametrize("line", other_lines())
+def test_other_commands_name_what_is_there(line, monkeypatch):
+    words = shlex.split(line)
+    if words[0] == "make":
+        assert re.search(rf"^([\w ]* )?{words[1]}( [\w ]*)?:", (ROOT / "Makefile").read_text(), re.M)
+        return
+
+    def parse(parser, *_, parse_args=ArgumentParser.parse_args):
+        parse_args(parser)
+        raise Parsed
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", words[1:])
+    with pytest.raises(Parsed):
+        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
 
 
 EXAMPLES = ROOT / "examples" / "README.md"

@@ -6,7 +6,10 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
+from inspect import isclass, isfunction
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import yaml
@@ -24,6 +27,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 CARD = DOCS / "assets" / "card.md"
 # A line of code that is longer is cut on the site.
 WIDTH = 88
+ROOMS = ("subset", "tuner", "starts", "learning", "evaluation", "deploy", "hub")
 
 # What a column of the leaderboard shows of a row of its file.
 COLUMNS = {
@@ -217,6 +221,15 @@ def test_every_page_is_in_the_navigation_and_there():
     named = sorted(pages(yaml.safe_load(lines)))
     # Of the assets there is no page.
     assert named == sorted(str(page.relative_to(DOCS)) for page in PAGES if page.parent.name != "assets")
+
+
+def test_every_public_function_has_an_entry():
+    named = re.findall(r"^::: (\S+)", "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md")), re.M)
+    entries = {resolve_name(":".join(name.rsplit(".", 1))) for name in named}
+    rooms = [import_module("hf_maskpro")] + [import_module(f"hf_maskpro.{room}") for room in ROOMS]
+    public = {f"{room.__name__}.{name}": getattr(room, name) for room in rooms for name in room.__all__}
+    missing = [name for name, value in public.items() if isfunction(value) or isclass(value) if value not in entries]
+    assert missing == []
 
 
 def test_the_repository_has_one_address():
