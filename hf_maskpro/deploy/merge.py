@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from peft import inject_adapter_in_model
-from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -20,7 +19,7 @@ from ..starts.sources import Tensors, locate, open_adapter, saved_codes
 from ..subset import keep_of
 from ..tuner import masked_layers, saved_config
 from ..tuner.base import HALF, UNKNOWN, fingerprint_of_sample, is_other, sampled_step, warn_if_quantized
-from ..tuner.files import inside, json_object, one_line, weight_files
+from ..tuner.files import inside, json_object, one_line, open_safetensors, weight_files
 from ..tuner.layer import MaskProLayer
 from .card import write_merged_card
 from .check import check_weights, saved_weights, skeleton_of
@@ -202,7 +201,7 @@ def _mask(rows: torch.Tensor, codes: torch.Tensor) -> bool:
 
 def _rewrite(source: Path, target: Path, change: Callable[[str, torch.Tensor], torch.Tensor], bar: tqdm) -> None:
     """Copy a safetensors file tensor by tensor, with its header: names, shapes and dtypes do not change."""
-    with source.open("rb") as old, target.open("wb") as new, safe_open(source, framework="pt") as tensors:
+    with source.open("rb") as old, target.open("wb") as new, open_safetensors(source) as tensors:
         size = old.read(8)
         header = old.read(int.from_bytes(size, "little"))
         new.write(size + header)

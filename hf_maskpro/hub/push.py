@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from ..tuner import saved_config
 from ..tuner.card import (
@@ -166,6 +167,14 @@ def _save_whole(model: PeftModel, save_directory: str, *args: Any, **kwargs: Any
     return None
 
 
+def _load_whole(model: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    """PEFT raises what safetensors does, which is no `ValueError` and does not say what is damaged."""
+    try:
+        return _load(model, *args, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"the adapter file is not a whole safetensors file: {error}.") from error
+
+
 def _no_card(model: PeftModel, output_dir: str) -> None:
     """PEFT's is a form to fill in; `MaskProConfig.save_pretrained` writes ours."""
 
@@ -189,7 +198,8 @@ def _push_model(
         return push_folder(folder, repo_id, commit_message=commit_message or "Upload mask adapter", **kwargs)
 
 
-_save_in_place = inspect.unwrap(PeftModel.save_pretrained)
+_save_in_place, _load = (inspect.unwrap(method) for method in (PeftModel.save_pretrained, PeftModel.load_adapter))
 _for_masks(_save_whole, "save_pretrained")
+_for_masks(_load_whole, "load_adapter")
 _for_masks(_no_card, "create_or_update_model_card")
 _for_masks(_push_model, "push_to_hub")

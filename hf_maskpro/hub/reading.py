@@ -56,7 +56,7 @@ def read_masks(folder: str | Path) -> tuple[MaskProConfig, dict[str, torch.Tenso
             check_masks(config, tensors.keys(), tensors.get_tensor)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{folder / MASK_FILE} is not a file of masks: {error}") from error
-    _check_whole(config, masks)
+    _check_whole(str(folder / MASK_FILE), config, masks)
     return config, masks
 
 
@@ -86,10 +86,10 @@ def _layer(key: str) -> str:
     return key.removeprefix("base_model.model.").removesuffix(".maskpro_mask").removesuffix(".maskpro_theta")
 
 
-def _check_whole(config: MaskProConfig, layers: Collection[str]) -> None:
+def _check_whole(file: str, config: MaskProConfig, layers: Collection[str]) -> None:
     expected = config.lineage[-1]["groups_changed"] if config.lineage else {}
     if missing := sorted(set(expected) - set(layers)):
-        raise ValueError(f"the adapter file has no mask for {one_line(missing[0])}.")
+        raise ValueError(f"{file} has no mask for {one_line(missing[0])}.")
 
 
 def inspect_adapter(source: str, revision: str | None = None, subfolder: str | None = None) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def inspect_adapter(source: str, revision: str | None = None, subfolder: str | N
         layers = [_layer(key) for key, kind in kinds.items() if kind == "mask"]
         spans = [header.tensors[key].data_offsets for key, kind in kinds.items() if kind != "weight"]
         own = sum(end - start for start, end in spans)
-        _check_whole(config, layers)
+        _check_whole(f"{name} of {source}", config, layers)
         size = get_hf_file_metadata(hf_hub_url(source, name, revision=revision)).size or 0
     stages = config.lineage or []
     return {

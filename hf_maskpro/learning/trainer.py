@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.hooks import RemovableHandle
-from transformers import ProgressCallback, Trainer, default_data_collator
+from transformers import ProgressCallback, Trainer, TrainerState, default_data_collator
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, has_length, rotate_checkpoints
 
 from ..tuner import MaskProConfig, check_calls, saved_config
 from ..tuner.card import CARD_FILES, PLOT, load_card, save_card
-from ..tuner.files import one_line, private_folder
+from ..tuner.files import json_object, one_line, private_folder
 from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
 from .checkpoints import UNFINISHED, EndsWithCheckpoint, checkpoint_to_resume, discard, place_checkpoint
@@ -174,6 +174,8 @@ class MaskProTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint_to_resume(str(self.args.output_dir))
+        if resume_from_checkpoint:
+            _check_state(Path(resume_from_checkpoint, TRAINER_STATE_NAME))
         # What an earlier run of this trainer left behind is not this run's.
         self._is_checked = False
         self.estimator = ESTIMATORS[self.args.estimator](self, self.adapter)
@@ -401,7 +403,10 @@ class MaskProTrainer(Trainer):
         # A mask that is no loaded adapter's may not even be there.
         loaded = self.adapter.layers if self.config.awaits_file else []
         masks = [layer.packed_initial_mask(self.adapter.name).clone() for layer in loaded]
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except ValueError as error:
+            raise ValueError(f"{resume_from_checkpoint}: {error}") from error
         for layer, mask in zip(loaded, masks, strict=True):
             if not torch.equal(layer.packed_initial_mask(self.adapter.name), mask):
                 raise ValueError(
@@ -440,6 +445,17 @@ class MaskProTrainer(Trainer):
             # A plain trainer counts none.
             if (skipped := Path(checkpoint, SKIPPED_NAME)).is_file():
                 self.estimator.skipped = _count_in(skipped)
+
+
+def _check_state(path: Path) -> None:
+    """Refuse the state of a run that transformers would stumble over, without a word about the file."""
+    known = json_object(path)
+    try:
+        step = TrainerState(**known).global_step
+    except TypeError as error:
+        raise ValueError(f"{path} is no state of a run: {error}; resume from an earlier checkpoint.") from error
+    if type(step) is not int or step < 0:
+        raise ValueError(f"{path} has the global_step {step!r}; resume from an earlier checkpoint.")
 
 
 def _count_in(path: Path) -> int:

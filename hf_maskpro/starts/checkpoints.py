@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -16,6 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.pytorch_utils import Conv1D
 
 from ..tuner.experts import expert_parameters, is_transposed
+from ..tuner.files import open_safetensors
 
 
 Shape = tuple[int, ...]
@@ -85,10 +85,15 @@ def matrices_of(model: nn.Module) -> dict[str, Matrix]:
 
 
 def shapes_of(files: Iterable[Path]) -> dict[str, Shape]:
-    """The shape of every tensor of some safetensors files."""
+    """
+    The shape of every tensor of some safetensors files.
+
+    Raises:
+        `ValueError`: if one is none.
+    """
     shapes: dict[str, Shape] = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        with open_safetensors(file) as tensors:
             shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
     return shapes
 

@@ -11,14 +11,13 @@ from zipfile import ZipFile
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..subset import group_members, mask_of, mode, mode_codes, pack, unpack, unpack_codes
 from ..tuner import MaskProConfig, MaskProLayer, logit_scale, masked_layers, saved_config
 from ..tuner.base import check_masks, plain
-from ..tuner.files import one_line, weight_files
+from ..tuner.files import one_line, open_safetensors, weight_files
 from ..tuner.layer import LOGITS
 from .checkpoints import Piece, pieces_of, shapes_of
 
@@ -112,10 +111,7 @@ def open_tensors(files: list[Path], stack: ExitStack) -> Tensors:
     """
     known: Tensors = {}
     for file in files:
-        try:
-            handle = stack.enter_context(safe_open(file, framework="pt"))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file: {error}.") from error
+        handle = stack.enter_context(open_safetensors(file))
         for key in handle.keys():  # noqa: SIM118, the handle is no dict
             known[key] = partial(handle.get_tensor, key)
     return known

@@ -9,7 +9,7 @@ from peft import PeftConfig
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 from ..subset import Distribution
-from .card import CARD_FILES, write_card
+from .card import CARD_FILES, CONFIG_FILE, write_card
 from .files import private_folder
 from .registration import NAME, add_peft_type
 
@@ -227,10 +227,32 @@ class MaskProConfig(PeftConfig):
     format_version: int | None = field(default=None, metadata={"help": "Written when saving."})
 
     def __post_init__(self):
-        super().__post_init__()
         # In a file the method's name is plain text.
         self.from_file = type(self.peft_type) is str  # type: ignore[has-type]
         self.peft_type = add_peft_type()
+        try:
+            super().__post_init__()
+            self._check()
+        except ValueError as error:
+            if not self.from_file:
+                raise
+            raise ValueError(f"{CONFIG_FILE}: {error}") from error
+        for name in ("target_modules", "target_parameters", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
+
+        # A file with theta continues its last stage; one without it starts a stage from the mask that it holds.
+        self._earlier = list(self.lineage or [])
+        self._groups_changed: dict[str, float] | None = None
+        self._changed = 0.0
+        self._masks_digest = ""
+        self._file_bytes = 0
+        self.start: dict[str, Any] = {"init_mask": "adapter" if self.awaits_file else self.init_mask}
+        if self.awaits_file and self.save_logits and self._earlier:
+            last = self._earlier.pop()
+            self.start = {key: value for key, value in last.items() if key not in _OUTCOME}
+
+    def _check(self) -> None:
         _check_types(self)
         for name in ("n", "m"):
             value = getattr(self, name)
@@ -262,20 +284,6 @@ class MaskProConfig(PeftConfig):
             raise ValueError("layers_to_transform goes with ends of names; put the numbers into target_modules.")
         if self.logit_scale is not None and not 0 < self.logit_scale <= 40:
             raise ValueError(f"logit_scale is {self.logit_scale}, outside 0 to 40; 6 to 10 is usual.")
-        for name in ("target_modules", "target_parameters", "exclude_modules"):
-            if isinstance(value := getattr(self, name), list):
-                setattr(self, name, set(value))
-
-        # A file with theta continues its last stage; one without it starts a stage from the mask that it holds.
-        self._earlier = list(self.lineage or [])
-        self._groups_changed: dict[str, float] | None = None
-        self._changed = 0.0
-        self._masks_digest = ""
-        self._file_bytes = 0
-        self.start: dict[str, Any] = {"init_mask": "adapter" if self.awaits_file else self.init_mask}
-        if self.awaits_file and self.save_logits and self._earlier:
-            last = self._earlier.pop()
-            self.start = {key: value for key, value in last.items() if key not in _OUTCOME}
 
     @property
     def pattern(self) -> str:
@@ -362,7 +370,8 @@ def saved_config(folder: Path) -> MaskProConfig:
             return MaskProConfig.from_pretrained(str(folder))
     # The file is anybody's, and PEFT builds the configuration without looking at types.
     except Exception as error:
-        raise ValueError(f"{path} is not the configuration of a mask adapter: {error}.") from error
+        reason = error.__cause__ or error
+        raise ValueError(f"{path} is not the configuration of a mask adapter: {reason}.") from error
     raise ValueError(
         f"{folder} is a {kind} adapter, not a mask adapter: merged into a sparse model it would make it dense again. "
         "Merge it into the dense model, then mask the result (hf-maskpro merge --allow-dense merges it all the same)."

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
@@ -122,6 +123,21 @@ def json_object(path: Path) -> dict[str, Any]:
     if not isinstance(known, dict):
         raise ValueError(f"{path} holds {str(known)[:50]!r}, which is no object.")
     return known
+
+
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """
+    A safetensors file, open to read.
+
+    Raises:
+        `ValueError`: if it is not whole.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}.") from error
 
 
 def weight_files(folder: Path) -> list[Path]:

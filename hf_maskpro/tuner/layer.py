@@ -365,7 +365,10 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         state = _content(packed)
         if state is None or self._checked.get(adapter_name) != state:
             config = self.maskpro_config[adapter_name]
-            check_packed(packed, config.n, config.m, self.in_features)
+            try:
+                check_packed(packed, config.n, config.m, self.in_features)
+            except ValueError as error:
+                raise ValueError(f"adapter {adapter_name!r}: {error}") from error
             if state is not None:
                 self._checked[adapter_name] = state
         return packed

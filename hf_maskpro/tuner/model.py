@@ -307,11 +307,13 @@ class MaskProModel(BaseTuner):
                 codes = unpack_codes(result[mask_key], config.n, config.m, theta.shape[1] * theta.shape[2])
             except ValueError as error:
                 raise ValueError(f"{_bare(name)}: {error}") from error
-            if codes.shape != (theta.shape[0], theta.shape[2]) or (
-                theta_key in result and result[theta_key].shape != theta.shape
-            ):
+            if codes.shape != (theta.shape[0], theta.shape[2]):
                 raise ValueError(f"{_bare(name)}: the adapter file has {len(codes)} rows, the model {len(theta)}.")
             if theta_key in result:
+                if (shape := result[theta_key].shape) != theta.shape:
+                    raise ValueError(
+                        f"{_bare(name)}: the adapter file has logits {list(shape)}, the model {list(theta.shape)}."
+                    )
                 if result[theta_key].dtype not in LOGITS:
                     raise ValueError(
                         f"{_bare(name)} has logits in {result[theta_key].dtype}, not float32 or bfloat16."

@@ -165,6 +165,17 @@ def test_what_is_merged_is_never_overwritten(tmp_path, output):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_damaged_file_of_a_checkpoint_is_named(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    get_peft_model(tiny_llama(), MaskProConfig()).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"\x10")
+    named = r"base/model\.safetensors is not a whole safetensors file"
+    with pytest.raises(ValueError, match=named):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    with pytest.raises(ValueError, match=named):
+        check_sparsity(tmp_path / "base", 2, 4)
+
+
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "old").touch()

@@ -131,12 +131,15 @@ def limited_memory():
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def attempt(action, *others):
-    """What an action returns, or `None` if one line says what is wrong, by our kinds of errors or these others."""
+def attempt(action, names, *others):
+    """
+    What an action returns, or `None` if one line says what is wrong: by our kinds of errors, with one of these names
+    in it, or in the words of others.
+    """
     # The first of all calls imports what it needs, and beside other processes a second of work may take longer.
     for _ in range(3):
         begun = time.process_time()
-        result = once(action, others)
+        result = once(action, names, others)
         taken = time.process_time() - begun
         if taken < SECONDS:
             break
@@ -145,15 +148,18 @@ def attempt(action, *others):
     return result
 
 
-def once(action, others):
+def once(action, names, others):
     with limited_memory(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return action()
-        except (ValueError, OSError, SafetensorError, *others) as error:
+        except others as error:
+            message, names = str(error).strip(), [""]
+        except (ValueError, OSError) as error:
             message = str(error).strip()
     assert message
     assert "\n" not in message
+    assert any(name in message for name in names)
     return None
 
 
@@ -248,8 +254,13 @@ def adapter(request, base, tmp_path_factory):
     return {name: (folder / "adapter" / name).read_bytes() for name in (CONFIG_FILE, MASK_FILE)}, folder / "altered"
 
 
+WEIGHTS = "model.safetensors"
+# What an error names that comes from a file which the user has named: the file, or a layer in it.
+OF_ADAPTER = [CONFIG_FILE, "adapter file", "adapter's", "adapter 'default'", "model.layers.", *NAMES]
+
+
 def reading(base, content, folder):
-    found = attempt(lambda: read_masks(folder))
+    found = attempt(lambda: read_masks(folder), [str(folder)])
     if found is None:
         return
     config, masks = found
@@ -261,7 +272,7 @@ def reading(base, content, folder):
 
 
 def inspecting(base, content, folder):
-    found = attempt(lambda: inspect_adapter(str(folder)))
+    found = attempt(lambda: inspect_adapter(str(folder)), [str(folder)])
     if found is not None:
         assert found["layers"] == sum(name.endswith(".maskpro_mask") for name in entries(content[MASK_FILE]))
 
@@ -276,7 +287,7 @@ def not_ours(content):
 
 
 def loading(base, content, folder):
-    words = (KeyError, TypeError, AttributeError) if not_ours(content) else ()
+    words = (KeyError, TypeError, AttributeError, ValueError) if not_ours(content) else ()
 
     def load():
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
@@ -284,12 +295,12 @@ def loading(base, content, folder):
             layer.masked_weight()
         return model
 
-    if (model := attempt(load, *words)) is not None:
+    if (model := attempt(load, OF_ADAPTER, *words)) is not None:
         assert_kept(model, content)
 
 
 def adding(base, content, folder):
-    words = (KeyError, TypeError, AttributeError) if not_ours(content) else ()
+    words = (KeyError, TypeError, AttributeError, ValueError) if not_ours(content) else ()
 
     def load():
         model = AutoModelForCausalLM.from_pretrained(base)
@@ -299,13 +310,13 @@ def adding(base, content, folder):
         return model
 
     # transformers makes patterns of the names in the file.
-    if (model := attempt(load, RuntimeError, re.error, *words)) is not None:
+    if (model := attempt(load, OF_ADAPTER, RuntimeError, SafetensorError, re.error, *words)) is not None:
         assert_kept(model, content)
 
 
 def merging(base, content, folder):
     output = folder.with_name("merged")
-    if attempt(lambda: merge(base, folder, output, overwrite=True)) is None:
+    if attempt(lambda: merge(base, folder, output, overwrite=True), [str(folder), *OF_ADAPTER]) is None:
         return
     weights = load_file(output / "model.safetensors")
     for name, mask in kept_by_file(content[MASK_FILE], settings_of(content)).items():
@@ -322,7 +333,7 @@ def test_altered_adapters(base, adapter, check, data):
     check(base, content, write(content, folder))
 
 
-SKIPPED = "skipped.json"
+SKIPPED, STATE = "skipped.json", "trainer_state.json"
 # Of every estimator that keeps something: its pattern, its settings, and the file that is its own.
 LEARNERS = {
     "residual": ((N, M), {}, "residual_state.json"),
@@ -364,7 +375,7 @@ def test_altered_checkpoints(run, data):
     content = data.draw(files(original))
     write(content, checkpoint)
     trainer = make()
-    if attempt(lambda: trainer.train(resume_from_checkpoint=str(checkpoint))) is not None:
+    if attempt(lambda: trainer.train(resume_from_checkpoint=str(checkpoint)), [str(checkpoint)]) is not None:
         assert_kept(trainer.model, content)
 
 
@@ -410,7 +421,7 @@ def test_altered_states(resumed, data):
     trainer, original, checkpoint = resumed
     content = data.draw(states(original))
     write(content, checkpoint)
-    if attempt(lambda: trainer.train(resume_from_checkpoint=str(checkpoint))) is None:
+    if attempt(lambda: trainer.train(resume_from_checkpoint=str(checkpoint)), [str(checkpoint)]) is None:
         return
     assert trainer.estimator.skipped == json.loads(content[SKIPPED])
     file = next(name for name in content if name != SKIPPED)
@@ -423,6 +434,21 @@ def test_altered_states(resumed, data):
         assert kept.keys() == known.keys()
         for name, value in kept.items():
             assert np.array_equal(value.numpy(), array_of(*known[name]))
+
+
+@inputs
+@given(alteration=alterations())
+def test_altered_states_of_a_run(run, alteration):
+    make, original, checkpoint = run
+    write(original, checkpoint)
+    state = (checkpoint / STATE).read_bytes()
+    (checkpoint / STATE).write_bytes(altered(state, *alteration))
+    trainer = make()
+    try:
+        if attempt(lambda: trainer.train(resume_from_checkpoint=str(checkpoint)), [str(checkpoint)]) is not None:
+            assert_kept(trainer.model, original)
+    finally:
+        (checkpoint / STATE).write_bytes(state)
 
 
 def flat_bits(mask):
@@ -504,7 +530,7 @@ def test_altered_mask_sources(base, source, form, data):
     else:
         path.write_bytes(content)
     model = masked(base, init_mask=str(path))
-    if attempt(lambda: initialize_masks(model) or model) is None:
+    if attempt(lambda: initialize_masks(model) or model, [str(path), *weights]) is None:
         return
     # Of a checkpoint's weights none is called a mask.
     suffix = "" if form == "pruned" else ".mask"
@@ -517,7 +543,7 @@ def test_altered_mask_sources(base, source, form, data):
 
 @pytest.fixture(scope="module")
 def packed_model(tmp_path_factory):
-    """A packed model's folder, and its tensors."""
+    """A packed model's folder, its tensors, and the bytes of its files."""
     try:
         packed._library()
     except ValueError as error:
@@ -526,12 +552,19 @@ def packed_model(tmp_path_factory):
     model = tiny_llama(dtype=torch.bfloat16)
     model = get_peft_model(model, MaskProConfig(target_modules=["down_proj"])).merge_and_unload()
     to_packed(model, None, folder / "packed")
-    return folder / "packed", load_file(folder / "packed" / "model.safetensors")
+    folder /= "packed"
+    return (
+        folder,
+        load_file(folder / WEIGHTS),
+        {name: (folder / name).read_bytes() for name in ("config.json", WEIGHTS)},
+    )
 
 
 def unpacked(content, name):
     """The dense weight of a packed layer of a file, bit by bit."""
-    values, positions = content[f"{name}.values"].bfloat16(), content[f"{name}.positions"]
+    tensors = load(content)
+    # Of another type with the same numbers, transformers makes those of the layer.
+    values, positions = tensors[f"{name}.values"].bfloat16(), tensors[f"{name}.positions"].int()
     bits = torch.stack([(positions >> i) & 1 for i in range(32)], dim=-1).flatten(1).bool()
     assert (bits.unflatten(1, (-1, 4)).sum(-1) == 2).all()
     weight = torch.zeros(bits.shape, dtype=torch.bfloat16)
@@ -539,17 +572,44 @@ def unpacked(content, name):
     return weight
 
 
+@st.composite
+def packed_files(draw, tensors, valid):
+    """
+    The files of a packed model, one of them altered; and whether transformers may say in its own words what is wrong.
+    Of its configuration it is the part that is ours: in the rest there is a model of any size.
+    """
+    kind = draw(st.sampled_from(["weights", "text", "configuration", "tensors", "tensors"]))
+    if kind == "tensors":
+        own = {name: tensor for name, tensor in tensors.items() if name.endswith((".values", ".positions"))}
+        assert own
+        others = {name: tensor for name, tensor in tensors.items() if name not in own}
+        return valid | {WEIGHTS: save(others | draw(changed_tensors(own)), {"format": "pt"})}, False
+    if kind == "weights":
+        return valid | {WEIGHTS: altered(valid[WEIGHTS], *draw(alterations()))}, False
+    text = valid["config.json"]
+    if kind == "text":
+        start = text.index(b'"quantization_config"')
+        end = text.index(b"}", start) + 1
+        return valid | {
+            "config.json": text[:start] + altered(text[start:end], *draw(alterations())) + text[end:]
+        }, True
+    config = json.loads(text)
+    dense = config["quantization_config"]["modules_to_not_convert"]
+    changed = draw(values | st.lists(st.sampled_from([*dense, "x", None]), max_size=len(dense)))
+    config["quantization_config"]["modules_to_not_convert"] = changed
+    return valid | {"config.json": json.dumps(config).encode()}, False
+
+
 @inputs
 @given(data=st.data())
 def test_altered_packed_models(packed_model, data):
-    folder, tensors = packed_model
-    own = {name: tensor for name, tensor in tensors.items() if name.endswith((".values", ".positions"))}
-    assert own
-    changed = data.draw(changed_tensors(own))
-    content = {name: tensor for name, tensor in tensors.items() if name not in own} | changed
-    (folder / "model.safetensors").write_bytes(save(content, {"format": "pt"}))
-    model = attempt(lambda: AutoModelForCausalLM.from_pretrained(folder), RuntimeError)
+    folder, tensors, valid = packed_model
+    content, in_own_words = data.draw(packed_files(tensors, valid))
+    write(content, folder)
+    words = (Exception,) if in_own_words else (RuntimeError, SafetensorError)
+    names = ["down_proj", "modules_to_not_convert", str(folder)]
+    model = attempt(lambda: AutoModelForCausalLM.from_pretrained(folder), names, *words)
     if model is not None:
         for name, layer in model.named_modules():
             if isinstance(layer, PackedLinear):
-                assert torch.equal(packed.unpack(layer.values, layer.positions), unpacked(content, name))
+                assert torch.equal(packed.unpack(layer.values, layer.positions), unpacked(content[WEIGHTS], name))
