@@ -1,7 +1,8 @@
 """
-Memory, time and traffic of learning a mask, on paper: the table of docs/scaling.md. Bytes a weight are counted, from
-what is stored. Of time two rates and the seconds of a mask step are measured, on an H200. `--check` prints what the
-model says beside what was measured and is in none of its constants. Attention and waiting for the host are left out.
+Memory, time and traffic of learning a mask, on paper: tables of docs/scaling.md and of the README. Bytes a weight are
+counted, from what is stored. Of time two rates and the seconds of a mask step are measured, on an H200. `--check`
+prints what the model says beside what was measured and is in none of its constants. Attention and waiting for the host
+are left out.
 """
 
 import argparse
@@ -221,6 +222,28 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def memory_table() -> str:
+    """The table of the README."""
+    rows = {
+        "`residual`, bfloat16 logits": residual(2).added,
+        "`residual`, float32 logits": residual(4).added,
+        "`simple`, bfloat16 logits, `optimizer_in_backward`": lean(2).added,
+        # Logits and gradient, and beside them a float32 number for every four weights, or two moments of a byte.
+        "`simple`, bfloat16 logits, Adafactor": 2 * 2 + 1 + PACKED,
+        "`simple`, bfloat16 logits, 8-bit AdamW": 2 * 2 + 2 + PACKED,
+        "`simple`, bfloat16 logits, AdamW": simple(2).added,
+        "`simple`, float32 logits, AdamW": simple(4).added,
+        "`proxsparse`, bfloat16 logits": proxsparse(2).added,
+        "`maskllm`, bfloat16 logits": maskllm(2).added,
+    }
+    models = {name: MODELS[name] for name in ("1B", "7B", "70B")}
+    lines = [f"| learner | bytes beside a masked weight | {' | '.join(models)} |", "|---|---:|---:|---:|---:|"]
+    for name, added in rows.items():
+        memory = [f"{(2 * model.weights + added * model.targets) / 1e9:,.1f}" for model in models.values()]
+        lines.append(f"| {name} | {added:.2f} | {' | '.join(memory)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="print computed beside measured")
@@ -228,6 +251,7 @@ def main() -> None:
         print(check_table())
         return
     print(table())
+    print(f"\n{memory_table()}")
     print("\n| one decoder layer at a time, GB |", " | ".join(MODELS), "|")
     parts = {name: block_memory(model) for name, model in MODELS.items()}
     for part in parts["1B"]:

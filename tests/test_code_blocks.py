@@ -38,7 +38,6 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 # What stands for something else here, such as folders for names of the Hub.
 HUB = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": "M",
-    "HuggingFaceTB/SmolLM2-135M": "M",
     "meta-llama/Llama-2-7b-hf": "M",
     "me/llama-2of4": "mask",
     "user/repo": "mask",

@@ -38,6 +38,14 @@ def test_a_decoder_layer_of_a_70b_model_fits_24_gigabytes():
     assert sum(cost_model.block_memory(cost_model.MODELS["70B"]).values()) < 24e9
 
 
+def test_readme_and_the_page_on_large_models_show_what_the_model_says():
+    assert cost_model.memory_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+    seven = cost_model.MODELS["7B"]
+    page = (ROOT / "docs" / "large-models.md").read_text(encoding="utf-8")
+    for make in (cost_model.residual, cost_model.lean, cost_model.simple):
+        assert f"| {make(2).memory(seven.weights, seven.targets) / 1e9:.1f} GB |" in page
+
+
 @pytest.mark.parametrize("table", [cost_model.table, cost_model.check_table])
 def test_the_page_shows_what_the_model_says(table):
     assert table() in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")

@@ -26,7 +26,8 @@ def gumbel(like: torch.Tensor, first: torch.Tensor, second: torch.Tensor, count:
 
     Args:
         like (`torch.Tensor`): Of the shape and device of each draw, `[rows, groups]`.
-        first, second (`torch.Tensor`): From [`random_keys`].
+        first (`torch.Tensor`): The one of [`random_keys`].
+        second (`torch.Tensor`): The other.
         count (`int`): Draws.
 
     Returns:

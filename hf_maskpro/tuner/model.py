@@ -82,9 +82,9 @@ class MaskProModel(BaseTuner):
 
     Args:
         model (`torch.nn.Module`): The model whose layers are masked.
-        config ([`MaskProConfig`]): The configuration of the adapter.
-        adapter_name (`str`): The name of the adapter, `"default"` unless given.
-        low_cpu_mem_usage (`bool`): Leave parameters on the meta device until their file is loaded.
+        peft_config ([`MaskProConfig`]): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter.
+        options: As for PEFT's `BaseTuner`.
     """
 
     prefix = "maskpro_"

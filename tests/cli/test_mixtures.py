@@ -121,7 +121,7 @@ def test_a_start_is_calibrated_on_a_mixture(checkpoint, sources, tmp_path, monke
     monkeypatch.setattr("hf_maskpro.cli.common.write_adapter", lambda *rest: None)
     init = ["init", "--model", checkpoint, "--seq-len", 10, "--samples", 40, "--output", tmp_path / "a"]
     run(*init, "--text", sources[0], "--text", sources[1], "--self-generated", "--weights", "2,1,1")
-    *batches, (name, _) = seen
+    *batches, (name, *_) = seen
     windows = torch.cat([batch["input_ids"] for batch in batches])
     assert windows.shape == (40, 10)
     assert origins(windows) == [20, 10, 0]
