@@ -57,7 +57,7 @@ slow: $(VENV)/slow
 	$(BIN)/pytest -q -m slow
 
 # To each of fifteen tests, and to four more together: 100,000, in some hours.
-INPUTS ?= 6667
+INPUTS ?= 5883
 
 fuzz: $(VENV)/test
 	FUZZ_INPUTS=$(INPUTS) $(BIN)/pytest -q --hypothesis-show-statistics tests/hub/test_fuzz.py

@@ -303,7 +303,7 @@ def training(small: bool, estimator: str) -> Figures:
 
 def start(small: bool) -> Figures:
     """The best starting mask of a 7B-shaped decoder layer, whole."""
-    shape = ("256", "512") if small else ("4096", "11008")
+    shape = ("128", "128") if small else ("4096", "11008")
     (row,) = script("start", "--layer", *shape, "--method", "sparsegpt+swaps")
     says = f"{row['start']:.1f} s, {row['ratio']:.1f} times a forward pass; {row['peak_bytes'] / 1e9:.1f} GB"
     yield row | {"says": says}

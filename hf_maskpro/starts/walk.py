@@ -298,8 +298,7 @@ def _walk_blocks(
                 choose(names[layer], layer, inputs)
             for experts, calls in routed.items():
                 _choose_experts(experts, calls, names, with_gram, choose)
-        # What the last puts out is nobody's input.
-        for batch in captured if block is not blocks[-1] else []:
+        for batch in captured:
             # Of a walk by stages, all but the last are known.
             with batch.remembering():
                 batch.hidden = batch.run(block, index, batch.hidden)

@@ -10,7 +10,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 from ..subset import Distribution
 from .card import CARD_FILES, CONFIG_FILE, write_card
-from .files import private_folder
+from .files import one_line, private_folder
 from .registration import NAME, add_peft_type
 
 
@@ -83,7 +83,8 @@ def _check_types(config: "MaskProConfig") -> None:
     for name in _OF_NAMES:
         value = getattr(config, name)
         members = [*value, *value.values()] if isinstance(value, dict) else value or []
-        if wrong := [member for member in members if not isinstance(member, str)]:
+        # No name of a module has a line break in it, and no pattern that matches one.
+        if wrong := [member for member in members if not isinstance(member, str) or not member.isprintable()]:
             raise ValueError(f"{name} holds {str(wrong[0])[:50]!r}, which is no name.")
     # PEFT makes regular expressions of them.
     if wrong := [module for module in config.modules_to_save or [] if not re.fullmatch(r"[\w.-]+", module)]:
@@ -236,7 +237,7 @@ class MaskProConfig(PeftConfig):
         except ValueError as error:
             if not self.from_file:
                 raise
-            raise ValueError(f"{CONFIG_FILE}: {error}") from error
+            raise ValueError(f"{CONFIG_FILE}: {one_line(error)}") from error
         for name in ("target_modules", "target_parameters", "exclude_modules"):
             if isinstance(value := getattr(self, name), list):
                 setattr(self, name, set(value))

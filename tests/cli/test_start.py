@@ -52,7 +52,7 @@ def started(*arguments):
         (["train", "--help"], 0, "--gradient-accumulation-steps"),
         (["--version"], 0, f"hf-maskpro {hf_maskpro.__version__}"),
         (["trian"], 2, "Did you mean 'train'"),
-        (["merge", "--modle", "m"], 2, "No such option: --modle"),
+        (["merge", "--modle", "m"], 2, "--modle"),
         (["train", "--lerning-rate", "1"], 2, "No such option: --lerning-rate. Did you mean --learning-rate?"),
         (["train", "--wieght-decay", "1"], 2, "No such option: --wieght-decay. Did you mean --weight-decay?"),
         (["train", "--num-train-epochs", "1"], 2, "--num-train-epochs is --max-steps here"),

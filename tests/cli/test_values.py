@@ -110,9 +110,9 @@ WRONG = {
     "inspect": {
         "--n 4": "--n is 4, outside 1 to --m - 1 = 3",
         "--subfolder no": "pass --subfolder with a folder of",
-        "--nonsense": "No such option: --nonsense",
+        "--nonsense": "--nonsense",
     },
-    "push": {"--nonsense": "No such option: --nonsense"},
+    "push": {"--nonsense": "--nonsense"},
     "bench": {
         "--model ./no": "./no does not exist",
         "--shapes 8b": "'--shapes'",
@@ -165,7 +165,7 @@ def test_wrong_values_are_refused_before_anything_is_imported(known, verb, monke
     ("command", "line"),
     [
         ("trian", "No such command 'trian'. Did you mean 'train'?"),
-        ("--vresion", "No such option: --vresion"),
+        ("--vresion", "--vresion"),
         ("train --model m", "Missing option '--output'"),
         ("init --model MODEL --output OUT", "sparsegpt+swaps needs a text"),
         ("train --model MODEL --output OUT", "nothing to learn from"),

@@ -28,7 +28,9 @@ class SemiStructured(SparseSemiStructuredTensorCUSPARSELT):
         return cls(weight.shape, packed=weight.clone(), **nothing)
 
     def _mm(self, x, *, bias=None, should_transpose_dense=False):
-        assert should_transpose_dense
+        if not should_transpose_dense:
+            # An older torch transposes both what goes in and what comes out.
+            return self._mm(x.t(), bias=bias, should_transpose_dense=True).t()
         if x.ndim != 2 or not x.is_contiguous():
             raise RuntimeError(f"cuSPARSELt takes no input of shape {x.shape} and strides {x.stride()}")
         return F.linear(x, self.packed, bias)

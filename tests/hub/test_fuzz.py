@@ -255,8 +255,9 @@ def adapter(request, base, tmp_path_factory):
 
 
 WEIGHTS = "model.safetensors"
-# What an error names that comes from a file which the user has named: the file, or a layer in it.
-OF_ADAPTER = [CONFIG_FILE, "adapter file", "adapter's", "adapter 'default'", "model.layers.", *NAMES]
+# What an error names that comes from a file which the user has named: the file, or a layer or a field in it.
+FILES = [CONFIG_FILE, "adapter file", "adapter's", "adapter 'default'"]
+OF_ADAPTER = [*FILES, "model.layers.", *NAMES, "target_modules", "Target modules"]
 
 
 def reading(base, content, folder):

@@ -27,6 +27,7 @@ def test_defaults():
         ({"inference_mode": None}, "inference_mode is 'None', which is not bool"),
         ({"target_modules": [None]}, "target_modules holds 'None', which is no name"),
         ({"target_modules": [["q_proj"]]}, r"target_modules holds .* which is no name"),
+        ({"target_modules": "q_proj\n"}, r"target_modules holds '\\n', which is no name"),
         ({"exclude_modules": [{"a": 1}]}, r"exclude_modules holds .* which is no name"),
         ({"modules_to_save": [1]}, "modules_to_save holds '1', which is no name"),
         ({"modules_to_save": ["(\\w+)+!"]}, r"modules_to_save holds .* which is not the name of a module"),
@@ -41,6 +42,13 @@ def test_defaults():
 def test_bad_values_are_named_in_one_line(options, message):
     with pytest.raises(ValueError, match=message) as error:
         MaskProConfig(**options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"n": 9, "task_type": None}, {"task_type": "a\nb"}])
+def test_errors_of_a_configuration_that_was_read_name_the_file(options):
+    with pytest.raises(ValueError, match=r"^adapter_config\.json: ") as error:
+        PeftConfig.from_peft_type(peft_type="MASKPRO", **options)
     assert "\n" not in str(error.value)
 
 
