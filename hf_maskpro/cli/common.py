@@ -156,8 +156,6 @@ def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 def _documents(dataset: str, split: str, characters: float) -> Iterator[str]:
     """Documents of a dataset's split until there are so many characters."""
-    if Path(dataset.partition(":")[0]).is_file():
-        raise ValueError(f"dataset {dataset} is a file; pass a text by --text, and of a dataset its folder.")
     bar = tqdm(total=characters, desc=f"reading {dataset}", unit=" characters", unit_scale=True)
     try:
         for row in dataset_by_name(dataset, split):

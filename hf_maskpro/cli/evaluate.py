@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from .inputs import adapter_folder, check_extra, check_model, check_on_hub, check_texts
+from .inputs import adapter_folder, check_datasets, check_extra, check_model, check_on_hub, check_texts
 from .options import EVALUATION, FILES, TEXT, GgufFile, Json, Revision, StartToken, Subfolder
 from .output import console, short_names, show
 
@@ -109,6 +109,7 @@ def evaluate(
     if max_tokens is not None and max_tokens < seq_len:
         raise ValueError(f"--max-tokens is {max_tokens}, less than one window of --seq-len, {seq_len}; raise it.")
     check_texts(paths)
+    check_datasets(dataset or [])
     if tasks is not None:
         check_extra("lm_eval", "--tasks", "eval")
     if compare:
@@ -129,7 +130,9 @@ def evaluate(
     texts = read_sources(paths, dataset, max_tokens or float("inf"), split="test")
     names = tasks.split(",") if tasks is not None else []
     if names:
-        evaluation.find_tasks(names)
+        found, manager = evaluation.find_tasks(names)
+        # Of tasks whose data cannot be had, nothing is measured before.
+        manager.load_task_or_group(found)
 
     def measure(base: str, mask: str | None) -> dict[str, Any]:
         file = gguf_file if base == model else None

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .inputs import GENERATED, check_model, check_pattern, check_texts, modules_of, needs_text, shares_of
+from .inputs import GENERATED, check_datasets, check_model, check_pattern, check_texts, modules_of, needs_text, shares_of
 from .inputs import init_mask as source_or_rule
 from .options import (
     FILES,
@@ -115,6 +115,7 @@ def init(
         )
     shares = shares_of(weights, len(names) + self_generated)
     check_texts(text or [])
+    check_datasets(dataset or [])
     check_model(model, gguf_file)
     import torch
     from peft import get_peft_model

@@ -22,16 +22,19 @@ def check_model(model: str, gguf_file: str | None) -> None:
         raise ValueError(f"{model} has no config.json; pass a model's folder or a Hub id.")
 
 
-def check_on_hub(name: str, file: str, wanted: str, revision: str | None = None) -> None:
+def check_on_hub(
+    name: str, file: str, wanted: str, revision: str | None = None, repo_type: str | None = None
+) -> None:
     """
-    Refuse a name that is no repository on the Hub. Asked for a file that is not there, transformers and PEFT would ask
-    again and again, and in the end say neither that it is no folder.
+    Refuse a name that is no repository on the Hub. Asked for a file that is not there, transformers, PEFT and datasets
+    would ask again and again, and in the end say neither that it is no folder.
 
     Args:
         name (`str`): What the user wrote, which is no folder.
         file (`str`): A file that such repositories have.
         wanted (`str`): What it should have been.
         revision (`str`, *optional*): Branch, tag or commit.
+        repo_type (`str`, *optional*): `"dataset"` for a dataset's repository.
     """
     if Path(name).exists():
         raise ValueError(f"{name} is a file; pass {wanted} or a Hub id.")
@@ -41,9 +44,9 @@ def check_on_hub(name: str, file: str, wanted: str, revision: str | None = None)
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
-        if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+        if isinstance(try_to_load_from_cache(name, file, revision=revision, repo_type=repo_type), str):
             return
-        get_hf_file_metadata(hf_hub_url(name, file, revision=revision))
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision, repo_type=repo_type))
     except EntryNotFoundError:
         # It may hold something else, which those who read it know better.
         return
@@ -102,6 +105,17 @@ def check_texts(paths: Iterable[Path | None]) -> None:
     for path in paths:
         if path is not None:
             read_text(path)
+
+
+def check_datasets(names: Iterable[str]) -> None:
+    """Refuse what is neither a dataset's folder nor a repository of one on the Hub."""
+    for name in names:
+        check_extra("datasets", f"--dataset {name}", "datasets")
+        folder = name.partition(":")[0]
+        if Path(folder).is_file():
+            raise ValueError(f"dataset {name} is a file; pass a text by --text, and of a dataset its folder.")
+        if not Path(folder).is_dir():
+            check_on_hub(folder, "README.md", "a dataset's folder", repo_type="dataset")
 
 
 def check_pattern(n: int, m: int) -> None:

@@ -12,6 +12,7 @@ import typer
 from .inputs import (
     GENERATED,
     adapter_folder,
+    check_datasets,
     check_model,
     check_pattern,
     check_texts,
@@ -279,6 +280,7 @@ def train(
         raise ValueError(f"--max-tokens is {max_tokens}, less than one window of --seq-len, {seq_len}; raise it.")
     shares = shares_of(weights, len(names))
     check_texts([*(text or []), eval_text])
+    check_datasets(dataset or [])
     if adapter is None and not resume:
         check_pattern(n or 2, m or 4)
         _check_learner(estimator, f"{n or 2}:{m or 4}")

@@ -32,6 +32,7 @@ def dataset_by_name(name: str, split: str = "train") -> Any:
         split (`str`, defaults to `"train"`): Which part of it.
 
     Raises:
+        `ConnectionError`: if it is no folder, and the Hub cannot be reached.
         `ImportError`: if datasets is not installed.
     """
     try:
@@ -39,7 +40,10 @@ def dataset_by_name(name: str, split: str = "train") -> Any:
     except ImportError as error:
         raise ImportError(f"dataset {name} needs the datasets package: pip install 'hf-maskpro[datasets]'.") from error
     folder, _, config = name.partition(":")
-    return load_dataset(folder, config or None, split=split, streaming=True)
+    try:
+        return load_dataset(folder, config or None, split=split, streaming=True)
+    except ConnectionError as error:
+        raise ConnectionError(f"{folder} is not a folder here, and the Hub cannot be reached: {error}") from error
 
 
 class TextWindows(IterableDataset):

@@ -145,6 +145,13 @@ def test_both_columns_go_into_the_card(checkpoint, adapter, text, elsewhere, tmp
     }
 
 
+def test_tasks_whose_data_cannot_be_had(checkpoint, text, task, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("hf_maskpro.evaluation.perplexity", None)
+    (tmp_path / "away.yaml").write_text(task.read_text().replace("dataset_path: json", "dataset_path: me/rows"))
+    assert "me/rows" in fails("eval", "--model", checkpoint, "--text", text, "--tasks", tmp_path / "away.yaml")
+
+
 def test_tasks_of_a_file(checkpoint, adapter, merged, task):
     dense, masked, sparse = (
         measured("--model", *model, "--tasks", task)["tasks"]

@@ -141,6 +141,12 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
     assert read_text(tmp_path / "marked.txt") == "w1 w2"
 
 
+def test_a_dataset_needs_its_extra(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_maskpro.cli.inputs.find_spec", lambda package: None)
+    line = fails("init", "--model", checkpoint, "--dataset", "me/rows", "--output", tmp_path / "a")
+    assert "--dataset me/rows needs its extra: pip install 'hf-maskpro[datasets]'" in line
+
+
 def test_bad_sources_are_named_before_the_model_is_loaded(checkpoint, sources, tmp_path):
     a, b, _ = sources
     (tmp_path / "empty.txt").write_text(" \n")
@@ -168,7 +174,7 @@ def test_bad_sources_are_named_before_the_model_is_loaded(checkpoint, sources, t
         )
         assert f"dataset {b} is a file; pass a text by --text" in fails(*given, "--dataset", b)
         assert f"{tmp_path / 'empty'} has no text" in fails(*given, "--dataset", tmp_path / "empty")
-        assert f"{tmp_path / 'nothing'} cannot be read" in fails(*given, "--dataset", tmp_path / "nothing")
+        assert f"{tmp_path / 'nothing'} does not exist" in fails(*given, "--dataset", tmp_path / "nothing")
         assert f"{tmp_path / 'blank'} has no text" in fails(*given, "--dataset", tmp_path / "blank")
         assert f"{tmp_path / 'other'} cannot be read: it has no column 'text', only content" in fails(
             *given, "--dataset", tmp_path / "other"

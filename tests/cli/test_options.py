@@ -319,7 +319,17 @@ class TestInterrupted:
         ["eval", "--model", "MODEL", "--compare", "MODEL", "maks", "--text", "TEXT"],
         ["import", "runs/maks", "--model", "MODEL", "--output", "OUT"],
         ["init", "--model", "runs/maks", "--text", "TEXT", "--output", "OUT"],
+        ["init", "--model", "MODEL", "--text", "TEXT", "--method", "me/maks", "--output", "OUT"],
+        ["init", "--model", "MODEL", "--dataset", "maks", "--output", "OUT"],
+        ["train", "--model", "runs/maks", "--text", "TEXT", "--output", "OUT"],
+        ["train", "--model", "MODEL", "--text", "TEXT", "--adapter", "runs/maks", "--output", "OUT"],
+        ["train", "--model", "MODEL", "--text", "TEXT", "--init-mask", "me/maks", "--output", "OUT"],
+        ["train", "--model", "MODEL", "--dataset", "me/maks", "--output", "OUT"],
+        ["eval", "--model", "MODEL", "--dataset", "me/maks"],
         ["merge", "--model", "runs/maks", "--adapter", "ADAPTER", "--output", "OUT"],
+        ["export", "--model", "maks", "--target", "cpu", "--output", "OUT"],
+        ["bench", "--model", "maks"],
+        ["quickstart", "--model", "runs/maks", "--output", "OUT"],
     ],
 )
 def test_without_a_network_there_is_one_line_at_once(checkpoint, adapter, text, tmp_path, monkeypatch, command):

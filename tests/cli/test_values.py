@@ -28,6 +28,7 @@ GIVEN = {
 }
 OF_MODELS = {"--model ./no": "./no does not exist", "--model EMPTY": "no config.json", "--model TEXT": "is a file"}
 OF_TEXTS = {"--text no.txt": "no.txt does not exist", "--text EMPTY/void.txt": "is empty", "--text BYTES": "UTF-8"}
+OF_DATASETS = {"--dataset ./no": "./no does not exist", "--dataset TEXT": "is a file; pass a text by --text"}
 OF_ADAPTERS = {"--adapter ./no": "./no does not exist", "--adapter MODEL": "has no ./adapter_config.json"}
 OF_PATTERNS = {
     "--n 0": "'--n'",
@@ -44,6 +45,7 @@ WRONG = {
     | {"--model ./no": "./no does not exist"},
     "init": OF_MODELS
     | OF_TEXTS
+    | OF_DATASETS
     | OF_PATTERNS
     | OF_LAYERS
     | OF_MIXTURES
@@ -62,6 +64,7 @@ WRONG = {
     "import": OF_MODELS | OF_PATTERNS | OF_LAYERS,
     "train": OF_MODELS
     | OF_TEXTS
+    | OF_DATASETS
     | OF_ADAPTERS
     | OF_PATTERNS
     | OF_LAYERS
@@ -93,6 +96,7 @@ WRONG = {
     },
     "eval": OF_MODELS
     | OF_TEXTS
+    | OF_DATASETS
     | OF_ADAPTERS
     | {
         "--home TEXT": "is both --home and --text",

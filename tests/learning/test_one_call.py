@@ -67,6 +67,9 @@ def test_a_dataset_may_be_named(tmp_path, checkpoint, text, monkeypatch):
     options = {"init_mask": "magnitude", "max_steps": 1, "max_length": 32, "use_cpu": True}
     masked = sparsify(model, tokenizer, str(tmp_path / "data"), output_dir=str(tmp_path / "run"), **options)
     assert masked.peft_config["default"].start["training"]["steps"] == 1
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="me/texts is not a folder here, and the Hub cannot be reached"):
+        MaskProTrainer(masked, None, train_dataset="me/texts", processing_class=tokenizer)
     monkeypatch.setitem(sys.modules, "datasets", None)
     args = arguments(tmp_path, "simple", max_steps=1)
     with pytest.raises(ImportError, match=re.escape("me/texts needs the datasets package: pip install 'hf-maskpro[")):
