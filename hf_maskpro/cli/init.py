@@ -4,7 +4,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from .inputs import GENERATED, check_datasets, check_model, check_pattern, check_texts, modules_of, needs_text, shares_of
+from .inputs import (
+    GENERATED,
+    check_datasets,
+    check_model,
+    check_pattern,
+    check_texts,
+    modules_of,
+    needs_text,
+    shares_of,
+)
 from .inputs import init_mask as source_or_rule
 from .options import (
     FILES,

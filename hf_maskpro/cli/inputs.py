@@ -22,9 +22,7 @@ def check_model(model: str, gguf_file: str | None) -> None:
         raise ValueError(f"{model} has no config.json; pass a model's folder or a Hub id.")
 
 
-def check_on_hub(
-    name: str, file: str, wanted: str, revision: str | None = None, repo_type: str | None = None
-) -> None:
+def check_on_hub(name: str, file: str, wanted: str, revision: str | None = None, repo_type: str | None = None) -> None:
     """
     Refuse a name that is no repository on the Hub. Asked for a file that is not there, transformers, PEFT and datasets
     would ask again and again, and in the end say neither that it is no folder.
