@@ -554,11 +554,9 @@ def packed_model(tmp_path_factory):
     model = get_peft_model(model, MaskProConfig(target_modules=["down_proj"])).merge_and_unload()
     to_packed(model, None, folder / "packed")
     folder /= "packed"
-    return (
-        folder,
-        load_file(folder / WEIGHTS),
-        {name: (folder / name).read_bytes() for name in ("config.json", WEIGHTS)},
-    )
+    valid = {name: (folder / name).read_bytes() for name in ("config.json", WEIGHTS)}
+    # Not from the file, which would be mapped, and is written over.
+    return folder, load(valid[WEIGHTS]), valid
 
 
 def unpacked(content, name):
