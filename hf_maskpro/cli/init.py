@@ -49,8 +49,8 @@ def init(
             "--method",
             metavar="NAME",
             callback=check_method,
-            help="magnitude, random, wanda, ria, sparsegpt, gblm or pruner-zero, or a source as for import; "
-            "+swaps, +blocks or +swaps+blocks at the end refine the mask.",
+            help="magnitude or random, which need no text; wanda, ria, sparsegpt, gblm or pruner-zero; or a source as "
+            "for import. +swaps, +blocks or +swaps+blocks at the end refine the mask, from a text.",
             rich_help_panel=MASK,
         ),
     ] = "sparsegpt+swaps",
@@ -120,7 +120,8 @@ def init(
     names = [*map(str, text or []), *(dataset or [])]
     if with_data and not names and not self_generated:
         raise ValueError(
-            f"{method} needs a text: pass one of --text FILE, --dataset NAME and --self-generated, or several."
+            f"{method} needs a text: pass one of --text FILE, --dataset NAME and --self-generated, or several. "
+            "--method magnitude needs none."
         )
     shares = shares_of(weights, len(names) + self_generated)
     check_texts(text or [])

@@ -123,19 +123,20 @@ def _story(
     set_aside(output)
     try:
         results = _rows(output, model, texts, estimator, begun + 60 * minutes)
+        results |= {
+            "protocol": f"at home {output / 'held_out.txt'}, elsewhere {output / 'elsewhere.txt'}, {measured} of "
+            f"each; calibrated and trained on {output / 'calibration.txt'} and the model's answers. Elsewhere are "
+            "docstrings of Python: to a text about Python they are near, and may flatter",
+            "seconds": time.perf_counter() - begun,
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft")}
+            | {"hf-maskpro": __version__, "python": platform.python_version()},
+        }
+        with private_folder(output) as folder:
+            (folder / "results.json").write_text(json.dumps(results, indent=2))
+            _plot(results["rows"], folder / "learning.png")
     except BaseException:
         put_back(output)
         raise
-    results |= {
-        "protocol": f"at home {output / 'held_out.txt'}, elsewhere {output / 'elsewhere.txt'}, {measured} of each; "
-        f"calibrated and trained on {output / 'calibration.txt'} and the model's answers",
-        "seconds": time.perf_counter() - begun,
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")}
-        | {"hf-maskpro": __version__, "python": platform.python_version()},
-    }
-    with private_folder(output) as folder:
-        (folder / "results.json").write_text(json.dumps(results, indent=2))
-        _plot(results["rows"], folder / "learning.png")
     forget_previous(output)
     _show(results, output)
     return results
@@ -236,7 +237,10 @@ def _topics() -> list[str]:
 
 
 def _docstrings() -> str:
-    """English text of another kind that every Python carries: what its standard library says of itself."""
+    """
+    English text that every Python carries, of another kind but not far from the language reference: what its standard
+    library says of itself.
+    """
     found: list[str] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         nodes = ast.walk(ast.parse(path.read_bytes()))

@@ -308,6 +308,7 @@ def train(
         load_model,
         load_tokenizer,
         mixture_name,
+        read_by_others,
         read_sources,
         sources_of,
         windows_of_each,
@@ -379,7 +380,8 @@ def train(
     limit = max_tokens if len(names) == 1 else None
     pieces = windows_of_each(tokenizer, contents, seq_len, limit, start_token, chat)
     evaluated = None if held_out is None else windows(tokenizer, held_out, seq_len, start_token=start_token)
-    base_config = AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
+    with read_by_others(model):
+        base_config = AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
     for ids in pieces:
         check_tokens(base_config, ids)
     base, _ = load_model(model, gguf_file, dtype)
@@ -476,9 +478,9 @@ def set_aside(output: Path) -> None:
 
 
 def put_back(output: Path) -> None:
-    """Give a folder that was set aside its place again."""
+    """Take away what is unfinished, and give a folder that was set aside its place again."""
+    rmtree(output, ignore_errors=True)
     if _previous(output).exists():
-        rmtree(output, ignore_errors=True)
         _previous(output).rename(output)
 
 

@@ -2,15 +2,18 @@
 
 import ast
 import json
+from argparse import ArgumentError
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from .options import did_you_mean
-from .verb import Verb
+from .verb import UsageError, Verb
 
 
 if TYPE_CHECKING:
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
 # Fields that an option of another name sets.
 INSTEAD = {"output_dir": "--output", "resume_from_checkpoint": "--resume", "num_train_epochs": "--max-steps"}
+# As transformers reads them.
+TRUTHS = ("true", "false", "t", "f", "yes", "no", "y", "n", "1", "0")
 
 
 def _transformers(file: str) -> Path:
@@ -54,17 +59,35 @@ def one_of(file: str, name: str, *more: str) -> Callable[[str | None], str | Non
     return check
 
 
-def training_fields() -> set[str]:
-    """The fields of `MaskProTrainingArguments`."""
+@cache
+def training_fields() -> dict[str, str]:
+    """The fields of `MaskProTrainingArguments`, and what each may be."""
     own = Path(__file__).parents[1] / "learning"
     return {
-        field.target.id
+        field.target.id: ast.unparse(field.annotation).removesuffix(" | None")
         for file in (_transformers("training_args.py"), *own.glob("*.py"))
         for known in _parsed(file)
         if isinstance(known, ast.ClassDef) and known.name.endswith("Arguments")
         for field in known.body
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
     }
+
+
+def expected(kind: str, value: str) -> str | None:
+    """What a field so annotated may be, if a value is not; of other kinds the arguments themselves know more."""
+    if kind in ("int", "float"):
+        try:
+            fits = (int(value) if kind == "int" else float(value)) >= 0
+        except ValueError:
+            fits = False
+        return None if fits else f"a {'whole ' * (kind == 'int')}number, 0 or more"
+    if kind == "bool":
+        # It may stand alone.
+        return None if value.lower() in ("", *TRUTHS) else "true or false"
+    if kind.startswith("Literal"):
+        known = ast.literal_eval(kind.removeprefix("Literal"))
+        return None if value in known else " or ".join(known)
+    return None
 
 
 class TrainVerb(Verb):
@@ -77,25 +100,29 @@ class TrainVerb(Verb):
         rest = super().parse_args(ctx, self._of_file(ctx, args) + args)
         if not ctx.resilient_parsing and ctx.args:
             if not ctx.args[0].startswith("--"):
-                raise typer.BadParameter(f"{ctx.args[0]} belongs to no option.", ctx)
+                raise UsageError(f"{ctx.args[0]} belongs to no option.", ctx)
             fields = training_fields()
-            for word in ctx.args:
+            for place, word in enumerate(ctx.args):
                 if word.startswith("--"):
-                    self._check(ctx, word.partition("=")[0], fields)
+                    option, _, value = word.partition("=")
+                    more = takewhile(lambda other: not other.startswith("--"), ctx.args[place + 1 :])
+                    self._check(ctx, option, " ".join([value, *more]).strip(), fields)
         return rest
 
     def options_of_names(self) -> dict[str, str]:
         fields = {name: f"--{name.replace('_', '-')}" for name in training_fields()}
         return fields | INSTEAD | super().options_of_names()
 
-    def _check(self, ctx: Any, option: str, fields: set[str]) -> None:
-        """Refuse an option that neither the verb nor the training arguments have."""
+    def _check(self, ctx: Any, option: str, value: str, fields: dict[str, str]) -> None:
+        """Refuse an option that neither the verb nor the training arguments have, or a value that cannot be one."""
         name = option.removeprefix("--").replace("-", "_")
         if name in INSTEAD:
-            raise typer.BadParameter(f"{option} is {INSTEAD[name]} here.", ctx)
+            raise UsageError(f"{option} is {INSTEAD[name]} here.", ctx)
         if name not in fields:
-            known = [*self._own(), *(f"--{field.replace('_', '-')}" for field in fields - set(INSTEAD))]
-            raise typer.BadParameter(f"No such option: {option}.{did_you_mean(option, known)}", ctx)
+            known = [*self._own(), *(f"--{field.replace('_', '-')}" for field in fields.keys() - INSTEAD.keys())]
+            raise UsageError(f"No such option: {option}.{did_you_mean(option, known)}", ctx)
+        if wanted := expected(fields[name], value):
+            raise UsageError(f"{option} is {value or 'empty'}; give {wanted}.", ctx)
 
     def _own(self) -> dict[str, Any]:
         return {option: known for known in self.params for option in (*known.opts, *known.secondary_opts)}
@@ -138,11 +165,11 @@ def _read(file: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"{file} cannot be read: {error}") from error
+        raise UsageError(f"{file} cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise typer.BadParameter(f"{file} is no YAML file: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{file} is no YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise typer.BadParameter(f"{file} holds no options; write one a line, as in max_steps: 400.")
+        raise UsageError(f"{file} holds no options; write one a line, as in max_steps: 400.")
     return {str(key): value for key, value in content.items()}
 
 
@@ -154,4 +181,7 @@ def training_arguments(known: dict[str, Any], words: list[str]) -> "MaskProTrain
 
     parser = HfArgumentParser(MaskProTrainingArguments, allow_abbrev=False, exit_on_error=False)
     parser.set_defaults(**known)
-    return parser.parse_args_into_dataclasses(words, look_for_args_file=False)[0]
+    try:
+        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)[0]
+    except ArgumentError as error:
+        raise ValueError(f"{str(error.argument_name).rpartition('/')[2]}: {error.message}.") from error

@@ -11,6 +11,10 @@ import typer
 from typer.core import TyperCommand
 
 
+# typer names no other of those that say that something was typed wrongly.
+UsageError: Any = typer.BadParameter.__base__
+
+
 class Verb(TyperCommand):
     """A command that says in one line why it failed."""
 

@@ -460,6 +460,20 @@ class TestBadInput:
         assert "error" in fails("init", "--model", checkpoint, "--dataset", tmp_path / "data", "--output", output)
         assert not output.exists()
 
+    @pytest.mark.parametrize("damaged", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+    def test_a_damaged_model(self, checkpoint, text, tmp_path, damaged):
+        copytree(checkpoint, tmp_path / "m")
+        (tmp_path / "m" / damaged).write_text("[]")
+        given = ["--model", tmp_path / "m", "--text", text]
+        assert f"{tmp_path / 'm'} cannot be read" in fails("eval", *given)
+        assert f"{tmp_path / 'm'} cannot be read" in fails("train", *given, "--output", tmp_path / "a")
+        assert not (tmp_path / "a").exists()
+
+    def test_a_damaged_gguf_file(self, tmp_path):
+        (tmp_path / "m.gguf").write_bytes(b"GGUF")
+        given = ["--model", tmp_path, "--gguf-file", "m.gguf", "--output", tmp_path / "a"]
+        assert f"{tmp_path} cannot be read" in fails("init", *given, "--method", "magnitude")
+
     def test_a_short_text(self, checkpoint, tmp_path):
         (tmp_path / "short.txt").write_text("w1 w2")
         text = ["--text", tmp_path / "short.txt"]

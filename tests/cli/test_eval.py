@@ -152,6 +152,13 @@ def test_tasks_whose_data_cannot_be_had(checkpoint, text, task, tmp_path, monkey
     assert "me/rows" in fails("eval", "--model", checkpoint, "--text", text, "--tasks", tmp_path / "away.yaml")
 
 
+def test_a_task_file_that_is_none(checkpoint, tmp_path):
+    (tmp_path / "list.yaml").write_text("- a\n")
+    assert f"{tmp_path / 'list.yaml'} cannot be read" in fails(
+        "eval", "--model", checkpoint, "--tasks", tmp_path / "list.yaml"
+    )
+
+
 def test_tasks_of_a_file(checkpoint, adapter, merged, task):
     dense, masked, sparse = (
         measured("--model", *model, "--tasks", task)["tasks"]

@@ -107,15 +107,16 @@ def test_bad_files_of_options(train, tmp_path):
         file.write_text(content)
         assert line in refused()
     file.write_text("weight_decay: much")
-    assert "weight-decay: invalid float value: 'much'" in fails(*given)
+    assert "--weight-decay is much; give a number" in refused()
+    file.write_text("eval_strategy: sometimes")
+    assert "--eval-strategy: invalid choice: 'sometimes'" in fails(*given)
     assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--weight-decay", "-1"], "--weight-decay is -1.0"),
-        (["--weight-decay", "nan"], "--weight-decay is nan"),
+        (["--weight-decay", "inf"], "--weight-decay is inf"),
         (["--adam-beta1", "2"], "--adam-beta1 is 2.0"),
         (["--fp16", "true"], "fp16 scales gradients"),
         (["--estimator", "residual", "--masks-per-step", "0"], "--masks-per-step is 0"),
@@ -264,11 +265,15 @@ class TestInterrupted:
     """What is to be replaced is there until its successor is complete."""
 
     def test_twice_and_the_original_is_back(self, train, monkeypatch, tmp_path):
-        run(*train)
-
         def interrupted(trainer, **options):
             raise KeyboardInterrupt
 
+        with monkeypatch.context() as patch:
+            patch.setattr(MaskProTrainer, "train", interrupted)
+            for _ in range(2):
+                run(*train, "--init-mask", "magnitude", code=130)
+                assert list(tmp_path.iterdir()) == []
+        run(*train)
         mask = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
         with monkeypatch.context() as patch:
             patch.setattr(MaskProTrainer, "train", interrupted)

@@ -69,6 +69,7 @@ def test_the_story_is_told_to_its_end_and_again(talker, paragraphs, rows, monkey
     assert "sparsegpt+swaps: about 4 seconds" in rest
     assert "simple, from the mask of sparsegpt+swaps: about" in rest
     assert "What is the capital of France?" in rest
+    assert "to a text about Python they are near, and may flatter" in rest
     results = json.loads((tmp_path / "story" / "results.json").read_text())
     assert list(results["answers"]) == ["dense", "magnitude", "simple"]
     assert (tmp_path / "story" / "merged" / "config.json").is_file()
@@ -80,6 +81,7 @@ def test_the_story_is_told_to_its_end_and_again(talker, paragraphs, rows, monkey
     for _ in range(2):
         run(*command, "--overwrite", code=130)
         assert json.loads((tmp_path / "story" / "results.json").read_text()) == results
+        run(*command[:-1], tmp_path / "first", code=130)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["story", "text.txt"]
 
 

@@ -53,8 +53,9 @@ def started(*arguments):
         (["--version"], 0, f"hf-maskpro {hf_maskpro.__version__}"),
         (["trian"], 2, "Did you mean 'train'"),
         (["merge", "--modle", "m"], 2, "--modle"),
-        (["train", "--lerning-rate", "1"], 2, "No such option: --lerning-rate. Did you mean --learning-rate?"),
-        (["train", "--wieght-decay", "1"], 2, "No such option: --wieght-decay. Did you mean --weight-decay?"),
+        (["train", "--lerning-rate", "1"], 2, "error: No such option: --lerning-rate. Did you mean --learning-rate?"),
+        (["train", "--wieght-decay", "1"], 2, "error: No such option: --wieght-decay. Did you mean --weight-decay?"),
+        (["train", "--weight-decay", "abc"], 2, "error: --weight-decay is abc; give a number, 0 or more. See"),
         (["train", "--num-train-epochs", "1"], 2, "--num-train-epochs is --max-steps here"),
         (["train", "text.txt"], 2, "text.txt belongs to no option"),
         (["train", "--learning-rate", "-1"], 2, "Invalid value for '--learning-rate'"),
@@ -81,7 +82,7 @@ def test_importing_the_package_registers_the_method():
 def test_names_that_are_not_imported_are_those_of_the_library():
     assert options.RULES == RULES
     assert set(Estimator.__args__) == set(ESTIMATORS)
-    assert training_fields() == {field.name for field in fields(MaskProTrainingArguments) if field.init}
+    assert set(training_fields()) == {field.name for field in fields(MaskProTrainingArguments) if field.init}
 
 
 def test_the_version_is_written_in_one_place():
