@@ -90,6 +90,8 @@ def load_adapter(
     try:
         return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable, config=config)
     except ValueError as error:
+        if str(folder) in str(error):
+            raise
         raise ValueError(f"{folder}: {error}") from error
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from peft import PeftModel
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from ..tuner import saved_config
 from ..tuner.card import (
@@ -27,7 +29,7 @@ from ..tuner.card import (
 )
 from ..tuner.files import inside, json_object, private_folder
 from ..tuner.registration import NAME
-from .reading import own_bytes
+from .reading import MASK_FILE, own_bytes
 
 
 # What may run code when it is read.
@@ -167,12 +169,28 @@ def _save_whole(model: PeftModel, save_directory: str, *args: Any, **kwargs: Any
     return None
 
 
-def _load_whole(model: PeftModel, *args: Any, **kwargs: Any) -> Any:
-    """PEFT raises what safetensors does, which is no `ValueError` and does not say what is damaged."""
+def _save_added(model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    """As [`_save_whole`], of masks that `add_adapter` of transformers put there, which writes in place too."""
+    masks = model._hf_peft_config_loaded and any(config.peft_type == NAME for config in model.peft_config.values())
+    if not masks or kwargs.get("push_to_hub") or not kwargs.get("is_main_process", True):
+        return _save_model(model, save_directory, *args, **kwargs)
+    with private_folder(save_directory, *CARD_FILES) as folder:
+        _save_model(model, folder, *args, **kwargs)
+    return None
+
+
+def _load_whole(model: PeftModel, model_id: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """PEFT takes a pickle where there is no safetensors file, and does not say of which adapter its errors are."""
+    name = Path(model_id, kwargs.get("subfolder") or "")
+    options = {key: kwargs[key] for key in ("subfolder", "revision", "token", "cache_dir") if key in kwargs}
     try:
-        return _load(model, *args, **kwargs)
+        if cached_file(model_id, MASK_FILE, _raise_exceptions_for_missing_entries=False, **options) is None:
+            raise ValueError(f"it has no {MASK_FILE}, and a pickle is not read in its place; save it again.")
+        return _load(model, model_id, *args, **kwargs)
     except SafetensorError as error:
-        raise ValueError(f"the adapter file is not a whole safetensors file: {error}.") from error
+        raise ValueError(f"{name}: the adapter file is not a whole safetensors file: {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _no_card(model: PeftModel, output_dir: str) -> None:
@@ -199,6 +217,8 @@ def _push_model(
 
 
 _save_in_place, _load = (inspect.unwrap(method) for method in (PeftModel.save_pretrained, PeftModel.load_adapter))
+_save_model = inspect.unwrap(PreTrainedModel.save_pretrained)
+PreTrainedModel.save_pretrained = wraps(_save_model)(_save_added)  # type: ignore[method-assign]
 _for_masks(_save_whole, "save_pretrained")
 _for_masks(_load_whole, "load_adapter")
 _for_masks(_no_card, "create_or_update_model_card")

@@ -257,6 +257,15 @@ def adapter(request, base, tmp_path_factory):
 WEIGHTS = "model.safetensors"
 # What an error names that comes from a file which the user has named: the file, or a layer or a field in it.
 FILES = [CONFIG_FILE, "adapter file", "adapter's", "adapter 'default'"]
+# What is wrong with it before the file beside it is looked for.
+OF_CONFIGURATION = [
+    CONFIG_FILE,
+    "adapter's configuration",
+    "target_modules",
+    "Target modules",
+    "cannot mask",
+    "other weights",
+]
 OF_ADAPTER = [*FILES, "model.layers.", *NAMES, "target_modules", "Target modules"]
 
 
@@ -296,7 +305,7 @@ def loading(base, content, folder):
             layer.masked_weight()
         return model
 
-    if (model := attempt(load, OF_ADAPTER, *words)) is not None:
+    if (model := attempt(load, [str(folder), *OF_CONFIGURATION], *words)) is not None:
         assert_kept(model, content)
 
 

@@ -3,6 +3,7 @@
 import copy
 import os
 import resource
+import shutil
 from contextlib import contextmanager
 from functools import partial
 from threading import Thread
@@ -12,7 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -105,6 +106,20 @@ steps = pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow)
 def test_a_full_disk_leaves_the_earlier_adapter(states, step):
     folder, _, model, new = states
     assert on_disks_of_every_size(folder, lambda: model.save_pretrained(folder), step) == new
+
+
+@steps
+def test_a_full_disk_leaves_the_earlier_adapter_that_transformers_saved(tiny, step):
+    folder, _ = tiny
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model.add_adapter(MaskProConfig())
+    model.save_pretrained(folder / "added")
+    shutil.copytree(folder / "added", folder / "again")
+    for layer in masked_layers(model).values():
+        torch.nn.init.normal_(layer.maskpro_theta["default"], std=20)
+    model.save_pretrained(folder / "again")
+    write = partial(model.save_pretrained, folder / "added")
+    assert on_disks_of_every_size(folder / "added", write, step) == contents(folder / "again")
 
 
 @steps
@@ -319,3 +334,25 @@ def test_a_link_out_of_a_folder_is_no_file_of_it(tmp_path):
     # Blobs are the cache's alone.
     with pytest.raises(ValueError, match="leads out of its folder"):
         inside(tmp_path / "other", blob)
+
+
+def test_a_pickle_in_the_place_of_a_mask_is_not_read(tiny, monkeypatch):
+    folder, _ = tiny
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    (folder / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save(tensors, folder / "adapter" / "adapter_model.bin")
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(ValueError, match=r"adapter: it has no adapter_model\.safetensors, and a pickle is not read"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "adapter")
+
+
+def test_of_two_adapters_an_error_says_which(tiny):
+    folder, _ = tiny
+    file = folder / "other" / "adapter_model.safetensors"
+    shutil.copytree(folder / "adapter", folder / "other")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "adapter")
+    masks = load_file(file)
+    masks.popitem()
+    save_file(masks, file)
+    with pytest.raises(ValueError, match=rf"^{folder / 'other'}: the adapter"):
+        model.load_adapter(folder / "other", "other")
