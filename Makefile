@@ -56,7 +56,7 @@ test: lint
 slow: $(VENV)/slow
 	$(BIN)/pytest -q -m slow
 
-# To each of fifteen tests, and to four more together: 100,000, in some hours.
+# To each of sixteen tests, and to four more together: 100,000, in some hours.
 INPUTS ?= 5883
 
 fuzz: $(VENV)/test

@@ -35,6 +35,8 @@ PROBES, LEAST_TOLERANCE = 4, 5e-5
 CLIP = 2.0
 
 _INDEX = "example_index"
+# All that is told of an example's tokens; whether anything else in a batch is what it was, nothing tells.
+_TOLD = {"input_ids", "attention_mask", "labels"}
 
 
 @dataclass
@@ -207,7 +209,7 @@ class Residual(Estimator):
 
     def _are_known(self, index: torch.Tensor, inputs: dict[str, torch.Tensor]) -> bool:
         """Whether examples are what they were when their losses were cached; else those are forgotten."""
-        if torch.equal(_tokens_of(inputs), self._tokens[index]):
+        if inputs.keys() <= _TOLD and torch.equal(_tokens_of(inputs), self._tokens[index]):
             return True
         self._baselines = None
         logger.warning(
@@ -343,10 +345,13 @@ class Residual(Estimator):
             trainer.train_dataset, trainer.data_collator = dataset, collator
         if trainer.args.baseline == "cache":
             raise ValueError(
-                "baseline='cache' needs examples whose loss is the same in any company, at any time, and the model's "
-                "own causal loss; use baseline='step'."
+                "baseline='cache' needs examples of input_ids, attention_mask and labels alone, whose loss is the "
+                "same in any company, at any time, and the model's own causal loss; use baseline='step'."
             )
-        logger.warning("residual: examples do not have a loss of their own, so every step computes its baseline.")
+        logger.warning(
+            "residual: examples do not have a loss of their own, or hold more than tokens, so every step computes its "
+            "baseline."
+        )
         return default()
 
     def _pays(self) -> bool:
@@ -394,7 +399,7 @@ class Residual(Estimator):
         for inputs in self._batches(order, trainer._train_batch_size):
             index = inputs.pop(_INDEX)
             items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-            if not (count := float(items or 0)):
+            if not (count := float(items or 0)) or not inputs.keys() <= _TOLD:
                 return False
             with torch.no_grad(), self.adapter.masks(self.adapter.initial), trainer.accelerator.autocast():
                 loss = share_of_loss(trainer, trainer.model, trainer._prepare_inputs(inputs), items).item()

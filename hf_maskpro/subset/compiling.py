@@ -1,7 +1,9 @@
 """Functions on whole layers, fused by `torch.compile` where a compiler works."""
 
+import atexit
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -43,6 +45,7 @@ def _keep_kernels_private() -> None:
         private = False
     if not private:
         folder = Path(tempfile.mkdtemp(prefix="hf_maskpro-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 

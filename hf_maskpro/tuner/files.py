@@ -20,14 +20,15 @@ def inside(folder: Path, path: Path, *others: Path) -> Path:
     Args:
         folder (`Path`): A folder that somebody else may have filled.
         path (`Path`): A file of it.
-        others (`Path`): Other folders that it may lead to, without links in them.
+        others (`Path`): Other folders, without links in them, of which it may be a file, but not one further down.
 
     Raises:
         `ValueError`: if the path leads elsewhere.
     """
     root, target = folder.resolve(), path.resolve()
     snapshots = [parent.parent for parent in (root, *root.parents) if parent.name == "snapshots"]
-    if not any(target.is_relative_to(known) for known in (root, *others, *(cached / "blobs" for cached in snapshots))):
+    roots = (root, *(cached / "blobs" for cached in snapshots))
+    if target.parent not in others and not any(target.is_relative_to(known) for known in roots):
         raise ValueError(f"{path} leads out of its folder, to {target}; put the file itself there.")
     return path
 

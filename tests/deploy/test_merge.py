@@ -285,7 +285,7 @@ def test_a_checkpoint_of_links_is_merged(tmp_path, linked):
     assert check_sparsity(tmp_path / "merged", 2, 4) == expected
 
 
-@pytest.mark.parametrize("link", ["LICENSE", "tokenizer.json", "index"])
+@pytest.mark.parametrize("link", ["LICENSE", "tokenizer.json", "index", "weights"])
 def test_nothing_outside_of_the_base_comes_into_a_merged_checkpoint(tmp_path, link):
     base, adapter, outside = tmp_path / "base", tmp_path / "adapter", tmp_path / "outside"
     tiny_llama().save_pretrained(base)
@@ -296,6 +296,12 @@ def test_nothing_outside_of_the_base_comes_into_a_merged_checkpoint(tmp_path, li
         (base / "model.safetensors").rename(outside / "x.safetensors")
         index = {"weight_map": dict.fromkeys(weights, "../outside/x.safetensors")}
         (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif link == "weights":
+        (base / "model.safetensors").rename(outside / "x.safetensors")
+        (base / "model.safetensors").symlink_to(outside / "x.safetensors")
+        (outside / "deeper").mkdir()
+        (outside / "deeper" / "secret").touch()
+        (base / "notes.txt").symlink_to(outside / "deeper" / "secret")
     else:
         if (base / link).exists():
             (base / link).rename(outside / link)

@@ -149,6 +149,46 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, logits_dtype):
         assert torch.equal(mine, theirs)
 
 
+class Interrupted(Exception):
+    pass
+
+
+class StopsWithinAStep(TrainerCallback):
+    """Fails in a backward pass, when the logits of all layers but the first have moved."""
+
+    def __init__(self, model):
+        self.theta = next(iter(masked_layers(model).values())).maskpro_theta["default"]
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        def fail(gradient):
+            hook.remove()
+            raise Interrupted
+
+        if state.global_step == 4 and self.theta is not None:
+            hook, self.theta = self.theta.register_hook(fail), None
+
+
+def test_a_trainer_that_was_interrupted_within_a_step_resumes_with_the_same_bits(tmp_path):
+    def trainer(folder):
+        args = lean(folder, max_steps=6, save_strategy="steps", save_steps=3)
+        return MaskProTrainer(masked_llama(), args, train_dataset=rows())
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    again = trainer(tmp_path / "again")
+    again.add_callback(StopsWithinAStep(again.model))
+    with pytest.raises(Interrupted):
+        again.train()
+    again.train(resume_from_checkpoint=True)
+    one, other = whole.estimator.in_backward, again.estimator.in_backward
+    for mine, theirs in zip(
+        [*thetas(whole.model), *one.second_moments, *one.updates],
+        [*thetas(again.model), *other.second_moments, *other.updates],
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)
+
+
 def test_a_checkpoint_of_the_other_optimizer_is_refused(tmp_path):
     def trainer(folder, **options):
         args = arguments(folder, "simple", max_steps=2, save_strategy="steps", save_steps=1, **options)

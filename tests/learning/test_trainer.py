@@ -375,6 +375,19 @@ def test_what_has_no_loss_of_its_own_is_never_cached(tmp_path, llama, examples, 
         baseline_of(tmp_path, llama, 8, examples, baseline="cache", **options)
 
 
+def test_examples_of_more_than_tokens_are_never_cached(tmp_path, llama):
+    embed = llama.get_input_embeddings()
+    examples = [{"inputs_embeds": embed(row["input_ids"]).detach(), "labels": row["labels"]} for row in rows(16)]
+    assert baseline_of(tmp_path, llama, 8, examples) == "step"
+    with pytest.raises(ValueError, match="baseline='cache' needs examples of input_ids"):
+        baseline_of(tmp_path, llama, 8, examples, baseline="cache")
+
+
+def test_rows_without_labels_have_no_loss_to_learn_from(tmp_path, llama):
+    with pytest.raises(ValueError, match="did not return a loss"):
+        baseline_of(tmp_path, llama, 8, [{"input_ids": row["input_ids"]} for row in rows(16)])
+
+
 def test_one_row_among_many_that_pads_others_is_not_overlooked(tmp_path, llama):
     examples = [{key: value[: 12 if i == 5 else 5] for key, value in row.items()} for i, row in enumerate(rows(64))]
     assert baseline_of(tmp_path, llama, 20, examples, data_collator=padded_on_the_left) == "step"

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -316,6 +317,10 @@ def test_compiled_kernels_are_kept_where_nobody_else_can_put_any(home, monkeypat
     if home == "not writable":
         cache.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    at_exit = []
+    monkeypatch.setattr(
+        compiling.atexit, "register", lambda *call, **options: at_exit.append(partial(*call, **options))
+    )
     kernel = compiling.Kernel(lambda rows, packed: rows, "test")
     found = []
     kernel.compiled = lambda *args: found.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
@@ -328,3 +333,6 @@ def test_compiled_kernels_are_kept_where_nobody_else_can_put_any(home, monkeypat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     compiling._keep_kernels_private()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == found[0]
+    for call in at_exit:
+        call()
+    assert Path(found[0]).exists() == (home == "writable")
