@@ -285,8 +285,8 @@ def test_a_source_distribution_has_what_its_tests_need(tmp_path):
         archive.extractall(tmp_path / "unpacked", filter="data")
     (folder,) = (tmp_path / "unpacked").iterdir()
 
-    for kind in "tests/**/*.py", "hf_maskpro/**/*.*", "examples/*", "benchmarks/*.py":
-        names = {str(path.relative_to(ROOT)) for path in ROOT.glob(kind) if path.suffix != ".pyc"}
+    for kind in "tests/**/*.py", "hf_maskpro/**/*.*", "examples/*.*", "benchmarks/*.py":
+        names = {str(path.relative_to(ROOT)) for path in ROOT.glob(kind) if path.is_file() and path.suffix != ".pyc"}
         assert {file for file in names if not (folder / file).exists()} == set()
     # All are collected, and those run that read the repository's files.
     for options in (["--collect-only", "-m", ""], ["tests/test_docs.py", "tests/test_cost_model.py"]):

@@ -64,7 +64,8 @@ def read_by_others(name: str) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{name} cannot be read: {type(error).__name__}: {line_of(error)}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{name} cannot be read: {reason:.300}") from error
 
 
 @contextmanager

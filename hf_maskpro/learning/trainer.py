@@ -456,7 +456,9 @@ def _check_state(path: Path) -> None:
         step = TrainerState(**known).global_step
     except TypeError as error:
         raise ValueError(f"{path} is no state of a run: {error}; resume from an earlier checkpoint.") from error
-    if type(step) is not int or step < 0:
+    # Of another number the run would go on elsewhere; without one it would begin again.
+    named = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.parent.name)
+    if type(step) is not int or step < 1 or (named and step != int(named[1])):
         raise ValueError(f"{path} has the global_step {step!r}; resume from an earlier checkpoint.")
 
 

@@ -1,5 +1,6 @@
 """A run ends as if nothing had happened to it, or says why it cannot."""
 
+import json
 import os
 import shutil
 import signal
@@ -216,6 +217,14 @@ def test_a_finished_run_over_a_stream_ends_when_it_is_resumed(tmp_path):
     trainer = learner(tmp_path, Stream(), max_steps=2)
     trainer.add_callback(HasFewEpochs)
     assert trainer.train(resume_from_checkpoint=True).global_step == 2
+    # A run whose state is another's would begin again, or go on elsewhere.
+    path = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    without = {name: value for name, value in state.items() if name != "global_step"}
+    for wrong in (without, state | {"global_step": 1}, state | {"global_step": "2"}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=r"has the global_step .*resume from an earlier"):
+            trainer.train(resume_from_checkpoint=str(path.parent))
 
 
 @pytest.mark.parametrize("to_disk", [False, True])
