@@ -218,7 +218,7 @@ def _push_model(
 
 _save_in_place, _load = (inspect.unwrap(method) for method in (PeftModel.save_pretrained, PeftModel.load_adapter))
 _save_model = inspect.unwrap(PreTrainedModel.save_pretrained)
-PreTrainedModel.save_pretrained = wraps(_save_model)(_save_added)  # type: ignore[method-assign]
+PreTrainedModel.save_pretrained = wraps(_save_model)(_save_added)
 _for_masks(_save_whole, "save_pretrained")
 _for_masks(_load_whole, "load_adapter")
 _for_masks(_no_card, "create_or_update_model_card")
