@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaModel, PreTrainedModel
 
 from hf_maskpro import MaskProConfig, initialize_masks
 from hf_maskpro.cli.common import load_model
@@ -52,7 +52,7 @@ def main() -> None:
         forward, start = [], []
         for _ in range(args.repeats):
             # The first batch warms up what the others use.
-            forward_pass(base, batches[:1])
+            timed(partial(forward_pass, base, batches[:1]))
             forward.append(timed(partial(forward_pass, base, batches)))
             model = get_peft_model(base, MaskProConfig(init_mask=method))
             forget_peak()
@@ -86,11 +86,9 @@ def timed(job: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def random_layer(hidden: int, intermediate: int) -> LlamaForCausalLM:
-    """A model of one decoder layer, of random weights in bfloat16."""
+def random_layer(hidden: int, intermediate: int) -> LlamaModel:
+    """A model of one decoder layer and no head, of random weights in bfloat16."""
     config = LlamaConfig(
-        # A head takes part in the forward pass.
-        vocab_size=256,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=1,
@@ -98,7 +96,7 @@ def random_layer(hidden: int, intermediate: int) -> LlamaForCausalLM:
         num_key_value_heads=hidden // 128,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).bfloat16().to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return LlamaModel(config).bfloat16().to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 if __name__ == "__main__":

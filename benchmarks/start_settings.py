@@ -5,6 +5,7 @@ approached lies towards the dense model's outputs. Every pair of values is a mas
 
 import argparse
 import json
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def main() -> None:
         initialize_masks(model, random_windows(ids, protocol.SAMPLES, protocol.CALIBRATION_SEQ_LEN, 42, start))
         figures = against_dense(model, tokenizer, texts, "held_out.txt", protocol.SEQ_LEN, args.max_tokens)
         rows.append({"shrinkage": walk.SHRINKAGE, "towards": starts.TOWARDS_DENSE, **figures})
+        print(rows[-1], file=sys.stderr)
     if args.json:
         print(json.dumps(rows))
         return

@@ -1,4 +1,4 @@
-"""Learn a 2:4 mask by backward, from Wanda's mask, on a text file."""
+"""Learn a 2:4 mask by backward, from the best one without learning, on a text file."""
 
 import argparse
 from pathlib import Path
@@ -35,8 +35,8 @@ inputs = windows(
     tokenizer, Path(options.text).read_text(encoding="utf-8"), options.seq_len
 )
 
-model = get_peft_model(base, MaskProConfig(n=2, m=4, init_mask="wanda"))
-initialize_masks(model, [{"input_ids": batch} for batch in inputs[:256].split(8)])
+model = get_peft_model(base, MaskProConfig(n=2, m=4, init_mask="sparsegpt+swaps"))
+initialize_masks(model, [{"input_ids": batch} for batch in inputs[:64].split(8)])
 
 arguments = MaskProTrainingArguments(
     output_dir=options.output,

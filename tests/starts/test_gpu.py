@@ -73,5 +73,7 @@ def test_choices_of_sparsegpt_are_those_in_torch(in_triton, monkeypatch, device,
     assert sparsegpt._way(weight).__module__.endswith("sparsegpt_triton")
     found = sparsegpt.mask(weight, calibration, n, m)
     monkeypatch.setattr(sparsegpt, "_way", lambda weight: sparsegpt._choose_in_torch)
-    assert found.equal(sparsegpt.mask(weight, calibration, n, m))
+    # A GPU rounds otherwise, by which another of two that cost the same may be kept.
+    same = found == sparsegpt.mask(weight, calibration, n, m)
+    assert same.all() if device == "cpu" else same.float().mean() > 0.999
     assert found.sum(1).eq(n).all()
