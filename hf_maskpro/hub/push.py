@@ -1,6 +1,5 @@
 """Push mask adapters and merged checkpoints to the Hub."""
 
-import inspect
 import json
 import shutil
 import warnings
@@ -14,7 +13,6 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
 from ..tuner import saved_config
 from ..tuner.card import (
@@ -33,7 +31,7 @@ from .reading import MASK_FILE, own_bytes
 
 
 # What may run code when it is read.
-_NOT_PUSHED = (".bin", ".pt", ".pth", ".pkl")
+_NOT_PUSHED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
 
 
 def push_folder(
@@ -144,12 +142,12 @@ def _with_base(path: Path, base_model: str | None) -> dict[Path, Any]:
 
 def _is_pushed(path: Path) -> bool:
     hidden = any(part.startswith((".", "checkpoint-")) for part in path.parts)
-    return not hidden and path.suffix not in _NOT_PUSHED
+    return not hidden and path.suffix.lower() not in _NOT_PUSHED
 
 
 def _for_masks(own: Callable[..., Any], name: str) -> None:
     """Let a method of `PeftModel` do something else for mask adapters; PEFT has no hooks for them."""
-    original = inspect.unwrap(getattr(PeftModel, name))
+    original = getattr(PeftModel, name)
 
     @wraps(original)
     def method(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
@@ -180,11 +178,10 @@ def _save_added(model: PreTrainedModel, save_directory: str | Path, *args: Any, 
 
 
 def _load_whole(model: PeftModel, model_id: str | Path, *args: Any, **kwargs: Any) -> Any:
-    """PEFT takes a pickle where there is no safetensors file, and does not say of which adapter its errors are."""
+    """PEFT takes a pickle where a folder has no safetensors file, and does not say of which adapter its errors are."""
     name = Path(model_id, kwargs.get("subfolder") or "")
-    options = {key: kwargs[key] for key in ("subfolder", "revision", "token", "cache_dir") if key in kwargs}
     try:
-        if cached_file(model_id, MASK_FILE, _raise_exceptions_for_missing_entries=False, **options) is None:
+        if name.is_dir() and not (name / MASK_FILE).is_file():
             raise ValueError(f"it has no {MASK_FILE}, and a pickle is not read in its place; save it again.")
         return _load(model, model_id, *args, **kwargs)
     except SafetensorError as error:
@@ -216,8 +213,7 @@ def _push_model(
         return push_folder(folder, repo_id, commit_message=commit_message or "Upload mask adapter", **kwargs)
 
 
-_save_in_place, _load = (inspect.unwrap(method) for method in (PeftModel.save_pretrained, PeftModel.load_adapter))
-_save_model = inspect.unwrap(PreTrainedModel.save_pretrained)
+_save_in_place, _load, _save_model = PeftModel.save_pretrained, PeftModel.load_adapter, PreTrainedModel.save_pretrained
 PreTrainedModel.save_pretrained = wraps(_save_model)(_save_added)
 _for_masks(_save_whole, "save_pretrained")
 _for_masks(_load_whole, "load_adapter")

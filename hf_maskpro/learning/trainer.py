@@ -406,7 +406,7 @@ class MaskProTrainer(Trainer):
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         except ValueError as error:
-            if resume_from_checkpoint in str(error):
+            if str(resume_from_checkpoint) in str(error):
                 raise
             raise ValueError(f"{resume_from_checkpoint}: {error}") from error
         for layer, mask in zip(loaded, masks, strict=True):

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from huggingface_hub import HfApi, RepoUrl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
@@ -263,6 +264,16 @@ def test_a_link_to_a_file_elsewhere_is_not_pushed(valid, tmp_path):
     (tmp_path / "notes.txt").symlink_to(secret)
     with pytest.raises(ValueError, match=r"notes\.txt leads out of its folder, to .*secret"):
         push_folder(tmp_path, "me/mask")
+
+
+def test_what_may_run_code_is_not_pushed(valid, tmp_path, monkeypatch):
+    for name, data in valid[0].items():
+        (tmp_path / name).write_bytes(data)
+    for name in ("training_args.bin", "a.PT", "a.pickle", "a.ckpt", "a.joblib"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: RepoUrl("https://huggingface.co/me/mask"))
+    monkeypatch.setattr(HfApi, "create_commit", lambda _, repo, files, **__: [file.path_in_repo for file in files])
+    assert set(push_folder(tmp_path, "me/mask")) == set(valid[0])
 
 
 def test_pickles_are_not_read(checkpoint, tmp_path):

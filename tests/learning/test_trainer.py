@@ -786,6 +786,16 @@ def test_a_checkpoint_of_another_estimator_is_refused(tmp_path, llama, mine, the
         other.train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_that_is_named_by_a_path_says_what_is_wrong_with_it(tmp_path, llama):
+    model = get_peft_model(llama, MaskProConfig())
+    args = arguments(tmp_path, "simple", max_steps=1, save_strategy="steps", save_steps=1)
+    trainer = MaskProTrainer(model, args, train_dataset=rows())
+    trainer.train()
+    (tmp_path / "checkpoint-1" / "adapter_model.safetensors").write_bytes(b"none")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/checkpoint-1: the adapter file is not a whole safetensors"):
+        trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-1")
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -5,21 +5,23 @@ import os
 import resource
 import shutil
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
+from importlib.util import find_spec, module_from_spec
 from threading import Thread
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from hf_maskpro import MaskProConfig, hub, initialize_masks
 from hf_maskpro.deploy import merge
 from hf_maskpro.deploy.packed import to_packed
+from hf_maskpro.hub import push_folder
 from hf_maskpro.tuner import masked_layers
 from hf_maskpro.tuner.files import inside, private_folder
 
@@ -344,6 +346,40 @@ def test_a_pickle_in_the_place_of_a_mask_is_not_read(tiny, monkeypatch):
     monkeypatch.setattr(torch, "load", None)
     with pytest.raises(ValueError, match=r"adapter: it has no adapter_model\.safetensors, and a pickle is not read"):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "adapter")
+
+
+def test_what_is_not_in_the_cache_is_not_said_to_have_no_mask(tiny, monkeypatch):
+    folder, model = tiny
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json' at 'runs/mask'"):
+        model.load_adapter("runs/mask", "other")
+    with pytest.raises((OSError, ValueError), match="outgoing traffic has been disabled"):
+        model.load_adapter("runs/mask", "default", cache_dir=folder / "cache")
+
+
+def test_what_others_changed_of_saving_and_loading_stays(tiny, monkeypatch):
+    folder, model = tiny
+    used = []
+
+    def noted(method):
+        @wraps(method)
+        def other(*args, **kwargs):
+            used.append(method)
+            return method(*args, **kwargs)
+
+        return other
+
+    changed = [PreTrainedModel.save_pretrained, PeftModel.save_pretrained, PeftModel.load_adapter]
+    for method, kind in zip(changed, (PreTrainedModel, PeftModel, PeftModel), strict=True):
+        monkeypatch.setattr(kind, method.__name__, noted(method))
+    for name in ("create_or_update_model_card", "push_to_hub"):
+        monkeypatch.setattr(PeftModel, name, getattr(PeftModel, name))
+    spec = find_spec(push_folder.__module__)
+    spec.loader.exec_module(module_from_spec(spec))
+    LlamaForCausalLM.from_pretrained(folder / "base").save_pretrained(folder / "again")
+    model.save_pretrained(folder / "again")
+    model.load_adapter(folder / "again", "other")
+    assert used == changed
 
 
 def test_of_two_adapters_an_error_says_which(tiny):
