@@ -312,18 +312,20 @@ class Residual(Estimator):
             state = json.loads(path.read_text())
             if not scaled and "variance" in state:
                 raise KeyError("raw advantage")
-            values = [float(state[name]) for name in names]
+            found = [state[name] for name in names]
+            values = [float(value) for value in found]
         except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
             raise ValueError(
                 f"{path} has no {', '.join(names)}: {error}; resume from an earlier checkpoint, with the advantage "
                 "that it was written with."
             ) from error
-        for name, value in zip(names, values, strict=True):
-            if not isfinite(value) or (name != "tracker" and value < 0):
-                raise ValueError(f"{path} has the {name} {value}; resume from an earlier checkpoint.")
+        for name, value, number in zip(names, found, values, strict=True):
+            kinds = (int,) if name == "moves" else (int, float)
+            if type(value) not in kinds or not isfinite(number) or (name != "tracker" and number < 0):
+                raise ValueError(f"{path} has the {name} {str(value)[:50]!r}; resume from an earlier checkpoint.")
         self.tracker = values[0]
         if scaled:
-            self._variance, self._moves = values[1], int(values[2])
+            self._variance, self._moves = values[1], found[2]
 
     def train_dataloader(self, default: Callable[[], DataLoader]) -> DataLoader:
         trainer = self.trainer

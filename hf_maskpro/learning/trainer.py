@@ -458,6 +458,8 @@ def _check_state(path: Path) -> None:
         raise ValueError(f"{path} is no state of a run: {error}; resume from an earlier checkpoint.") from error
     # Of another number the run would go on elsewhere; without one it would begin again.
     named = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.parent.name)
+    if not isinstance(known.get("log_history", []), list):
+        raise ValueError(f"{path} has a log_history that is no list; resume from an earlier checkpoint.")
     if type(step) is not int or step < 1 or (named and step != int(named[1])):
         raise ValueError(f"{path} has the global_step {step!r}; resume from an earlier checkpoint.")
 

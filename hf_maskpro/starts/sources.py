@@ -86,6 +86,8 @@ def _reader(path: Path, stack: ExitStack, model: nn.Module, adapter_name: str) -
         arrays: Tensors = {
             name.removesuffix(".npy"): partial(_array, archive, name, most) for name in archive.namelist()
         }
+        if len(arrays) < len(archive.namelist()):
+            raise ValueError(f"{path} has several entries of one name; leave one of them.")
         masks = _by_parameter(arrays, path)
         return _mask_reader(masks, adapter_name, _of_bits)
     if path.suffix == ".safetensors":

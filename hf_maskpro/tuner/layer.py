@@ -135,6 +135,7 @@ def _after_load(layer: "MaskProLayer", incompatible_keys: Any) -> None:
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if ".maskpro_theta." not in key]
     layer._finite.clear()
+    layer._trained.clear()
     for name in layer._brought:
         layer._unfilled.pop(name, None)
         # The state dict of a model whose masks were not there yet.
@@ -227,6 +228,8 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self._unfilled: dict[str, torch.Tensor] = {}
         self._checked: dict[str, tuple[tuple[int, int], ...]] = {}
         self._finite: dict[str, tuple[tuple[int, int], ...]] = {}
+        # Where logits lie that were finite when training began.
+        self._trained: dict[str, int] = {}
         self._masked_weight: tuple[tuple[tuple[int, int], ...], torch.Tensor, list[torch.Tensor]] | None = None
         # The masks that a state dict has for this layer, while it is loaded.
         self._brought: list[str] = []
@@ -338,6 +341,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self._unfilled.pop(adapter_name, None)
         self._checked.pop(adapter_name, None)
         self._finite.pop(adapter_name, None)
+        self._trained.pop(adapter_name, None)
         self._masked_weight = None
 
     def packed_initial_mask(self, adapter_name: str) -> torch.Tensor:
@@ -424,12 +428,13 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         if not has_memory(theta):
             return theta
         # Once for every content, since looking waits for the device; while it is trained, once for all.
-        state, known = _content(theta), self._finite.get(adapter_name)
-        if state is None or known is None or (known != state and not (sampled and known[0][0] == state[0][0])):
+        state = _content(theta)
+        trained = sampled and state is not None and self._trained.get(adapter_name) == state[0][0]
+        if not trained and (state is None or self._finite.get(adapter_name) != state):
             if not theta.isfinite().all():
                 raise ValueError(f"adapter {adapter_name!r} has logits that are not finite: {NO_MASK}.")
             if state is not None:
-                self._finite[adapter_name] = state
+                self._finite[adapter_name], self._trained[adapter_name] = state, state[0][0]
         return theta
 
     def mode_codes(self, adapter_name: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import pickle
 from itertools import product
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -252,6 +253,11 @@ def test_bad_files_are_refused(tmp_path):
     np.savez(tmp_path / "pickled.npz", **{f"{FIRST}.mask": np.array([Unpickled()], dtype=object)})
     with pytest.raises(ValueError, match="allow_pickle"):
         imported(tiny_llama, tmp_path / "pickled.npz")
+    with ZipFile(tmp_path / "twice.npz", "w") as archive:
+        for name in ("x", "x.npy"):
+            archive.writestr(name, b"")
+    with pytest.raises(ValueError, match="several entries of one name"):
+        imported(tiny_llama, tmp_path / "twice.npz")
     torch.save(flat, tmp_path / "mask.pt")
     with pytest.raises(ValueError, match="pickled files are not read"):
         imported(tiny_llama, tmp_path / "mask.pt")

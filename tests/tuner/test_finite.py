@@ -127,6 +127,17 @@ def test_logits_that_an_optimizer_spoiled_through_data(llama, ids):
             use()
 
 
+def test_training_looks_at_logits_once(llama, ids, monkeypatch):
+    model = get_peft_model(llama, MaskProConfig())
+    looked = []
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda tensor: looked.append(tensor) or torch.isfinite(tensor))
+    for _ in range(3):
+        # As a trainer does before every step.
+        model.train()
+        model(input_ids=ids)
+    assert len(looked) == len(masked_layers(model))
+
+
 def test_logits_that_load_state_dict_brings(llama, ids):
     model = get_peft_model(llama, MaskProConfig()).train()
     model(input_ids=ids)
