@@ -1118,7 +1118,8 @@ def test_a_full_disk_leaves_no_half_checkpoint_whatever_its_size(tmp_path, llama
     fill_the_disk_while_saving(tmp_path, llama, 1)
 
 
-def test_a_full_disk_leaves_what_a_trainer_saved_earlier(tmp_path, llama, checkpoint):
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 499])
+def test_a_full_disk_leaves_what_a_trainer_saved_earlier(tmp_path, llama, checkpoint, step):
     model = get_peft_model(llama, MaskProConfig(target_modules=["k_proj"]))
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     trainer = MaskProTrainer(model, arguments(tmp_path, "simple"), rows(), processing_class=tokenizer)
@@ -1127,7 +1128,7 @@ def test_a_full_disk_leaves_what_a_trainer_saved_earlier(tmp_path, llama, checkp
         nn.init.normal_(layer.maskpro_theta["default"], std=20)
     (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text() + "My own words.\n")
     before = contents(tmp_path)
-    after = on_disks_of_every_size(tmp_path, trainer.save_model, 499)
+    after = on_disks_of_every_size(tmp_path, trainer.save_model, step)
     assert after.keys() == before.keys()
     assert after["adapter_model.safetensors"] != before["adapter_model.safetensors"]
     assert after["README.md"].endswith(b"My own words.\n")
