@@ -92,9 +92,10 @@ def kept_by_file(data, config, learned=True):
         mask = np.zeros((rows, len(ranks) // rows, m), dtype=bool)
         for index, rank in enumerate(ranks):
             mask[index // mask.shape[1], index % mask.shape[1], list(sets[rank])] = True
-        theta_name = name.removesuffix("mask") + "theta"
-        if learned and theta_name in tensors:
-            theta = array_of(*tensors[theta_name]).transpose(0, 2, 1)
+        # As of masks, transformers takes the dots of a name for any characters.
+        thetas = [known for known in tensors if re.fullmatch(name.removesuffix("mask") + "theta", known)]
+        if learned and thetas:
+            theta = array_of(*tensors[thetas[0]]).transpose(0, 2, 1)
             mask = mask[:, : theta.shape[1]]
             scale = np.float32(6 if config["logit_scale"] is None else config["logit_scale"])
             order = np.argsort(-(theta + scale * mask), axis=2, kind="stable")[:, :, :n]
