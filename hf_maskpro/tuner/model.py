@@ -257,7 +257,8 @@ class MaskProModel(BaseTuner):
             thetas.append(theta)
             _check_finite(_bare(name), theta)
             initial = unpack_codes(packed, config.n, config.m, theta.shape[1] * theta.shape[2])
-            learned = mode_codes(theta, packed, logit_scale(config), config.n)
+            # Of logits that were never trained it is the start, for which no kernel need be compiled.
+            learned = mode_codes(theta, packed, logit_scale(config), config.n) if has_memory(theta) else initial
             weights += theta.numel()
             moved += (differ := int((learned != initial).sum()))
             changed[_bare(name)] = round(differ / learned.numel(), 6)
