@@ -133,16 +133,7 @@ def setting(entry: str) -> tuple[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="texts to learn from; a fifth is held out")
-    parser.add_argument(
-        "--elsewhere",
-        type=Path,
-        nargs="*",
-        default=[],
-        help="texts of other kinds, beside the topics of Python's help",
-    )
-    parser.add_argument("--model", help="a local folder or a Hub id; SmolLM2-135M-Instruct if absent")
+    parser = protocol.parser(__doc__)
     parser.add_argument("--work", type=Path, default=Path("ablations"), help="folder for starts and texts")
     parser.add_argument("--results", type=Path, default=Path("docs/assets/ablations.json"))
     parser.add_argument("--steps", type=int, default=50)

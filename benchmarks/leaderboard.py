@@ -5,7 +5,6 @@ Rows that are in the file of results are not made again, so an interrupted call 
 learners are if their budget was another.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -130,16 +129,7 @@ def steps_within(budget: float, command: list[str], work: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="texts to learn from; a fifth is held out")
-    parser.add_argument(
-        "--elsewhere",
-        type=Path,
-        nargs="*",
-        default=[],
-        help="texts of other kinds, beside the topics of Python's help",
-    )
-    parser.add_argument("--model", help="a local folder or a Hub id; SmolLM2-135M-Instruct if absent")
+    parser = protocol.parser(__doc__)
     parser.add_argument("--work", type=Path, default=Path("leaderboard"), help="folder for texts and adapters")
     parser.add_argument("--results", type=Path, default=Path("docs/assets/leaderboard.json"))
     parser.add_argument("--plot", type=Path, default=Path("docs/assets/leaderboard.png"))

@@ -1,5 +1,6 @@
 """What the leaderboard and the ablations measure by: model, texts at home and elsewhere, and a place for results."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -20,6 +21,18 @@ from hf_maskpro.starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
 SEQ_LEN = 512
 # Text that needs no file, since every Python carries it.
 TOPICS = "python-topics.txt"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Options that all of them take."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument(
+        "--text", type=Path, nargs="+", required=True, help="texts to learn from; a fifth is held out"
+    )
+    others = "texts of other kinds, beside the topics of Python's help"
+    options.add_argument("--elsewhere", type=Path, nargs="*", default=[], help=others)
+    options.add_argument("--model", help="a local folder or a Hub id; SmolLM2-135M-Instruct if absent")
+    return options
 
 
 def plain(path: Path) -> str:

@@ -3,7 +3,6 @@ What two settings of `sparsegpt+swaps` do: how far the Gram matrix is drawn towa
 approached lies towards the dense model's outputs. Every pair of values is a mask, measured at home and elsewhere.
 """
 
-import argparse
 import json
 import sys
 from importlib import import_module
@@ -24,16 +23,7 @@ walk = import_module("hf_maskpro.starts.walk")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="to calibrate on; a fifth is held out")
-    parser.add_argument(
-        "--elsewhere",
-        type=Path,
-        nargs="*",
-        default=[],
-        help="texts of other kinds, beside the topics of Python's help",
-    )
-    parser.add_argument("--model", help="a local folder or a Hub id; SmolLM2-135M-Instruct if absent")
+    parser = protocol.parser(__doc__)
     parser.add_argument("--shrinkage", type=float, nargs="+", default=[walk.SHRINKAGE])
     parser.add_argument("--towards", type=float, nargs="+", default=[starts.TOWARDS_DENSE])
     parser.add_argument("--work", type=Path, default=Path("start-settings"), help="folder for texts")
