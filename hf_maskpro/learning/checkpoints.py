@@ -142,26 +142,29 @@ class EndsWithCheckpoint(TrainerCallback):
         self.reason = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
         self.restore_handlers()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def agreed(self, args: TrainingArguments) -> BaseException | None:
+        """Why the run is to stop, if it is. All processes have to ask at once: a signal may have found one of them."""
         stops = self.reason is not None
         if self.accelerator.num_processes > 1 and args.save_strategy != SaveStrategy.NO:
-            # A signal may find ranks in different steps.
             stops = self._any(args, stops)
-            self.reason = self.reason or (SystemExit(128 + signal.SIGTERM) if stops else None)
-        if stops:
+        return (self.reason or SystemExit(128 + signal.SIGTERM)) if stops else None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self.agreed(args) is not None:
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        ends_early = args.save_strategy == SaveStrategy.STEPS and state.global_step < state.max_steps
-        if not control.should_training_stop or (self.reason is None and not ends_early):
+        if not control.should_training_stop:
             return
-        if self._saved < state.global_step:
+        reason = self.agreed(args)
+        ends_early = args.save_strategy == SaveStrategy.STEPS and state.global_step < state.max_steps
+        if (reason is not None or ends_early) and self._saved < state.global_step:
             control.should_save = True
-        elif self.reason is not None:
-            raise self.reason
+        elif reason is not None:
+            raise reason
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._saved = state.global_step
-        if self.reason is not None:
+        if (reason := self.agreed(args)) is not None:
             logger.warning(f"stopped after step {state.global_step} of {state.max_steps}; resume from its checkpoint.")
-            raise self.reason
+            raise reason

@@ -198,9 +198,9 @@ class MaskProTrainer(Trainer):
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
-        if self._ending.reason is not None:
+        if (reason := self._ending.agreed(self.args)) is not None:
             # It came after the last step, which has its checkpoint.
-            raise self._ending.reason
+            raise reason
         self._record()
         if self.is_world_process_zero() and find_spec("matplotlib") is not None:
             plot_run(self.state, Path(self.args.output_dir) / PLOT)

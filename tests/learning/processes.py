@@ -141,6 +141,14 @@ class IsStopped(TrainerCallback):
             signal.raise_signal(signal.SIGTERM)
 
 
+class IsStoppedAfterItsStep(TrainerCallback):
+    """Has one process alone be asked to stop, when all have agreed to go on after the second step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and args.process_index == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
 class FailingRows(list):
     """Rows of which one process gets six."""
 
@@ -192,12 +200,14 @@ def main(folder: Path, masks: int) -> None:
     trainer = trainer_of("scaled", folder / "whole", **run)
     trainer.train()
     save_file(logits_of(trainer), folder / f"whole-{rank}.safetensors")
-    trainer = trainer_of("scaled", folder / "stopped", **run)
-    trainer.add_callback(IsStopped())
-    try:
-        trainer.train()
-    except SystemExit:
-        told["stopped"] = trainer.state.global_step
+    told["stopped"] = []
+    for asks in (IsStoppedAfterItsStep(), IsStopped()):
+        trainer = trainer_of("scaled", folder / "stopped", **run)
+        trainer.add_callback(asks)
+        try:
+            trainer.train(resume_from_checkpoint=bool(told["stopped"]))
+        except SystemExit:
+            told["stopped"].append(trainer.state.global_step)
     trainer = trainer_of("scaled", folder / "stopped", **run)
     trainer.train(resume_from_checkpoint=True)
     save_file(logits_of(trainer), folder / f"resumed-{rank}.safetensors")
