@@ -176,12 +176,11 @@ def test_perplexity_does_not_depend_on_the_batch(smollm2, stride):
 
 def test_the_quickstart_tells_its_story(tmp_path):
     output = tmp_path / "quickstart"
-    subprocess.run(
-        [sys.executable, "-m", "hf_maskpro.cli", "quickstart", "--minutes", "6", "--estimator", "simple"]
-        + ["--output", str(output)],
-        check=True,
-    )
-    rows = {row["method"]: row for row in json.loads((output / "results.json").read_text())["rows"]}
+    command = [sys.executable, "-m", "hf_maskpro.cli", "quickstart", "--minutes", "6", "--estimator", "simple"]
+    done = subprocess.run([*command, "--output", str(output), "--json"], check=True, stdout=subprocess.PIPE)
+    results = json.loads(done.stdout)
+    assert results == json.loads((output / "results.json").read_text())
+    rows = {row["method"]: row for row in results["rows"]}
     assert rows["dense"]["perplexity"] < rows["simple"]["perplexity"] < 0.5 * rows["wanda"]["perplexity"]
     assert rows["wanda"]["perplexity"] < rows["magnitude"]["perplexity"]
     assert (output / "learning.png").stat().st_size > 10_000

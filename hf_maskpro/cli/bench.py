@@ -1,9 +1,8 @@
 """Dense against sparse, on the device at hand."""
 
-import json
 from collections import Counter
 from importlib.metadata import version
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Column, Table
@@ -66,7 +65,7 @@ def bench(
         ),
     ] = 0,
     as_json: Json = False,
-) -> None:
+) -> dict[str, Any]:
     """Time a 2:4 model with sparse layers against the same model dense."""
     if (model is None) == (shapes is None):
         raise ValueError("pass either --model DIR or --shapes 7b.")
@@ -105,8 +104,7 @@ def bench(
         "left_dense": left,
     }
     if as_json:
-        typer.echo(json.dumps(figures))
-        return
+        return figures
     names = ("batch", "tokens", "mode", "dense ms", "sparse ms", "ratio", "sparse is", "difference")
     columns = [Column("phase", overflow="fold"), *(Column(name, justify="right", overflow="fold") for name in names)]
     table = Table(*columns, title=f"{figures['model']}, {form}, {figures['dtype']}, {figures['device']}")
@@ -131,3 +129,4 @@ def bench(
     )
     for reason, count in Counter(left.values()).items():
         console.print(f"Dense in both: {count} linear layers: {reason}.")
+    return figures

@@ -1,6 +1,5 @@
 """What several verbs need once they run: models, texts, adapters."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -217,15 +216,14 @@ def calibrate(
 
 def write_adapter(
     masked: PeftModel, output: Path, overwrite: bool, model: str, gguf_file: str | None, as_json: bool
-) -> None:
-    """Write a one-shot mask, and say what it is and what comes next."""
+) -> dict[str, Any]:
+    """Write a one-shot mask and give its figures; unless these are printed, say what it is and what comes next."""
     with new_folder(output, overwrite) as folder:
         masked.save_pretrained(folder)
     config = masked.peft_config["default"]
-    if as_json:
-        figures = {"output": str(output), "pattern": config.pattern, "init_mask": config.init_mask}
-        typer.echo(json.dumps(figures | {"target_weights": config.target_weights}))
-        return
-    typer.echo(f"{output}: a {config.pattern} mask by {config.init_mask} over {config.target_weights:,} weights")
-    given = ["--model", model, *(["--gguf-file", gguf_file] if gguf_file else [])]
-    say_next("train", *given, "--adapter", str(output), "--text", "FILE", "--output", f"{output}-learned")
+    if not as_json:
+        typer.echo(f"{output}: a {config.pattern} mask by {config.init_mask} over {config.target_weights:,} weights")
+        given = ["--model", model, *(["--gguf-file", gguf_file] if gguf_file else [])]
+        say_next("train", *given, "--adapter", str(output), "--text", "FILE", "--output", f"{output}-learned")
+    figures = {"output": str(output), "pattern": config.pattern, "init_mask": config.init_mask}
+    return figures | {"target_weights": config.target_weights}

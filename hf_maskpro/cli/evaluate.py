@@ -1,6 +1,5 @@
 """The verb that measures."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,7 +94,7 @@ def evaluate(
     ] = False,
     gguf_file: GgufFile = None,
     as_json: Json = False,
-) -> None:
+) -> dict[str, Any]:
     """Measure perplexity on texts, of a mask also against the dense model, and accuracy on tasks."""
     paths = [*(text or []), *([home] if home is not None else [])]
     if not paths and not dataset and tasks is None:
@@ -179,16 +178,16 @@ def evaluate(
         _record(Path(str(adapter)) / (subfolder or ""), home, results[0])
     if compare:
         rows = [_lifted(each) for each in results]
-        if as_json:
-            typer.echo(json.dumps({"models": rows}))
-        else:
+        if not as_json:
             _show_side_by_side(sources or [], [_flat(row) for row in rows])
-        return
+        return {"models": rows}
     figures = _lifted(results[0])
-    if not as_json and "texts" in figures:
-        measured = figures.pop("texts")
+    if as_json:
+        return figures
+    if measured := figures.pop("texts", {}):
         _show_side_by_side(list(short_names(list(measured)).values()), list(measured.values()))
-    show(figures if as_json else _flat(figures), as_json)
+    show(_flat(figures))
+    return figures
 
 
 def _record(folder: Path, home: Path | None, figures: dict[str, Any]) -> None:

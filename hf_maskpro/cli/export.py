@@ -1,6 +1,6 @@
 """The verb that writes models for other runtimes."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -34,7 +34,7 @@ def export(
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
-) -> None:
+) -> dict[str, Any]:
     """Write a sparse model for another runtime, checked."""
     if target == "dense" and adapter is None:
         raise ValueError("--target dense merges a mask adapter: pass --adapter.")
@@ -49,18 +49,21 @@ def export(
     deploy.check_free(output, overwrite, model, adapter)
     if masks is not None:
         saved_config(masks)
-    figures = {"output": str(output), "target": target}
+    figures: dict[str, Any] = {"output": str(output), "target": target}
     if target in ("cpu", "onnx"):
         sparse, tokenizer = load_model(model, gguf_file)
         if masks is not None:
             sparse = load_adapter(sparse, masks).merge_and_unload(safe_merge=True)
         write = deploy.to_packed if target == "cpu" else deploy.to_onnx
-        show(figures | write(sparse, tokenizer, output, overwrite), as_json)
-        return
-    with checkpoint(model, gguf_file, output) as folder:
-        if target == "torchao-fp8":
-            report = deploy.to_torchao_fp8(folder, masks, output, overwrite)
-        else:
-            assert masks is not None
-            report = deploy.merge(folder, masks, output, overwrite)
-    show(figures | {"layers": len(report), "zeros": sum(report.values()) / len(report)}, as_json)
+        figures |= write(sparse, tokenizer, output, overwrite)
+    else:
+        with checkpoint(model, gguf_file, output) as folder:
+            if target == "torchao-fp8":
+                report = deploy.to_torchao_fp8(folder, masks, output, overwrite)
+            else:
+                assert masks is not None
+                report = deploy.merge(folder, masks, output, overwrite)
+        figures |= {"layers": len(report), "zeros": sum(report.values()) / len(report)}
+    if not as_json:
+        show(figures)
+    return figures

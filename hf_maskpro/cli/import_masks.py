@@ -1,7 +1,7 @@
 """The verb that takes a mask made elsewhere."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,7 +43,7 @@ def import_masks(
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
-) -> None:
+) -> dict[str, Any]:
     """Write a mask that was made elsewhere as an adapter."""
     refined = unrefined(source) != source and not Path(source).exists()
     if unrefined(source) in RULES or (refined and is_source(source)):
@@ -74,4 +74,4 @@ def import_masks(
     base, _ = load_model(model, gguf_file)
     masked = get_peft_model(base, config)
     initialize_masks(masked)
-    write_adapter(masked, output, overwrite, model, gguf_file, as_json)
+    return write_adapter(masked, output, overwrite, model, gguf_file, as_json)

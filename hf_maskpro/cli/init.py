@@ -1,6 +1,6 @@
 """The verb that makes a one-shot mask."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -104,7 +104,7 @@ def init(
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
-) -> None:
+) -> dict[str, Any]:
     """Write a one-shot mask as an adapter."""
     if source_settings and (samples, seq_len) != (None, None):
         raise ValueError("--source-settings says what --samples and --seq-len are; drop the one or the other.")
@@ -180,4 +180,4 @@ def init(
     masked = get_peft_model(base, config)
     text_name = mixture_name([*names, *[GENERATED] * self_generated], shares)
     calibrate(masked, batches, text_name, seed, start_id, chat)
-    write_adapter(masked, output, overwrite, model, gguf_file, as_json)
+    return write_adapter(masked, output, overwrite, model, gguf_file, as_json)

@@ -31,8 +31,15 @@ def inspect(
     revision: Revision = None,
     subfolder: Subfolder = None,
     as_json: Json = False,
-) -> None:
+) -> dict[str, Any]:
     """Show what an adapter or checkpoint holds."""
+    figures = _inspect(source, n, m, revision, subfolder)
+    if not as_json:
+        show(figures)
+    return figures
+
+
+def _inspect(source: str, n: int, m: int, revision: str | None, subfolder: str | None) -> dict[str, Any]:
     check_pattern(n, m)
     folder = Path(source) / (subfolder or "")
     if not folder.is_dir():
@@ -46,17 +53,15 @@ def inspect(
 
     if not folder.is_dir():
         try:
-            return show(hub.inspect_adapter(source, revision, subfolder), as_json)
+            return hub.inspect_adapter(source, revision, subfolder)
         except EntryNotFoundError:
             patterns = ["*.json", "*.safetensors"]
             folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns)) / (subfolder or "")
     if (folder / "adapter_config.json").is_file():
-        show(hub.inspect_adapter(str(folder)), as_json)
-    elif (folder / "config.json").is_file():
-        show(_inspect_checkpoint(folder, n, m), as_json)
-    else:
-        raise ValueError(f"{source} holds neither adapter_config.json nor config.json.")
-    return None
+        return hub.inspect_adapter(str(folder))
+    if (folder / "config.json").is_file():
+        return _inspect_checkpoint(folder, n, m)
+    raise ValueError(f"{source} holds neither adapter_config.json nor config.json.")
 
 
 def _inspect_checkpoint(folder: Path, n: int, m: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The verb that writes a sparse checkpoint."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,7 +26,7 @@ def merge(
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
-) -> None:
+) -> dict[str, Any]:
     """Write an ordinary sparse checkpoint, checked."""
     check_model(model, gguf_file)
     folder = adapter_folder(adapter, revision, subfolder)
@@ -38,18 +38,19 @@ def merge(
     from .common import checkpoint, load_adapter, load_model
 
     deploy.check_free(output, overwrite, model, adapter)
+    figures: dict[str, Any] = {"output": str(output), "pattern": None}
     if allow_dense and not isinstance(PeftConfig.from_pretrained(str(folder)), MaskProConfig):
         loaded, tokenizer = load_model(model, gguf_file)
         with deploy.new_folder(output, overwrite) as new:
             load_adapter(loaded, folder).merge_and_unload(safe_merge=True).save_pretrained(new)
             tokenizer.save_pretrained(new)
             drop_sparsity_config(new)
-        return show({"output": str(output), "pattern": None}, as_json)
-    pattern = saved_config(folder).pattern
-    with checkpoint(model, gguf_file, output) as base:
-        report = deploy.merge(base, folder, output, overwrite)
-    zeros = sum(report.values()) / len(report)
-    show({"output": str(output), "pattern": pattern, "layers": len(report), "zeros": zeros}, as_json)
+    else:
+        figures["pattern"] = saved_config(folder).pattern
+        with checkpoint(model, gguf_file, output) as base:
+            report = deploy.merge(base, folder, output, overwrite)
+        figures |= {"layers": len(report), "zeros": sum(report.values()) / len(report)}
     if not as_json:
+        show(figures)
         say_next("eval", "--model", str(output), "--text", "FILE")
-    return None
+    return figures

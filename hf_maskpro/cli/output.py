@@ -1,6 +1,5 @@
 """What a verb prints: its figures, and what to do next."""
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,8 @@ from rich.table import Column, Table
 console = Console()
 
 
-def show(figures: dict[str, Any], as_json: bool) -> None:
-    """Print figures as a table of two columns, or as one JSON object."""
-    if as_json:
-        typer.echo(json.dumps(figures))
-        return
+def show(figures: dict[str, Any]) -> None:
+    """Print figures as a table of two columns."""
     # What does not fit goes on in the next line, to be copied, rather than be cut.
     table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False)
     for name, value in figures.items():

@@ -1,7 +1,7 @@
 """The verb that shares."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,7 +41,7 @@ def push(
         str, typer.Option(metavar="TEXT", help="First line of the commit's message.", rich_help_panel=COMMIT)
     ] = "Upload with hf-maskpro",
     as_json: Json = False,
-) -> None:
+) -> dict[str, Any]:
     """Push an adapter or a merged checkpoint to the Hub."""
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist; pass the folder of an adapter or of a merged checkpoint.")
@@ -60,4 +60,7 @@ def push(
         create_pr=create_pr,
         commit_message=commit_message,
     )
-    show({"repository": commit.repo_url.repo_id, "commit": commit.oid, "url": commit.commit_url}, as_json)
+    figures = {"repository": commit.repo_url.repo_id, "commit": commit.oid, "url": commit.commit_url}
+    if not as_json:
+        show(figures)
+    return figures

@@ -241,7 +241,7 @@ def train(
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
-) -> None:
+) -> dict[str, Any]:
     """
     Learn a mask.
 
@@ -434,13 +434,14 @@ def train(
     figures["changed"] = trainer.changed_groups()
     if state.best_metric is not None:
         figures |= {"best_step": state.best_global_step, "eval_perplexity": math.exp(state.best_metric)}
-    show(figures, as_json)
     if not as_json:
+        show(figures)
         given = ["--model", model, *(["--gguf-file", gguf_file] if gguf_file else [])]
         say_next(
             "eval", *given, "--adapter", str(output), "--text", str(eval_text or "FILE"), "--seq-len", str(seq_len)
         )
         say_next("merge", *given, "--adapter", str(output), "--output", f"{output}-merged")
+    return figures
 
 
 def _check_learner(estimator: str, pattern: str) -> None:

@@ -1,10 +1,11 @@
-"""A verb of the command: whatever fails is one line, in the words of its options."""
+"""A verb of the command: whatever fails is one line, in the words of its options, and `--json` is one object."""
 
+import json
 import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import typer
@@ -16,11 +17,15 @@ UsageError: Any = typer.BadParameter.__base__
 
 
 class Verb(TyperCommand):
-    """A command that says in one line why it failed."""
+    """A command that says in one line why it failed, and by `--json` prints what its function returns."""
 
-    def invoke(self, ctx: Any) -> Any:
-        with one_line_errors(self.options_of_names()):
-            return super().invoke(ctx)
+    def invoke(self, ctx: Any) -> None:
+        as_json = ctx.params["as_json"]
+        # What other packages print meanwhile is no part of the one object.
+        with one_line_errors(self.options_of_names()), redirect_stdout(sys.stderr if as_json else sys.stdout):
+            figures = super().invoke(ctx)
+        if as_json:
+            typer.echo(json.dumps(figures))
 
     def options_of_names(self) -> dict[str, str]:
         """The option for every argument that a message may name."""

@@ -38,7 +38,6 @@ def run(*arguments, code=0):
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["hf-maskpro", *map(str, arguments)])
-        patch.setattr("hf_maskpro.cli.output.console.file", out)
         try:
             main()
             status = 0

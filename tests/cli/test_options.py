@@ -11,6 +11,7 @@ from shutil import copytree
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.core import TyperCommand
 from typer.main import get_command
 
 from hf_maskpro.cli import app
@@ -44,7 +45,13 @@ def arguments(monkeypatch):
     return seen
 
 
-def test_every_verb_prints_one_object(checkpoint, text, train, tmp_path):
+def test_every_verb_prints_one_object(checkpoint, text, train, monkeypatch, tmp_path):
+    def noisy(verb, context, invoke=TyperCommand.invoke):
+        print("what a library says")
+        return invoke(verb, context)
+
+    monkeypatch.setattr(TyperCommand, "invoke", noisy)
+
     def printed(*command):
         return json.loads(run(*command, "--json").stdout)
 
@@ -54,6 +61,8 @@ def test_every_verb_prints_one_object(checkpoint, text, train, tmp_path):
     assert printed(*train, "--logging-steps", 1)["steps"] == 2
     assert printed("merge", "--adapter", tmp_path / "i", *given, tmp_path / "s")["layers"] == 14
     assert printed("inspect", tmp_path / "s")["pattern"] == "2:4"
+    cut = ["--text", text, "--seq-len", 32]
+    assert printed("eval", "--model", tmp_path / "s", *cut)["perplexity"] > 1
 
 
 def test_a_verb_ends_with_the_next_command(checkpoint, train, tmp_path):

