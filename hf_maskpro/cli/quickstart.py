@@ -84,7 +84,7 @@ def quickstart(
     from ..starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
     from .common import load_tokenizer
 
-    check_free(output, overwrite)
+    check_free(output, overwrite, model, text)
     pieces = _topics() if text is None else read_text(text).split("\n\n")
     texts = {
         "calibration": "\n\n".join(piece for i, piece in enumerate(pieces) if i % HELD_OUT_EVERY),

@@ -128,6 +128,13 @@ def test_a_text_of_too_few_paragraphs_is_named(talker, tmp_path):
     assert not (tmp_path / "story").exists()
 
 
+def test_an_output_that_holds_the_text_or_the_model_is_refused(talker, paragraphs, rows):
+    given = ["quickstart", "--model", talker, "--text", paragraphs, "--overwrite", "--output"]
+    assert f"holds {paragraphs}, which would be lost" in fails(*given, paragraphs.parent)
+    assert f"holds {talker}, which would be lost" in fails(*given, talker.parent)
+    assert rows == {}
+
+
 def test_a_row_is_calibrated_on_pieces_of_a_text(talker, paragraphs, tmp_path, monkeypatch):
     (tmp_path / "other.txt").write_text(" ".join(reversed(paragraphs.read_text().split())))
     seen = []
