@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from threading import current_thread, main_thread
 from types import FrameType
@@ -24,7 +25,10 @@ UNFINISHED, REPLACED, FILES_NAME = ".unfinished", "replaced", "files.json"
 
 
 def place_checkpoint(written: Path, folder: Path) -> None:
-    """Give a checkpoint that is written its place, at once; an earlier run's of that name goes."""
+    """
+    Give a checkpoint that is written its place, at once. An earlier run's of that name goes; one of more steps stays,
+    but no run is resumed from it unasked.
+    """
     paths = sorted(written.rglob("*"))
     sizes = {str(path.relative_to(written)): path.stat().st_size for path in paths if path.is_file()}
     (written / FILES_NAME).write_text(json.dumps(sizes))
@@ -37,6 +41,9 @@ def place_checkpoint(written: Path, folder: Path) -> None:
         folder.rename(replaced / folder.name)
     written.rename(folder)
     _to_disk(folder.parent)
+    for step, other in _checkpoints(folder.parent).items():
+        if step > int(folder.name.rpartition("-")[2]):
+            (other / FILES_NAME).unlink(missing_ok=True)
     discard(written.parent)
 
 
@@ -63,7 +70,7 @@ def checkpoint_to_resume(run: str | Path) -> str:
     """
     if (newest := newest_checkpoint(run)) is not None:
         return newest
-    for folder in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+    for folder in _checkpoints(run).values():
         if not (folder / FILES_NAME).exists():
             raise ValueError(
                 f"{folder} has no {FILES_NAME}, as those of an earlier version or a plain Trainer, so nothing says "
@@ -77,12 +84,15 @@ def newest_checkpoint(run: str | Path) -> str | None:
     Of the checkpoints in the folder of a run that are whole, the one with most steps. One that was being deleted, or
     was not copied to its end, is not, nor one that another trainer wrote.
     """
-    steps = {}
-    for folder in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdecimal() and _is_whole(folder):
-            steps[int(step)] = str(folder)
+    steps = {step: str(folder) for step, folder in _checkpoints(run).items() if _is_whole(folder)}
     return steps[max(steps)] if steps else None
+
+
+def _checkpoints(run: str | Path) -> dict[int, Path]:
+    """The checkpoints in the folder of a run by their steps, whole or not."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    folders = {folder.name.removeprefix(prefix): folder for folder in Path(run).glob(f"{prefix}*")}
+    return {int(step): folder for step, folder in folders.items() if step.isdecimal()}
 
 
 def _is_whole(folder: Path) -> bool:
@@ -91,6 +101,16 @@ def _is_whole(folder: Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, TypeError, RecursionError):
         return False
+
+
+def outlive_a_signal(begin: Callable[[int], None] | None, reader: int) -> None:
+    """
+    Begin a process that reads data. A scheduler sends SIGTERM to it too, and a run whose reader is killed fails within
+    its step: so it takes two to end it, as with the run.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    if begin is not None:
+        begin(reader)
 
 
 class EndsWithCheckpoint(TrainerCallback):

@@ -23,7 +23,14 @@ from ..tuner.card import CARD_FILES, PLOT, load_card, save_card
 from ..tuner.files import json_object, one_line, private_folder
 from .adapter import TrainedAdapter
 from .arguments import ESTIMATORS, MaskProTrainingArguments
-from .checkpoints import UNFINISHED, EndsWithCheckpoint, checkpoint_to_resume, discard, place_checkpoint
+from .checkpoints import (
+    UNFINISHED,
+    EndsWithCheckpoint,
+    checkpoint_to_resume,
+    discard,
+    outlive_a_signal,
+    place_checkpoint,
+)
 from .dataset import Repeated, dataset_by_name, rows_of
 from .objectives import Distillation, objective_weights, ranks_of_loss
 from .progress import MaskProgress
@@ -218,6 +225,12 @@ class MaskProTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         return self.estimator.train_dataloader(super().get_train_dataloader)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        dataloader: Any = super()._get_dataloader(*args, **kwargs)
+        loader = dataloader.base_dataloader
+        loader.worker_init_fn = partial(outlive_a_signal, loader.worker_init_fn)
+        return dataloader
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -1,6 +1,7 @@
 """A run ends as if nothing had happened to it, or says why it cannot."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -123,9 +124,16 @@ def test_a_run_over_a_model_with_added_tokens_resumes(tmp_path):
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, alone, number, error):
+    """Also where the processes that read the data get it, as from a terminal or a scheduler."""
+
+    def stop():
+        readers = [str(child.pid) for child in multiprocessing.active_children()]
+        subprocess.run(["kill", f"-{number:d}", *readers], check=True)
+        signal.raise_signal(number)
+
     before = signal.getsignal(number)
-    trainer = learner(tmp_path, rows())
-    trainer.stop = lambda: signal.raise_signal(number)
+    trainer = learner(tmp_path, rows(), dataloader_num_workers=1)
+    trainer.stop = stop
     with pytest.raises(error) as ended:
         trainer.train()
     assert ended.type is KeyboardInterrupt or ended.value.code == 143
@@ -285,6 +293,17 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
     (tmp_path / "checkpoint-2" / "files.json").write_text("[" * 10**5)
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_a_run_is_not_resumed_from_what_another_left_in_its_folder(tmp_path):
+    placed(tmp_path, 9, "another's")
+    placed(tmp_path, 2, "mine")
+    placed(tmp_path, 3, "mine")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    assert (tmp_path / "checkpoint-9" / "logits").read_text() == "another's"
+    # Nor is one that goes on from an earlier step than the last.
+    placed(tmp_path, 2, "again")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 def test_what_a_checkpoint_replaces_goes_when_its_place_is_on_the_disk(tmp_path, monkeypatch):
