@@ -268,6 +268,12 @@ def test_every_page_is_in_the_navigation_and_there():
     assert named == sorted(str(page.relative_to(DOCS)) for page in PAGES if page.parent.name != "assets")
 
 
+def test_the_readme_ends_with_every_page():
+    linked = set(re.findall(r"\]\(docs/([\w-]+\.md)", README.read_text(encoding="utf-8").split("\n## Development")[1]))
+    # The README is what the one is on the site, and has the other by the name of its file.
+    assert {page.name for page in DOCS.glob("*.md")} - linked == {"index.md", "changelog.md"}
+
+
 def test_every_public_function_has_an_entry():
     named = re.findall(r"^::: (\S+)", "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md")), re.M)
     entries = {resolve_name(":".join(name.rsplit(".", 1))) for name in named}
