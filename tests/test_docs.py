@@ -157,8 +157,10 @@ def test_other_pages_repeat_the_leaderboard_rightly():
     named |= {f"`{learner}` from it": f"{learner} from {start}" for learner in ("simple", "maskllm", "proxsparse")}
     for shown, method in named.items():
         assert f"| {shown} | {rows[method]['at_home']:.2f} | {rows[method]['steps']} |" in choosing
-    measured = (f"{rows[method]['perplexity']:,.4g}" for method in ("dense", "wanda"))
-    assert f"│ perplexity │ {' │ '.join(measured)} │" in evaluation
+    dense, wanda = (f"{rows[method]['perplexity']:,.4g}" for method in ("dense", "wanda"))
+    assert f"│ perplexity │ {dense} │ {wanda} │" in evaluation
+    assert f"| {wanda} | held_out.txt, non-overlapping windows of 512 tokens, 8192 tokens |" in evaluation
+    assert f"is {rows['magnitude']['at_home']:.0f} times that of the dense model" in choosing
 
 
 def test_the_ablations_are_those_of_their_file():
@@ -174,12 +176,31 @@ def test_the_ablations_are_those_of_their_file():
     assert sorted(shown) == sorted(expected)
 
 
-def test_the_readme_repeats_the_longest_run_rightly():
-    """Which has a row of its own, and no file."""
-    row = re.search(r"^\| language modelling, .*\(44 minutes\) \|.*$", (DOCS / "ablations.md").read_text(), re.M)
-    *_, elsewhere, home = cells(row[0])
-    text = " ".join(README.read_text(encoding="utf-8").split())
-    assert f"has {home} times at home and {elsewhere} times elsewhere" in text
+def test_figures_without_a_file_are_repeated_rightly():
+    """Each has one place, with its command or protocol."""
+    readme, *pages = (
+        " ".join(path.read_text(encoding="utf-8").replace("**", "").split())
+        for path in (README, *(DOCS / f"{page}.md" for page in ("choosing", "comparison", "large-models", "deploy")))
+    )
+    choosing, comparison, large, deploy = pages
+    lines = [*(DOCS / "ablations.md").read_text().splitlines(), *(DOCS / "deploy.md").read_text().splitlines()]
+
+    def row(start: str) -> list[str]:
+        (line,) = (line for line in lines if re.match(rf"\| {start}[^|]* \|", line))
+        return cells(line.replace("**", ""))
+
+    *_, elsewhere, home = row("language modelling, .*44 minutes")
+    assert f"has {home} times at home and {elsewhere} times elsewhere" in readme
+    *_, elsewhere, home = row("language modelling(?!,)")
+    assert f"{home} times the dense perplexity at home and {elsewhere} times elsewhere" in choosing
+    assert f"mask has {elsewhere} times the dense perplexity" in comparison
+    small, large_model = row("SmolLM2-135M, 64 new tokens")[3], row("Llama-3.2-1B's shape, 64 new tokens")[3]
+    assert f"{small} times as fast as in dense bfloat16" in readme
+    assert f"one, {small} and {large_model} times" in deploy
+    starts = " ".join((DOCS / "starting-masks.md").read_text(encoding="utf-8").split())
+    seconds, memory = re.search(r"takes (\d+) seconds there, .*? and ([\d.]+ GB) in all", starts).groups()
+    assert f"takes {seconds} seconds, ten times the layer's forward pass, and {memory}" in large
+    assert f"about {32 * int(seconds) / 3600:.1f} hours" in large
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=name)
@@ -247,6 +268,12 @@ def test_every_page_is_in_the_navigation_and_there():
     assert named == sorted(str(page.relative_to(DOCS)) for page in PAGES if page.parent.name != "assets")
 
 
+def test_the_readme_ends_with_every_page():
+    linked = set(re.findall(r"\]\(docs/([\w-]+\.md)", README.read_text(encoding="utf-8").split("\n## Development")[1]))
+    # The README is what the one is on the site, and has the other by the name of its file.
+    assert {page.name for page in DOCS.glob("*.md")} - linked == {"index.md", "changelog.md"}
+
+
 def test_every_public_function_has_an_entry():
     named = re.findall(r"^::: (\S+)", "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md")), re.M)
     entries = {resolve_name(":".join(name.rsplit(".", 1))) for name in named}
@@ -254,6 +281,18 @@ def test_every_public_function_has_an_entry():
     public = {f"{room.__name__}.{name}": getattr(room, name) for room in rooms for name in room.__all__}
     missing = [name for name, value in public.items() if isfunction(value) or isclass(value) if value not in entries]
     assert missing == []
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "api").glob("*.md")), ids=name)
+def test_a_page_of_the_api_says_what_to_import(page):
+    nodes = ast.walk(ast.parse("\n".join(prose_and_code(page)[1])))
+    lines = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    imported = {f"{line.module}.{known.name}" for line in lines for known in line.names}
+    entries = re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.M)
+    # Of one estimator: fields of the training arguments.
+    settings = {entry for entry in entries if re.fullmatch(r"hf_maskpro\.learning\.\w+\.\w+Arguments", entry)}
+    assert entries
+    assert set(entries) - imported - settings == set()
 
 
 def test_the_repository_has_one_address():

@@ -84,7 +84,7 @@ def quickstart(
     from ..starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
     from .common import load_tokenizer
 
-    check_free(output, overwrite)
+    check_free(output, overwrite, model, text)
     pieces = _topics() if text is None else read_text(text).split("\n\n")
     texts = {
         "calibration": "\n\n".join(piece for i, piece in enumerate(pieces) if i % HELD_OUT_EVERY),
@@ -294,8 +294,14 @@ def _run(output: Path, base: str, method: str, options: list[str] | None = None)
     command += ["--result", str(result), "--seq-len", str(SEQ_LEN), "--max-tokens", str(MAX_TOKENS)]
     if method != "dense":
         command += ["--output", str(output / method)]
-    if subprocess.run(command + (options or []), env=KEEP_MEMORY | os.environ, stdout=sys.stdout).returncode != 0:
-        raise RuntimeError(f"the {method} process failed; its message is above.")
+    ended = subprocess.run(command + (options or []), env=KEEP_MEMORY | os.environ, stdout=sys.stdout).returncode
+    if ended < 0:
+        raise RuntimeError(
+            f"the {method} process was ended by signal {-ended}; if memory was short, close other programs."
+        )
+    if ended > 0:
+        # It has said why.
+        raise typer.Exit(1)
     row = json.loads(result.read_text())
     result.unlink()
     console.print(f"held-out perplexity {row['perplexity']:.4g} at home, {row['elsewhere']:.4g} elsewhere")

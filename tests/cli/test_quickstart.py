@@ -5,6 +5,7 @@ import re
 import sys
 import time
 from shutil import copytree
+from types import SimpleNamespace
 
 import pytest
 from peft import get_peft_model
@@ -125,6 +126,29 @@ def test_a_text_of_too_few_paragraphs_is_named(talker, tmp_path):
     (tmp_path / "one.txt").write_text(" ".join(VOCABULARY * 100))
     refused = fails("quickstart", "--model", talker, "--text", tmp_path / "one.txt", "--output", tmp_path / "story")
     assert refused.startswith(f"error: {tmp_path / 'one.txt'} has 1 paragraphs")
+    assert not (tmp_path / "story").exists()
+
+
+def test_an_output_that_holds_the_text_or_the_model_is_refused(talker, paragraphs, rows):
+    given = ["quickstart", "--model", talker, "--text", paragraphs, "--overwrite", "--output"]
+    assert f"holds {paragraphs}, which would be lost" in fails(*given, paragraphs.parent)
+    assert f"holds {talker}, which would be lost" in fails(*given, talker.parent)
+    assert rows == {}
+
+
+@pytest.mark.parametrize(
+    ("ended", "said"),
+    [
+        (1, []),
+        (-9, ["error: the dense process was ended by signal 9; if memory was short, close other programs."]),
+    ],
+)
+def test_a_row_that_fails_has_said_why_unless_it_was_killed(
+    checkpoint, paragraphs, tmp_path, monkeypatch, ended, said
+):
+    monkeypatch.setattr(quickstart.subprocess, "run", lambda *_, **options: SimpleNamespace(returncode=ended))
+    given = ["quickstart", "--model", checkpoint, "--text", paragraphs, "--output", tmp_path / "story"]
+    assert run(*given, code=1).stderr.splitlines() == said
     assert not (tmp_path / "story").exists()
 
 
