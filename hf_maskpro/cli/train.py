@@ -416,15 +416,20 @@ def train(
             eval_dataset=None if evaluated is None else _rows(evaluated),
             callbacks=[EarlyStoppingCallback(early_stopping)] if early_stopping else None,
         )
-        if not resume:
+        # Of several processes.
+        is_first = trainer.is_world_process_zero()
+        if is_first and not resume:
             set_aside(output)
         try:
             result = trainer.train(resume_from_checkpoint=checkpoint)
-            masked.save_pretrained(output)
+            if is_first:
+                masked.save_pretrained(output)
         except BaseException:
-            if newest_checkpoint(output) is None:
+            if is_first and newest_checkpoint(output) is None:
                 put_back(output)
             raise
+    if not is_first:
+        raise typer.Exit
     forget_previous(output)
     state = trainer.state
     last = [entry for entry in state.log_history if "loss" in entry][-1:]

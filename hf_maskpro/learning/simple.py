@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from .adapter import TrainedAdapter
 from .estimator import Estimator
-from .lean import STATE_NAME, OptimizerInBackward
+from .lean import OptimizerInBackward
 
 
 @dataclass
@@ -111,5 +111,3 @@ class Simple(Estimator):
     def load(self, folder: Path) -> None:
         if self.in_backward is not None:
             self.in_backward.load(folder)
-        elif (folder / STATE_NAME).is_file():
-            raise ValueError(f"{folder} was written with optimizer_in_backward=True; resume with it.")

@@ -402,12 +402,14 @@ class MaskProTrainer(Trainer):
                 f"{resume_from_checkpoint} is not a checkpoint of estimator={self.args.estimator!r}, but of "
                 f"{learner!r}; start a new run from it."
             )
-        mine, theirs = objective_name(self.args), saved.start.get("training", {}).get("objective")
-        if theirs not in (None, mine):
-            raise ValueError(
-                f"{resume_from_checkpoint} minimises {one_line(theirs)}, and objective is {mine}; resume with the "
-                "same, or start a new run from it."
-            )
+        settings = {"objective": objective_name(self.args)} | self.estimator.settings()
+        for name in ("objective", "optimizer"):
+            mine, theirs = settings.get(name), saved.start.get("training", {}).get(name)
+            if theirs not in (None, mine):
+                raise ValueError(
+                    f"{resume_from_checkpoint} has the {name} {one_line(theirs)}, and this run {mine}; resume with "
+                    "the same, or start a new run from it."
+                )
         for name in ("n", "m", "logit_scale"):
             mine, theirs = getattr(self.config, name), getattr(saved, name)
             if mine not in (None, theirs):

@@ -3,7 +3,8 @@
 import json
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from hf_maskpro import MaskProConfig, MaskProTrainer
+from hf_maskpro.cli import main as hf_maskpro
 from hf_maskpro.learning.estimator import Estimator
 from hf_maskpro.tuner import MaskProLayer
 
@@ -48,7 +50,7 @@ def logits_of(trainer: MaskProTrainer) -> dict[str, torch.Tensor]:
 
 def sharded(estimator: str, folder: Path, **options) -> MaskProTrainer:
     """A trainer of a model that FSDP splits between processes."""
-    options |= {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "learning_rate": 1.0}
+    options |= {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "learning_rate": 1.0, "eval_steps": 2}
     args = arguments(folder, estimator, per_device_train_batch_size=2, baseline="step", **options)
     if args.fsdp:
         # accelerate splits models on GPUs alone; torch does on CPUs as well.
@@ -57,7 +59,7 @@ def sharded(estimator: str, folder: Path, **options) -> MaskProTrainer:
     # Of layers with 37 rows processes have unlike parts.
     model = tiny_llama(intermediate_size=37)
     model = get_peft_model(model, MaskProConfig(logit_scale=2.0, target_modules=["q_proj", "up_proj"]))
-    return MaskProTrainer(model, args, train_dataset=rows(64))
+    return MaskProTrainer(model, args, train_dataset=rows(64), eval_dataset=rows(8))
 
 
 def run_sharded(folder: Path, rank: int) -> str:
@@ -75,6 +77,12 @@ def run_sharded(folder: Path, rank: int) -> str:
         trainer.train(resume_from_checkpoint=str(folder / f"split-{estimator}" / "checkpoint-2"))
         assert isinstance(trainer.adapter.thetas()[0], DTensor)
         save_file(logits_of(trainer), folder / f"rejoined-{estimator}-{rank}.safetensors")
+    # The worst, which is the earlier one: there is something to go back to.
+    best = {"eval_strategy": "steps", "load_best_model_at_end": True, "greater_is_better": True}
+    trainer = sharded("simple", folder / "best", **split, **best)
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    save_file(logits_of(trainer), folder / f"best-{rank}.safetensors")
     trainer = sharded("simple", folder / "parted", **split)
     trainer.add_callback(HasAnotherMask)
     try:
@@ -181,7 +189,18 @@ def run_failing(folder: Path) -> list:
     return ends
 
 
-def main(folder: Path, masks: int) -> None:
+def run_command(folder: Path, model: str, text: str) -> str:
+    """What the command prints in this process, where it learns twice into one folder."""
+    printed = StringIO()
+    for more in ([], ["--overwrite"]):
+        sys.argv = ["hf-maskpro", "train", "--model", model, "--text", text, "--output", str(folder), "--json", *more]
+        sys.argv += ["--init-mask", "magnitude", "--seq-len", "32", "--max-steps", "2", "--use-cpu"]
+        with redirect_stdout(printed), suppress(SystemExit):
+            hf_maskpro()
+    return printed.getvalue()
+
+
+def main(folder: Path, masks: int, model: str, text: str) -> None:
     options = {"gradient_accumulation_steps": masks}
     told = {}
     seeds, draw = [], MaskProLayer._seed
@@ -212,6 +231,7 @@ def main(folder: Path, masks: int) -> None:
     trainer.train(resume_from_checkpoint=True)
     save_file(logits_of(trainer), folder / f"resumed-{rank}.safetensors")
 
+    told["printed"] = run_command(folder / "command", model, text)
     told["failed"] = run_failing(folder)
     told["split"] = run_sharded(folder, rank)
     try:
@@ -229,4 +249,4 @@ def main(folder: Path, masks: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

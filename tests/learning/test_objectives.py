@@ -267,7 +267,7 @@ def test_a_run_does_not_go_on_with_another_objective(tmp_path):
         return MaskProTrainer(get_peft_model(tiny_llama(), MaskProConfig()), args, train_dataset=rows())
 
     trainer("distillation").train()
-    with pytest.raises(ValueError, match="minimises distillation, and objective is language-modeling"):
+    with pytest.raises(ValueError, match="has the objective distillation, and this run language-modeling"):
         trainer("language-modeling").train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

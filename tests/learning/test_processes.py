@@ -39,9 +39,9 @@ def launch(module: str, processes: int, *arguments: str) -> None:
 class Ran:
     """What several processes left behind, of so many masks a step in each."""
 
-    def __init__(self, folder: Path, processes: int, masks: int):
+    def __init__(self, folder: Path, processes: int, masks: int, *read: Path):
         self.folder, self.processes, self.masks = folder, processes, masks
-        launch("tests.learning.processes", processes, str(folder), str(masks))
+        launch("tests.learning.processes", processes, *map(str, (folder, masks, *read)))
         self.told = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
 
     def logits(self, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
@@ -53,8 +53,8 @@ class Ran:
     params=[(2, 1), pytest.param((4, 1), marks=pytest.mark.slow), pytest.param((2, 2), marks=pytest.mark.slow)],
     ids=lambda ran: f"{ran[0]} processes, {ran[1]} masks",
 )
-def ran(request, tmp_path_factory) -> Ran:
-    return Ran(tmp_path_factory.mktemp("ran"), *request.param)
+def ran(request, tmp_path_factory, checkpoint, text) -> Ran:
+    return Ran(tmp_path_factory.mktemp("ran"), *request.param, checkpoint, text)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -103,6 +103,14 @@ def test_several_processes_stop_together_and_resume_exactly(ran):
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+def test_of_the_command_the_first_process_writes_and_prints(ran):
+    first, *others = [told["printed"] for told in ran.told]
+    assert [json.loads(line)["steps"] for line in first.splitlines()] == [2, 2]
+    assert set(others) == {""}
+    assert not (ran.folder / ".command.replaced").exists()
+    assert (ran.folder / "command" / "adapter_model.safetensors").is_file()
+
+
 def test_data_that_fail_in_one_process_end_all_with_a_checkpoint(ran):
     """Rows are read by each process, a stream by the first; the next batch is asked for while a step runs."""
     other = "the data of another process failed, which says why."
@@ -130,6 +138,14 @@ def test_a_split_model_is_saved_and_resumed(ran, estimator):
     for key, layer in enumerate(masked_layers(model).values()):
         scaled = 2.0 * magnitude(layer) + split[str(key)]
         assert torch.equal(layer.learned_mask("default"), mode(scaled, 2))
+
+
+def test_a_split_model_ends_with_its_best_mask(ran):
+    model = PeftModel.from_pretrained(tiny_llama(intermediate_size=37), ran.folder / "best" / "checkpoint-2")
+    for index, layer in enumerate(masked_layers(model).values()):
+        theta = layer.maskpro_theta["default"]
+        assert torch.equal(ran.logits("best")[str(index)], theta)
+        assert not torch.equal(ran.logits("split-simple")[str(index)], theta)
 
 
 def test_processes_with_different_starts_stop_before_the_checkpoint(ran):

@@ -18,11 +18,11 @@ def minus_loss(model, batch):
     return -F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none").mean(1)
 
 
-def learned(folder, reward_fn=None, model=None, n=2, **options):
+def learned(folder, reward_fn=None, model=None, n=2, resume=None, **options):
     masked = get_peft_model(model or tiny_llama(), MaskProConfig(n=n, logit_scale=3))
     given = {"max_steps": 6, "learning_rate": 0.5, "baseline": "step"} | options
     trainer = MaskProTrainer(masked, arguments(folder, "residual", **given), rows(), reward_fn=reward_fn)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return masked
 
 
@@ -35,6 +35,15 @@ def test_the_losses_of_examples_as_a_score_move_the_logits_as_the_loss_does(tmp_
     for loss, score in zip(thetas(by_loss), thetas(by_score), strict=True):
         torch.testing.assert_close(score, loss, rtol=1e-3, atol=1e-4)
     assert by_score.peft_config["default"].start["training"]["objective"] == "reward"
+
+
+def test_a_run_by_a_score_resumes_exactly_and_by_that_alone(tmp_path):
+    whole = learned(tmp_path, minus_loss, save_strategy="steps", save_steps=3)
+    checkpoint = str(tmp_path / "checkpoint-3")
+    resumed = learned(tmp_path / "again", minus_loss, resume=checkpoint)
+    assert all(torch.equal(*pair) for pair in zip(thetas(whole), thetas(resumed), strict=True))
+    with pytest.raises(ValueError, match="has the objective reward, and this run language-modeling"):
+        learned(tmp_path / "again", resume=checkpoint)
 
 
 def test_a_score_without_a_gradient_rises(tmp_path):
