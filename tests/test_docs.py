@@ -105,6 +105,20 @@ def test_the_parts_of_ria_are_those_of_their_file():
     assert shown == {(row["balance"], row["power"]): f"{row['perplexity']:.1f}" for row in rows}
 
 
+def test_what_the_cost_model_is_checked_by_is_what_was_measured():
+    known = json.loads((DOCS / "assets" / "cost_model.json").read_text())
+    page = (DOCS / "performance.md").read_text(encoding="utf-8")
+    added = known["added_bytes_per_weight"]
+    for estimator in ("residual", "simple"):
+        for dtype in ("bfloat16", "float32"):
+            assert f"| `{estimator}` | {dtype} | 2:4 | {added[f'{estimator}, {dtype} logits']:.2f} |" in page
+    lean = [added[f"lean simple, {dtype} logits"] for dtype in ("bfloat16", "float32")]
+    assert f"{lean[0]:.2f} and {lean[1]:.2f}" in page
+    assert f"**{known['process']['bytes'] / 1e9:.1f} GB**" in page
+    assert re.search(rf"\| forward \| [\d.]+ \| {known['cpu']['forward_s']} \|", page)
+    assert re.search(rf"\| ours, compiled \| [\d.]+ \| {known['cpu']['mask_step_s']} \|", page)
+
+
 def test_the_figures_of_a_gpu_are_those_of_their_file():
     figures = json.loads((DOCS / "assets" / "h200.json").read_text())
     deploy, performance = ((DOCS / name).read_text(encoding="utf-8") for name in ("deploy.md", "performance.md"))

@@ -17,7 +17,8 @@ def show(figures: dict[str, Any]) -> None:
     # What does not fit goes on in the next line, to be copied, rather than be cut.
     table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False)
     for name, value in figures.items():
-        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value))
+        shown = f"{value:,.4g}" if isinstance(value, float) else str(value)
+        table.add_row(name, "" if value is None else shown)
     console.print(table)
 
 

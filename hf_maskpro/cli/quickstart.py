@@ -156,7 +156,7 @@ def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str
     rows = [_run(output, base, method) for method in ("dense", "magnitude", "wanda")]
     end -= ENDING_SECONDS
     start = "wanda"
-    if not shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0]):
+    if not shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]):
         console.print("There is no C++ compiler, and swaps would take too long without: the start is Wanda's mask.")
     elif (seconds := START_RATIO * rows[-1]["seconds"]) < (left := max(0, end - time.perf_counter())) / 2:
         start = "sparsegpt+swaps"

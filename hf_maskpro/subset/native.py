@@ -23,7 +23,7 @@ def compiled(source: Path, job: str) -> ctypes.CDLL:
     Raises:
         `ValueError`: if there is no compiler (`g++`, or what `CXX` names), or it cannot compile this.
     """
-    compiler = os.environ.get("CXX", "g++")
+    compiler = os.environ.get("CXX") or "g++"
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "library.so"
         options = ["-xc++", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-o", str(output), "-"]

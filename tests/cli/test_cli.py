@@ -90,6 +90,7 @@ def test_init_eval_train_merge_inspect(checkpoint, text, adapter, tmp_path):
     run("merge", "--model", checkpoint, "--adapter", learned, "--output", merged)
     assert json.loads(run("inspect", merged, "--json").stdout)["zeros"] == pytest.approx(0.5)
     assert json.loads(run("inspect", checkpoint, "--json").stdout)["pattern"] is None
+    assert "None" not in run("inspect", checkpoint).stdout
     again = json.loads(run("eval", "--model", merged, "--text", text, "--seq-len", 32, "--json").stdout)
     assert again["perplexity"] == simple["perplexity"]
     assert AutoModelForCausalLM.from_pretrained(merged).config.tie_word_embeddings

@@ -97,10 +97,12 @@ def test_the_story_is_told_to_its_end_and_again(talker, paragraphs, rows, monkey
     [
         (0, sys.executable, f"about {quickstart.START_RATIO} of the 0 seconds that are left: the start is"),
         (10, "no-cxx", "no C++"),
+        (10, "", "no C++"),
     ],
 )
 def test_a_lesser_start_is_named_with_its_reason(tmp_path, rows, monkeypatch, capsys, minutes, compiler, line):
     monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(quickstart.shutil, "which", {sys.executable: sys.executable}.get)
     monkeypatch.setattr(quickstart, "_conversations", lambda base: "")
     monkeypatch.setattr(quickstart, "_answers", lambda base, adapters: {})
     monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **_: None)

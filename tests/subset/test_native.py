@@ -27,6 +27,13 @@ def test_a_compiler_with_arguments(source, monkeypatch):
         pytest.skip(str(error))
 
 
+def test_an_empty_name_is_none(source, monkeypatch):
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"^answers are compiled at first use, and g\+\+ is not there\.$"):
+        compiled(source, "answers")
+
+
 def test_a_compiler_that_says_nothing(source, monkeypatch):
     monkeypatch.setenv("CXX", "/bin/false")
     with pytest.raises(ValueError, match=r"^answers cannot be compiled here: /bin/false exits with 1$"):
