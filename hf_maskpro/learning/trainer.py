@@ -238,13 +238,15 @@ class MaskProTrainer(Trainer):
     ) -> tuple[list[Any], Any]:
         batches: list[Any] = []
         error = None
+        stream = self.train_dataset if isinstance(self.train_dataset, Repeated) else None
         try:
             batches = list(islice(epoch_iterator, num_batches))
         except Exception as failed:
-            if self.args.save_strategy == SaveStrategy.NO:
+            # Others wait for what one reads for all, and would not hear what it asks them.
+            is_awaited = stream and stream.ends_on_error and self.accelerator.dispatch_batches is not False
+            if self.args.save_strategy == SaveStrategy.NO or is_awaited:
                 raise
             error = failed
-        stream = self.train_dataset if isinstance(self.train_dataset, Repeated) else None
         # Between two steps nothing is half done.
         if self._ending.data_failed(self.args, error or (stream.error if stream else None)):
             self.control.should_training_stop = True

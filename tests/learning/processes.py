@@ -245,6 +245,13 @@ def main(folder: Path, masks: int, model: str, text: str) -> None:
         trainer.train()
     except RuntimeError as error:
         told["parted"] = f"{trainer.state.global_step} {error}"
+    # The last: one process ends, and the other is to hear of it.
+    trainer = trainer_of("raw", folder / "reader", dataloader_num_workers=1, save_strategy="steps", save_steps=1)
+    trainer.train_dataset = FailingStream()
+    try:
+        trainer.train()
+    except (OSError, RuntimeError) as error:
+        told["reader"] = [type(error).__name__, [path.name for path in (folder / "reader").glob("checkpoint-*")]]
     (folder / f"{rank}.json").write_text(json.dumps(told))
 
 

@@ -121,6 +121,14 @@ def test_data_that_fail_in_one_process_end_all_with_a_checkpoint(ran):
         assert of_rows[1:] == of_stream[1:] == [2, ["checkpoint-2"]]
 
 
+def test_a_reader_that_fails_ends_all_processes(ran):
+    """What one process reads for all by another of its own."""
+    first, *others = [told["reader"] for told in ran.told]
+    assert first[0] == "OSError"
+    assert {name for name, _ in others} == {"RuntimeError"}
+    assert all("checkpoint-1" in left for _, left in (first, *others))
+
+
 @pytest.mark.parametrize("estimator", SHARDED)
 def test_a_split_model_learns_what_a_whole_one_does(ran, estimator):
     """Masks go by the position in the whole layer, so that each process has a part of the same."""
