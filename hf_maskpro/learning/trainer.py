@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.hooks import RemovableHandle
@@ -379,9 +380,15 @@ class MaskProTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / folder.name / TRAINER_STATE_NAME))
                 place_checkpoint(unfinished / folder.name, folder)
-        except BaseException:
+        except BaseException as error:
             if self.args.should_save:
                 discard(unfinished)
+            # Of a full disk torch says no more than that a stream failed.
+            if isinstance(error, RuntimeError | SafetensorError):
+                raise OSError(
+                    f"{folder} could not be written: {error}; look for room on that disk, and resume from the "
+                    "checkpoint before."
+                ) from error
             raise
         finally:
             self._unfinished = ""
