@@ -156,6 +156,16 @@ def test_the_number_of_the_first_page_is_the_leaderboards():
         assert f"{times[start]}\ntimes" in headline[0] or f"{times[start]} times" in headline[0], name(path)
 
 
+def test_the_quickstart_of_the_readme_is_the_one_of_its_file():
+    rows = {row["method"]: row for row in json.loads((DOCS / "assets" / "quickstart.json").read_text())["rows"]}
+    dense, simple = rows.pop("dense"), rows["simple"]
+    readme = README.read_text(encoding="utf-8").replace("**", "")
+    name = f"`simple` from there, {simple['steps']} steps, {simple['seconds'] / 60:.1f} minutes"
+    for shown, row in zip(("magnitude", "Wanda", "`sparsegpt+swaps`", name), rows.values(), strict=True):
+        ratios = [row[where] / dense[where] for where in ("perplexity", "elsewhere")]
+        assert f"| {shown} | " + " | ".join(f"{ratio:#.3g}".rstrip(".") for ratio in ratios) + " |" in readme
+
+
 def test_other_pages_repeat_the_leaderboard_rightly():
     rows = {row["method"]: row for row in json.loads((DOCS / "assets" / "leaderboard.json").read_text())}
     best = min((row for name, row in rows.items() if name.startswith("simple from")), key=lambda row: row["at_home"])
