@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments, initialize_masks, perplexity
 from hf_maskpro.cli.quickstart import _topics, write_smollm2
@@ -52,7 +52,10 @@ def measure(folder: str, steps: int, lean: bool, full: bool) -> dict[str, float]
         disable_tqdm=True,
     )
     data = [{"input_ids": window, "labels": window} for window in inputs]
-    MaskProTrainer(model, arguments, train_dataset=data).train()
+    trainer = MaskProTrainer(model, arguments, train_dataset=data)
+    # stdout is for the one JSON object.
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     return {
         "steps": steps,
         "perplexity_before": before,
