@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -146,9 +146,12 @@ class _Batch:
         """What to learn from once the dense output is known; what was remembered of other masks is forgotten."""
         assert self.dense_hidden is not None
         self.known.clear()
-        with _dense(inside):
-            target = self.run(block, index, self.hidden).lerp(self.dense_hidden, TOWARDS_DENSE)
-        return lambda: self.rows(self.run(block, index, self.hidden)), self.rows(target)
+
+        def run(dense: bool) -> torch.Tensor:
+            with _dense(inside) if dense else nullcontext():
+                return self.rows(self.run(block, index, self.hidden))
+
+        return run, TOWARDS_DENSE * (self.rows(self.dense_hidden) - run(True))
 
     def rows(self, inputs: torch.Tensor) -> torch.Tensor:
         return _rows(inputs, self.attention_mask)
