@@ -361,6 +361,8 @@ def train(
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,
+            # A resumed run stops early where one that was not interrupted does.
+            "restore_callback_states_from_checkpoint": True,
         }
     args = training_arguments(settings, ctx.args)
     # They say what package is not there, which a trainer would find out after the calibration.

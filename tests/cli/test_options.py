@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields
-from shutil import copytree
+from shutil import copytree, rmtree
 
 import pytest
 import torch
@@ -222,6 +222,15 @@ def test_the_best_mask_is_kept(text, train, tmp_path):
         "--json",
     )
     assert json.loads(measured.stdout)["perplexity"] == pytest.approx(figures["eval_perplexity"], rel=1e-4)
+
+
+def test_a_resumed_run_stops_early_where_a_whole_one_does(text, train, tmp_path):
+    # In so few steps no mask changes, so that none is better than the first.
+    command = [*train[:-1], tmp_path / "b", "--max-steps", 8, "--learning-rate", 1e-6, "--save-total-limit", 8]
+    command += ["--eval-text", text, "--save-steps", 1, "--early-stopping", 2, "--json"]
+    assert json.loads(run(*command).stdout)["steps"] == 3
+    rmtree(tmp_path / "b" / "checkpoint-3")
+    assert json.loads(run(*command, "--resume").stdout)["steps"] == 3
 
 
 def test_data_types(checkpoint, adapter, text, train, tmp_path):
