@@ -22,6 +22,8 @@ logger = logging.get_logger(__name__)
 # Where a checkpoint is written, in the folder of the run, and there what it replaces; and the sizes of its files, by
 # which half of one shows.
 UNFINISHED, REPLACED, FILES_NAME = ".unfinished", "replaced", "files.json"
+# What a system gives to a process that it asks to end: systemd 90 seconds, others less.
+SECONDS_TO_END = 90
 
 
 def place_checkpoint(written: Path, folder: Path) -> None:
@@ -103,12 +105,13 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def outlive_a_signal(begin: Callable[[int], None] | None, reader: int) -> None:
+def outlive_sigterm(begin: Callable[[int], None] | None, reader: int) -> None:
     """
-    Begin a process that reads data. A scheduler sends SIGTERM to it too, and a run whose reader is killed fails within
-    its step: so it takes two to end it, as with the run.
+    Begin a process that reads data. Schedulers and torchrun send SIGTERM to it too, and a run whose reader is killed
+    fails within its step: so it goes on for as long as they usually let a run end.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    # What is left of an alarm that is set already is kept.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(signal.alarm(0) or SECONDS_TO_END))
     if begin is not None:
         begin(reader)
 
@@ -116,8 +119,8 @@ def outlive_a_signal(begin: Callable[[int], None] | None, reader: int) -> None:
 class EndsWithCheckpoint(TrainerCallback):
     """
     Saves a checkpoint at the end of the step in which Ctrl-C or SIGTERM comes, or the data end or fail, and then stops
-    the run: with `KeyboardInterrupt`, `SystemExit` or the error of the data. A second signal stops it at once. Without
-    checkpoints, by `save_strategy="no"`, it does nothing.
+    the run: with `KeyboardInterrupt`, `SystemExit` or the error of the data. A second Ctrl-C stops it at once.
+    Without checkpoints, by `save_strategy="no"`, it does nothing.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): Through which ranks agree on the step.
@@ -136,7 +139,9 @@ class EndsWithCheckpoint(TrainerCallback):
         self.restore_handlers()
         # Python gives signals to its main thread alone.
         if args.save_strategy != SaveStrategy.NO and current_thread() is main_thread():
-            self._handlers = {each: signal.signal(each, self._note) for each in (signal.SIGINT, signal.SIGTERM)}
+            self._handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+            for each in self._handlers:
+                signal.signal(each, self._note)
 
     def restore_handlers(self) -> None:
         """Give signals back to who had them before the run."""
@@ -159,8 +164,9 @@ class EndsWithCheckpoint(TrainerCallback):
         return bool(self.accelerator.reduce(torch.tensor(int(is_true), device=args.device), "sum"))
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.reason = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
-        self.restore_handlers()
+        self.reason = self.reason or (KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
+        # SIGTERM comes twice where a scheduler sends it to all, and torchrun passes its own on.
+        signal.signal(signal.SIGINT, self._handlers[signal.SIGINT])
 
     def agreed(self, args: TrainingArguments) -> BaseException | None:
         """Why the run is to stop, if it is. All processes have to ask at once: a signal may have found one of them."""

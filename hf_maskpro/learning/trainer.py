@@ -29,7 +29,7 @@ from .checkpoints import (
     EndsWithCheckpoint,
     checkpoint_to_resume,
     discard,
-    outlive_a_signal,
+    outlive_sigterm,
     place_checkpoint,
 )
 from .dataset import Repeated, dataset_by_name, rows_of
@@ -230,7 +230,7 @@ class MaskProTrainer(Trainer):
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         dataloader: Any = super()._get_dataloader(*args, **kwargs)
         loader = dataloader.base_dataloader
-        loader.worker_init_fn = partial(outlive_a_signal, loader.worker_init_fn)
+        loader.worker_init_fn = partial(outlive_sigterm, loader.worker_init_fn)
         return dataloader
 
     def get_batch_samples(
