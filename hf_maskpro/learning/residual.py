@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import exp, isfinite, sqrt
+from math import exp, inf, isfinite, sqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,8 @@ STATE_NAME = "residual_state.json"
 PROBES, LEAST_TOLERANCE = 4, 5e-5
 # Deviations that a single residual may count for.
 CLIP = 2.0
+# Deviations beyond which a residual is none that the averages have to follow.
+FAR = 5.0
 
 _INDEX = "example_index"
 # All that is told of an example's tokens; whether anything else in a batch is what it was, nothing tells.
@@ -76,8 +78,8 @@ class Residual(Estimator):
     """
     Samples one mask an optimizer step, and moves the logits by `l <- l - lr * a * score(m_t)`. The advantage `a` is
     `g - delta`, where `g = f(m_t) - f(m_0)` is the loss of the sampled mask minus that of the initial one on the same
-    batch, and `delta` its moving average; unless the raw one is asked for, it is divided by its running deviation and
-    clipped. It never builds an autograd graph.
+    batch, and `delta` its moving average. Unless the raw one is asked for, it is divided by its running deviation and
+    clipped, both averages are corrected for their beginning at 0, and a residual far away counts as a near one. It never builds an autograd graph.
 
     Several masks a step, of one process or of several, each have a part of the batch of their own, and move the
     logits by the sum of such terms. Processes tell each other nothing but the seed of every mask and its `g`: a mask
@@ -260,19 +262,32 @@ class Residual(Estimator):
         for index, layer in enumerate(self.adapter.layers):
             layer.move_logits(self.adapter.name, moves, index, self.distribution)
         self._history["residual"].append(sum(residuals) / len(residuals))
-        self._history["tracker"].append(self.tracker)
+        scaled = self.trainer.args.advantage == "scaled"
+        self._history["tracker"].append(self._corrected(self.tracker) if scaled else self.tracker)
 
     def _advantages(self, residuals: list[float]) -> list[float]:
         alpha, count = self.trainer.args.tracker_decay, len(residuals)
-        self.tracker = alpha * self.tracker + (1 - alpha) * sum(residuals) / count
-        advantages = [residual - self.tracker for residual in residuals]
         if self.trainer.args.advantage == "raw":
-            return advantages
+            self.tracker = alpha * self.tracker + (1 - alpha) * sum(residuals) / count
+            return [residual - self.tracker for residual in residuals]
+        # A mask that breaks the model would otherwise shift the averages for a hundred steps, in which no other counts.
+        most = FAR * self._deviation() or inf
+        middle = self._corrected(self.tracker)
+        residuals = [max(middle - most, min(middle + most, residual)) for residual in residuals]
         self._moves += 1
+        self.tracker = alpha * self.tracker + (1 - alpha) * sum(residuals) / count
+        advantages = [residual - self._corrected(self.tracker) for residual in residuals]
         self._variance = alpha * self._variance + (1 - alpha) * sum(a**2 for a in advantages) / count
-        deviation = sqrt(self._variance / (1 - alpha**self._moves))
+        deviation = self._deviation()
         # Of masks that all have the same loss nothing is learned.
         return [max(-CLIP, min(CLIP, a / deviation)) if deviation > 0 else 0.0 for a in advantages]
+
+    def _corrected(self, average: float) -> float:
+        """A moving average that began at 0, as if it had begun with the first value."""
+        return average / (1 - self.trainer.args.tracker_decay**self._moves) if self._moves else 0.0
+
+    def _deviation(self) -> float:
+        return sqrt(self._corrected(self._variance))
 
     def metrics(self) -> dict[str, float]:
         logs = {name: sum(values) / len(values) for name, values in self._history.items() if values}

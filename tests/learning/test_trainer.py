@@ -2,6 +2,8 @@
 
 import copy
 import json
+from math import inf
+from operator import mul
 
 import pytest
 import torch
@@ -188,14 +190,36 @@ def test_the_scaled_advantage_does_not_depend_on_the_size_of_the_loss(tmp_path, 
     residuals = torch.randn(200, generator=torch.Generator().manual_seed(0)).tolist()
     found = advantages(tmp_path, llama, residuals)
     assert advantages(tmp_path, llama, [1000 * value for value in residuals]) == pytest.approx(found)
-    # Against the definition: the moving average and deviation of all residuals so far, in float64.
-    tracker = variance = 0.0
+    # Against the definition: weighted means of all residuals so far, none further than five deviations, in float64.
+    heard, offsets, middle, far = [], [], 0.0, inf
     for step, value in enumerate(residuals, 1):
-        tracker = 0.99 * tracker + 0.01 * value
-        variance = 0.99 * variance + 0.01 * (value - tracker) ** 2
-        expected = (value - tracker) / (variance / (1 - 0.99**step)) ** 0.5
-        assert found[step - 1] == pytest.approx(min(2, max(-2, expected)))
+        weights = [0.99 ** (step - 1 - i) for i in range(step)]
+        heard.append(min(middle + far, max(middle - far, value)))
+        middle = sum(map(mul, weights, heard)) / sum(weights)
+        offsets.append(heard[-1] - middle)
+        deviation = (sum(w * offset**2 for w, offset in zip(weights, offsets, strict=True)) / sum(weights)) ** 0.5
+        expected = min(2, max(-2, offsets[-1] / deviation)) if deviation else 0.0
+        assert found[step - 1] == pytest.approx(expected)
+        far = 5 * deviation or inf
     assert max(found) == 2.0
+
+
+def test_a_mask_that_breaks_the_model_does_not_hide_the_others(tmp_path, llama):
+    residuals = torch.randn(100, generator=torch.Generator().manual_seed(0)).tolist()
+    calm = advantages(tmp_path, llama, residuals)
+    spoiled = advantages(tmp_path, llama, [*residuals[:50], 1000.0, *residuals[50:]])
+    assert spoiled[50] == 2.0
+    assert spoiled[51:] == pytest.approx(calm[50:], abs=0.4)
+
+
+def test_a_reward_that_was_always_the_same_is_heard_when_it_changes(tmp_path, llama):
+    assert advantages(tmp_path, llama, [0.0] * 20 + [-1.0])[-1] == -2.0
+
+
+def test_the_scaled_advantage_of_a_constant_offset_is_small_from_the_start(tmp_path, llama):
+    noise = torch.randn(50, generator=torch.Generator().manual_seed(0)).tolist()
+    found = advantages(tmp_path, llama, [100 + value for value in noise])
+    assert abs(sum(found) / len(found)) < 0.3
 
 
 def test_masks_that_are_all_alike_teach_nothing(tmp_path, llama):
