@@ -29,6 +29,8 @@ BASE: dict[str, Any] = {
     "batch": 8,
     "seq_len": 128,
     "tokens": None,
+    "objective": "language-modeling",
+    "weight_decay": 0.0,
     "seed": 0,
 }
 CHANGES: list[dict[str, Any]] = [
@@ -48,6 +50,9 @@ CHANGES: list[dict[str, Any]] = [
     {"batch": 16},
     {"batch": 4, "seq_len": 256},
     {"batch": 2, "seq_len": 512},
+    {"objective": "distillation"},
+    {"objective": '{"distillation": 1, "language-modeling": 1}'},
+    {"weight_decay": 0.1},
 ]
 MAX_TOKENS = 16_384
 
@@ -95,6 +100,8 @@ def worker(
         max_steps=steps,
         per_device_train_batch_size=settings["batch"],
         learning_rate=settings["learning_rate"],
+        objective=settings["objective"],
+        weight_decay=settings["weight_decay"],
         seed=settings["seed"],
         save_strategy="no",
         logging_steps=steps,

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from shutil import rmtree
+from shutil import copyfile, rmtree
 
 import pytest
 
@@ -15,6 +15,8 @@ import gpu
 import leaderboard
 import protocol
 import start_settings
+
+from .cli.test_cli import run
 
 
 LEARNED = [f"{estimator} from {start or 'sparsegpt+swaps'}" for estimator, start in leaderboard.LEARNERS]
@@ -251,12 +253,38 @@ def test_a_wrong_setting_of_the_ablations(monkeypatch, capsys, wrong):
 
 
 def test_settings_of_the_ablations_have_the_type_of_the_default():
-    entries = ["start=wanda", "logit_scale=5", "batch=4", "tokens=32768"]
+    entries = ["start=wanda", "logit_scale=5", "batch=4", "tokens=32768", "objective=distillation"]
     settings = dict(map(ablations.setting, entries))
-    assert settings == {"start": "wanda", "logit_scale": 5.0, "batch": 4, "tokens": 32_768}
-    assert {name: type(value) for name, value in settings.items()} == {
-        "start": str, "logit_scale": float, "batch": int, "tokens": int,
+    assert settings == {
+        "start": "wanda", "logit_scale": 5.0, "batch": 4, "tokens": 32_768, "objective": "distillation",
     }  # fmt: skip
+    assert {name: type(value) for name, value in settings.items()} == {
+        "start": str, "logit_scale": float, "batch": int, "tokens": int, "objective": str,
+    }  # fmt: skip
+
+
+def test_a_run_of_the_ablations_has_its_settings(monkeypatch, checkpoint, text, tmp_path):
+    seen, begin = [], ablations.MaskProTrainer.__init__
+
+    def watched(trainer, model, args, **options):
+        seen.append(args)
+        begin(trainer, model, args, **options)
+
+    monkeypatch.setattr(ablations.MaskProTrainer, "__init__", watched)
+    monkeypatch.setattr(protocol, "SEQ_LEN", 16)
+    for name in ("calibration.txt", "held_out.txt", "web.txt"):
+        copyfile(text, tmp_path / name)
+    run("init", "--model", checkpoint, "--method", "magnitude", "--output", tmp_path / "start")
+    settings = ablations.BASE | {"batch": 2, "seq_len": 16, "objective": "distillation", "weight_decay": 0.1}
+    paths = [str(tmp_path / "start"), tmp_path, [str(tmp_path / "web.txt")]]
+    ablations.worker(settings, str(checkpoint), *paths, 2, [1], tmp_path / "row.json")
+    (args,) = seen
+    assert {name: getattr(args, name) for name in ("objective", "weight_decay", "learning_rate", "seed")} == {
+        name: settings[name] for name in ("objective", "weight_decay", "learning_rate", "seed")
+    }
+    row = json.loads((tmp_path / "row.json").read_text())
+    assert [point["step"] for point in row["curve"]] == [1, 2]
+    assert row["elsewhere"] == row["texts"]["web.txt"]["ratio"] == row["at_home"] != 1
 
 
 def test_every_pair_of_settings_of_a_start_is_a_mask(monkeypatch, checkpoint, tmp_path, capsys):

@@ -128,8 +128,9 @@ def test_accumulated_batches_learn_as_one_with_every_estimator(tmp_path, estimat
         trainer.train()
         return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
 
-    # Masks are drawn for every micro-batch, but by residual: the starting mask is hardly left.
-    assert learn(8, 1) == pytest.approx(learn(2, 4), rel=0.2)
+    # The others draw a mask for every micro-batch; the starting mask is hardly left.
+    draws_once = estimator in ("residual", "proxsparse")
+    assert learn(8, 1) == pytest.approx(learn(2, 4), rel=1e-3 if draws_once else 0.2)
 
 
 def test_padding_and_checkpointing_change_nothing(tmp_path):

@@ -9,9 +9,11 @@ from transformers import (
     AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     OPTConfig,
     PhiConfig,
@@ -22,6 +24,7 @@ from transformers import (
 
 from hf_maskpro import MaskProConfig, initialize_masks
 from hf_maskpro.starts import calibration, generated_text, random_windows, start_token_of, swaps
+from hf_maskpro.starts.batches import without_cache
 from hf_maskpro.starts.gradients import gradient_norms
 from hf_maskpro.starts.walk import SHRINKAGE, walk
 from hf_maskpro.subset import group_members, mask_of, mode
@@ -497,6 +500,30 @@ def test_generated_text_is_a_function_of_its_seed(starting_checkpoint):
     assert not torch.equal(text(samples=70, seq_len=12, seed=2), first)
     # By chance alone two of them were alike.
     assert len({tuple(row) for row in first.tolist()}) == 70
+
+
+@pytest.mark.parametrize(
+    "config",
+    [*FAMILIES, MambaConfig(vocab_size=34, hidden_size=16, state_size=4, num_hidden_layers=2)],
+    ids=lambda config: config.model_type,
+)
+def test_every_token_of_generated_text_is_drawn_from_the_whole_distribution(config):
+    """As in a loop that keeps no keys and values."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # So that it matters what was attended to.
+            parameter.mul_(8 if parameter.dim() == 2 else 1)
+    taste = model.generation_config = GenerationConfig(temperature=0.3, top_k=2, eos_token_id=[*range(17)])
+    ids = torch.tensor([[1, 5, 9]] * 4)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        while ids.shape[1] < 24:
+            logits = model(input_ids=ids, **without_cache(model)).logits[:, -1]
+            ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1)], 1)
+    assert torch.equal(calibration._sample(model, [1, 5, 9], 4, 24, 7), ids)
+    assert model.generation_config is taste
 
 
 @pytest.mark.parametrize("start", ["{{ bos_token }} ", ""])
