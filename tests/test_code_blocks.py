@@ -303,13 +303,15 @@ def test_other_commands_name_what_is_there(line, monkeypatch):
 
 
 VERBS = get_command(app).commands
+# Which `train` hands on.
+TRAINING_OPTIONS = {f"--{name.replace('_', '-')}" for name in training_fields()}
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md", EXAMPLES], ids=page_name)
 def test_options_in_a_sentence_are_there(page):
     """After a verb its own; by itself that of any, or of a script or launcher."""
     known = {verb: {name for option in VERBS[verb].params for name in option_names(option)} for verb in VERBS}
-    known["train"] |= {f"--{name.replace('_', '-')}" for name in training_fields()}
+    known["train"] |= TRAINING_OPTIONS
     others = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
     anywhere = set(re.findall(r'"(--[\w-]+)"', others)).union(*known.values())
     anywhere |= set(re.findall(r"--[\w-]+", get_args_parser().format_help()))
@@ -328,7 +330,9 @@ def test_the_page_of_the_command_has_every_option_of_a_verb(verb):
     options = {name: option for option in VERBS[verb].params for name in option_names(option)}
     assert [option.name for option in options.values() if not named & option_names(option)] == []
     for cell, shown in re.findall(r"^\| (`--.+?) \| (.*?) ?\|", section, re.M):
-        row = [options[name] for name in re.findall(r"`(--[\w-]+)`", cell)]
+        names = re.findall(r"`(--[\w-]+)`", cell)
+        assert set(names) - options.keys() <= (TRAINING_OPTIONS if verb == "train" else set())
+        row = [options[name] for name in names if name in options]
         # Such as the two of a pattern.
         values = [shown] if len({option.name for option in row}) == 1 else shown.split(", ")
         for option, value in zip(row, values, strict=False):
