@@ -30,6 +30,7 @@ from typer.main import get_command
 
 from hf_maskpro import MaskProConfig, MaskProTrainingArguments, check_sparsity
 from hf_maskpro.cli import app
+from hf_maskpro.cli.training_options import training_fields
 
 from .cli.test_cli import run
 from .conftest import VOCABULARY, save_tiny_model
@@ -39,6 +40,7 @@ from .starts.test_sources import maskllm
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLES = ROOT / "examples" / "README.md"
 # What stands for something else here, such as folders for names of the Hub.
 HUB = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": "M",
@@ -264,9 +266,19 @@ def test_commands_run_as_they_are_written(page, workplace, hub):
             run(*words)
 
 
+def spans(page: Path) -> list[str]:
+    """What a page has in backticks, outside of its blocks."""
+    prose = re.sub(r"^( *)(```+).*?^\1\2$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose)]
+
+
 def other_lines() -> list[str]:
-    """What else of this repository is called on a page."""
-    return sorted({line for page in PAGES for line in shell_lines(page) if re.match("(python|make) ", line)})
+    """What else of this repository is called on a page, in a block or in a sentence."""
+    lines = {line for page in PAGES for line in shell_lines(page)}
+    named = {span for page in PAGES for span in spans(page)}
+    scripts = (re.fullmatch(r"(?:benchmarks/)?(\w+\.py --.*)", span) for span in named)
+    lines |= named | {f"python benchmarks/{found[1]}" for found in scripts if found}
+    return sorted(line for line in lines if re.match("(python|make) ", line))
 
 
 class Parsed(Exception):
@@ -277,7 +289,7 @@ class Parsed(Exception):
 def test_other_commands_name_what_is_there(line, monkeypatch):
     words = shlex.split(line)
     if words[0] == "make":
-        assert re.search(rf"^([\w ]* )?{words[1]}( [\w ]*)?:", (ROOT / "Makefile").read_text(), re.M)
+        assert re.search(rf"^([\w ]* )?{words[-1]}( [\w ]*)?:", (ROOT / "Makefile").read_text(), re.M)
         return
 
     def parse(parser, *_, parse_args=ArgumentParser.parse_args):
@@ -288,6 +300,51 @@ def test_other_commands_name_what_is_there(line, monkeypatch):
     monkeypatch.setattr(sys, "argv", words[1:])
     with pytest.raises(Parsed):
         runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+
+
+VERBS = get_command(app).commands
+# Which `train` hands on.
+TRAINING_OPTIONS = {f"--{name.replace('_', '-')}" for name in training_fields()}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md", EXAMPLES], ids=page_name)
+def test_options_in_a_sentence_are_there(page):
+    """After a verb its own; by itself that of any, or of a script or launcher."""
+    known = {verb: {name for option in VERBS[verb].params for name in option_names(option)} for verb in VERBS}
+    known["train"] |= TRAINING_OPTIONS
+    others = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
+    anywhere = set(re.findall(r'"(--[\w-]+)"', others)).union(*known.values())
+    anywhere |= set(re.findall(r"--[\w-]+", get_args_parser().format_help()))
+    for span in spans(page):
+        first = span.removeprefix("hf-maskpro ").split()[0]
+        if first in VERBS or first.startswith("--"):
+            named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", span)) - {"--help"}
+            assert named <= known.get(first, anywhere), span
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_page_of_the_command_has_every_option_of_a_verb(verb):
+    intro, *parts = re.split(r"^## (.+)\n", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), flags=re.M)
+    section = dict(zip(parts[::2], parts[1::2], strict=True))[verb]
+    named = set(re.findall(r"`(--[\w-]+)", intro + section))
+    options = {name: option for option in VERBS[verb].params for name in option_names(option)}
+    assert [option.name for option in options.values() if not named & option_names(option)] == []
+    for cell, shown in re.findall(r"^\| (`--.+?) \| (.*?) ?\|", section, re.M):
+        names = re.findall(r"`(--[\w-]+)`", cell)
+        assert set(names) - options.keys() <= (TRAINING_OPTIONS if verb == "train" else set())
+        row = [options[name] for name in names if name in options]
+        # Such as the two of a pattern.
+        values = [shown] if len({option.name for option in row}) == 1 else shown.split(", ")
+        for option, value in zip(row, values, strict=False):
+            if option.required:
+                assert value == "required", cell
+            elif not isinstance(option.default, bool) and option.default is not None and value:
+                default = option.default if isinstance(option.default, list | tuple) else [option.default]
+                assert value.strip("`") == ", ".join(map(str, default)), cell
+
+
+def option_names(option: Any) -> set[str]:
+    return {name for name in (*option.opts, *option.secondary_opts) if name.startswith("--")}
 
 
 def test_every_line_is_run_or_there_is_a_reason():
@@ -316,17 +373,15 @@ def test_launchers_know_their_options():
 
 
 def test_the_address_is_filled_in_everywhere(tmp_path):
-    for name in ("README.md", "CITATION.cff", "pyproject.toml"):
+    (tmp_path / "hf_maskpro").mkdir()
+    for name in ("README.md", "CITATION.cff", "pyproject.toml", "hf_maskpro/version.py"):
         shutil.copyfile(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     (recipe,) = (block for block in blocks(ROOT / "CONTRIBUTING.md", "bash") if "OWNER" in block)
     subprocess.run(["bash", "-ec", recipe], cwd=tmp_path, check=True)
-    text = "".join(path.read_text() for path in tmp_path.rglob("*") if path.suffix in (".md", ".cff", ".toml"))
+    text = "".join(path.read_text() for path in tmp_path.rglob("*") if path.suffix in (".md", ".cff", ".toml", ".py"))
     assert "github.com/the-owner/hf-maskpro" in text
     assert not re.search(r"github\.com/OWNER|OWNER\.github", text)
-
-
-EXAMPLES = ROOT / "examples" / "README.md"
 
 
 def test_the_page_of_examples_has_all_of_them():

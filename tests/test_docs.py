@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from hf_maskpro import __version__
+from hf_maskpro.tuner.card import BEGIN, END, write_card
 
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +27,7 @@ README = ROOT / "README.md"
 PAGES = sorted(DOCS.rglob("*.md"))
 TEXTS = [README, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "examples/README.md")), *PAGES]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-# As the package writes it.
+# As the package writes it, but for its headings.
 CARD = DOCS / "assets" / "card.md"
 # A line of code that is longer is cut on the site.
 WIDTH = 88
@@ -166,6 +167,56 @@ def test_the_quickstart_of_the_readme_is_the_one_of_its_file():
         assert f"| {shown} | " + " | ".join(f"{ratio:#.3g}".rstrip(".") for ratio in ratios) + " |" in readme
 
 
+def test_the_card_that_is_shown_is_what_the_package_writes(tmp_path, monkeypatch):
+    """Of the mask that the quickstart learned, with its figures recorded. Of the layers it shows the first."""
+    known = json.loads((DOCS / "assets" / "quickstart.json").read_text())
+    rows = {row["method"]: row for row in known["rows"]}
+    dense, simple = rows["dense"], rows["simple"]
+    protocol = "non-overlapping windows of 512 tokens, 8192 tokens"
+    assert protocol in known["protocol"]
+    home, elsewhere = "held_out.txt", "elsewhere.txt"
+    figures = [
+        (elsewhere, "perplexity", simple["elsewhere"]),
+        (home, "perplexity", simple["perplexity"]),
+        (home, "times dense, at home", simple["perplexity"] / dense["perplexity"]),
+        (elsewhere, "times dense, elsewhere", simple["elsewhere"] / dense["elsewhere"]),
+    ]
+    training = {"learning_rate": 0.2 * (120 / simple["steps"]) ** 0.5, "logit_scale": 6.0}
+    training |= {"objective": "language-modeling", "optimizer": "adamw_torch_fused", "schedule": "polynomial"}
+    training |= {"seed": 42, "sequences_per_step": 8, "steps": simple["steps"], "warmup_steps": 10}
+    page = CARD.read_text(encoding="utf-8")
+    shown = re.findall(r"^\| (model\.\S+) \| ([\d.]+) % \|$", page, re.MULTILINE)
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    shares = {name: float(share) / 100 for name, share in shown}
+    shares |= {f"other.{index}.{kinds[index % 7]}": 0.0 for index in range(30 * len(kinds) - len(shown))}
+    start = {
+        "init_mask": known["start"],
+        "groups_changed": dict.fromkeys(shares, 0.0),
+        "calibration": {"text": "calibration.txt and conversations.txt", "tokens": 128 * 256},
+    }
+    learned = {
+        "init_mask": "adapter",
+        "groups_changed": shares,
+        "changed": simple["changed_groups"],
+        "training": {"estimator": "simple"} | training,
+        "evaluations": [
+            {"dataset": text, "metric": metric, "value": value, "protocol": protocol}
+            for text, metric, value in figures
+        ],
+    }
+    saved = {"n": 2, "m": 4, "task_type": None, "auto_mapping": {"base_model_class": "LlamaForCausalLM"}}
+    saved |= {"base_model_name_or_path": str(tmp_path / "base"), "revision": None, "lineage": [start, learned]}
+    saved |= {"target_weights": 106_168_320}
+    monkeypatch.setattr("hf_maskpro.tuner.card.version", known["versions"].__getitem__)
+    monkeypatch.setattr("hf_maskpro.tuner.card.__version__", known["versions"]["hf-maskpro"])
+    write_card(tmp_path, saved, saved["target_weights"] // 12)
+    metadata, _, text = (tmp_path / "README.md").read_text(encoding="utf-8").removeprefix("---\n").partition("\n---\n")
+    text = re.sub("^#", "###", text.replace(BEGIN, "").replace(END, "").strip(), flags=re.MULTILINE)
+    text = text.replace("<details>", '<details markdown="1">')
+    text = re.sub(r"(\| other\.\S+ \| 0\.00 % \|\n)+", "| ... | |\n", text)
+    assert page == f"```yaml\n{metadata}\n```\n\n{text}\n"
+
+
 def test_other_pages_repeat_the_leaderboard_rightly():
     rows = {row["method"]: row for row in json.loads((DOCS / "assets" / "leaderboard.json").read_text())}
     best = min((row for name, row in rows.items() if name.startswith("simple from")), key=lambda row: row["at_home"])
@@ -244,9 +295,6 @@ def test_links_lead_somewhere(path):
             continue
         file, _, anchor = target.partition("#")
         linked = (path.parent / file).resolve() if file else path
-        # Its picture is shown from the page that includes it.
-        if path == CARD:
-            linked = DOCS / file
         assert linked.exists(), target
         assert not anchor or anchor in anchors(linked), target
 
@@ -321,7 +369,7 @@ def test_a_page_of_the_api_says_what_to_import(page):
 
 def test_the_repository_has_one_address():
     repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
-    for path in (README, DOCS / "install.md", ROOT / "CITATION.cff"):
+    for path in (README, DOCS / "install.md", CARD, ROOT / "CITATION.cff", ROOT / "hf_maskpro" / "version.py"):
         found = set(re.findall(r"https://[\w./-]+/hf-maskpro\b", path.read_text(encoding="utf-8")))
         assert found == {repository}, name(path)
 

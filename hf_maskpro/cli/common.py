@@ -10,7 +10,15 @@ import torch
 import typer
 from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 # Importing it lets PEFT save adapters whole.
@@ -52,6 +60,12 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
     check_model(model, gguf_file)
     with read_by_others(model):
         return AutoTokenizer.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
+
+
+def load_config(model: str, gguf_file: str | None = None) -> PreTrainedConfig:
+    """A base model's configuration, which tells what does not go with the model before that is loaded."""
+    with read_by_others(model):
+        return AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
 
 
 @contextmanager

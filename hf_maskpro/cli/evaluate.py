@@ -124,7 +124,7 @@ def evaluate(
         adapter_folder(adapter, revision, subfolder)
     from .. import evaluation
     from ..tuner import saved_config
-    from .common import load_adapter, load_model, load_tokenizer, read_by_others, read_sources
+    from .common import load_adapter, load_config, load_model, load_tokenizer, read_by_others, read_sources
 
     texts = read_sources(paths, dataset, max_tokens or float("inf"), split="test")
     names = tasks.split(",") if tasks is not None else []
@@ -137,7 +137,9 @@ def evaluate(
     def measure(base: str, mask: str | None) -> dict[str, Any]:
         file = gguf_file if base == model else None
         tokenizer = load_tokenizer(base, file)
-        # Too short a text is found out before the model is loaded.
+        # Too short a text, or too long a window, is found out before the model is loaded.
+        if texts:
+            evaluation.check_length(load_config(base, file), seq_len)
         protocols = {
             path: f"{path}, {evaluation.protocol(tokenizer, content, seq_len, max_tokens, stride, start_token)}"
             for path, content in texts.items()

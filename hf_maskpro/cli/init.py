@@ -138,6 +138,7 @@ def init(
     from .common import (
         calibrate,
         calibration_batches,
+        load_config,
         load_model,
         load_tokenizer,
         mixture_name,
@@ -165,9 +166,9 @@ def init(
     tokenizer = load_tokenizer(model, gguf_file)
     tokens = 16 * samples * seq_len if dataset and len(names) == 1 else None
     pieces = windows_of_each(tokenizer, contents, seq_len, tokens, start_token, chat)
-    base, _ = load_model(model, gguf_file, dtype)
     if with_data:
-        check_length(base, seq_len)
+        check_length(load_config(model, gguf_file), seq_len)
+    base, _ = load_model(model, gguf_file, dtype)
     torch.manual_seed(seed)
     batches: list[dict[str, torch.Tensor]] = []
     if with_data and self_generated:

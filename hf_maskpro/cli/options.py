@@ -50,7 +50,9 @@ Model = Annotated[
 GgufFile = Annotated[
     str | None,
     typer.Option(
-        metavar="FILE", help="GGUF file in the model's folder, dequantized to bfloat16.", rich_help_panel=FILES
+        metavar="FILE",
+        help="GGUF file in the model's folder, dequantized to bfloat16 unless told otherwise.",
+        rich_help_panel=FILES,
     ),
 ]
 Revision = Annotated[
@@ -69,13 +71,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 Text = Annotated[
     list[Path] | None,
-    typer.Option(metavar="FILE", help="Text file to learn from; repeat it for a mixture.", rich_help_panel=TEXT),
+    typer.Option(metavar="FILE", help="Text file to cut windows from; repeat it for a mixture.", rich_help_panel=TEXT),
 ]
 Dataset = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME",
-        help="Dataset to learn from, streamed: a folder or Hub id, NAME or NAME:CONFIG; repeat it for a mixture.",
+        help="Dataset to cut windows from, streamed: a folder or Hub id, NAME or NAME:CONFIG; repeat it for a "
+        "mixture.",
         rich_help_panel=TEXT,
     ),
 ]

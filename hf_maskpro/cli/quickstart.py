@@ -80,18 +80,20 @@ def quickstart(
     check_model(*source)
     check_texts([text])
     from ..deploy import check_free
-    from ..evaluation import protocol, windows
+    from ..evaluation import check_length, protocol, windows
     from ..starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
-    from .common import load_tokenizer
+    from .common import load_config, load_tokenizer
 
     check_free(output, overwrite, model, text)
+    tokenizer = load_tokenizer(*source)
+    if model is not None:
+        check_length(load_config(model), SEQ_LEN, "pass another --model")
     pieces = _topics() if text is None else read_text(text).split("\n\n")
     texts = {
         "calibration": "\n\n".join(piece for i, piece in enumerate(pieces) if i % HELD_OUT_EVERY),
         "held_out": "\n\n".join(pieces[::HELD_OUT_EVERY]),
         "elsewhere": _docstrings(),
     }
-    tokenizer = load_tokenizer(*source)
     try:
         windows(tokenizer, texts["calibration"], CALIBRATION_SEQ_LEN)
         measured = protocol(tokenizer, texts["held_out"], SEQ_LEN, MAX_TOKENS)

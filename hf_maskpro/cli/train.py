@@ -138,7 +138,7 @@ def train(
         typer.Option(
             min=0,
             metavar="RATE",
-            help="0.2 for residual, and for simple in 120 steps, unless given.",
+            help="The estimator's own unless given: 0.2 for residual, and for simple in 120 steps.",
             rich_help_panel=LEARNING,
         ),
     ] = None,
@@ -180,14 +180,6 @@ def train(
             metavar="DTYPE", help="Of the model: auto is its own; float32 or bfloat16.", rich_help_panel=LEARNING
         ),
     ] = "auto",
-    gradient_checkpointing: Annotated[
-        bool | None,
-        typer.Option(
-            "--gradient-checkpointing",
-            help="Trade time for memory, where there is a backward pass: on with --optimizer-in-backward.",
-            rich_help_panel=STEPS,
-        ),
-    ] = None,
     seed: Seed = 42,
     eval_text: Annotated[
         Path | None,
@@ -245,7 +237,8 @@ def train(
     """
     Learn a mask.
 
-    Every other field of transformers' TrainingArguments is an option too, as in --weight-decay 0.1.
+    Every other field of transformers' TrainingArguments is an option too, as in --weight-decay 0.1 or
+    --gradient-checkpointing.
     """
     for option, value in ("--learning-rate", learning_rate), ("--logit-scale", logit_scale):
         if value is not None and not math.isfinite(value):
@@ -290,7 +283,7 @@ def train(
     folder = None if adapter is None else adapter_folder(adapter, revision, subfolder)
     import torch
     from peft import get_peft_model
-    from transformers import AutoConfig, EarlyStoppingCallback
+    from transformers import EarlyStoppingCallback
     from transformers.integrations import get_reporting_integration_callbacks
 
     from ..deploy import check_free
@@ -305,10 +298,10 @@ def train(
         calibrate,
         calibration_batches,
         load_adapter,
+        load_config,
         load_model,
         load_tokenizer,
         mixture_name,
-        read_by_others,
         read_sources,
         sources_of,
         windows_of_each,
@@ -340,7 +333,6 @@ def train(
         "max_steps": max_steps,
         "per_device_train_batch_size": per_device_train_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
-        "gradient_checkpointing": gradient_checkpointing,
         "learning_rate": learning_rate,
         "lr_scheduler_type": lr_scheduler_type,
         "seed": seed,
@@ -382,12 +374,11 @@ def train(
     limit = max_tokens if len(names) == 1 else None
     pieces = windows_of_each(tokenizer, contents, seq_len, limit, start_token, chat)
     evaluated = None if held_out is None else windows(tokenizer, held_out, seq_len, start_token=start_token)
-    with read_by_others(model):
-        base_config = AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
+    base_config = load_config(model, gguf_file)
+    check_length(base_config, seq_len)
     for ids in pieces:
         check_tokens(base_config, ids)
     base, _ = load_model(model, gguf_file, dtype)
-    check_length(base, seq_len)
     if self_generated:
         cache = _beside(output, "{}.generated")
         batches = generated_text(base, tokenizer, self_generated // seq_len, seq_len, seed, cache)

@@ -143,7 +143,7 @@ def batches_of(
     A text as a model is measured on it: batches of windows, int64 `[windows, tokens]`, on the model's device, and of
     every window the tokens at its end that count.
     """
-    check_length(model, seq_len)
+    check_length(model.config, seq_len)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it needs to be at least 1.")
     ids, start_id = tokens_of(tokenizer, text, seq_len, max_tokens, start_token)

@@ -94,7 +94,10 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
     adam_epsilon: float | None = field(default=None, metadata={"help": "The estimator's own unless given."})
     weight_decay: float | None = field(default=None, metadata={"help": "The estimator's own unless given."})
     max_grad_norm: float | None = field(default=None, metadata={"help": "The estimator's own unless given."})
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "The estimator's own unless given."})
+    # On the command line it may stand alone.
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "The estimator's own unless given.", "nargs": "?", "const": True}
+    )
 
     def __post_init__(self):
         if self.estimator not in ESTIMATORS:

@@ -223,6 +223,6 @@ def rows_of(dataset: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase |
         raise ValueError(f"the dataset's column {column!r} has to be tokenised; pass processing_class=tokenizer.")
     if column == "messages" and tokenizer.chat_template is None:
         raise ValueError("the dataset has messages, and the tokenizer no chat template; pass a column 'text' instead.")
-    check_length(model, max_length, "max_length")
+    check_length(model.config, max_length, "lower max_length")
     windows = TextWindows(dataset, column, tokenizer, max_length, model)
     return list(windows) if has_length(dataset) else windows

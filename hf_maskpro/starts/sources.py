@@ -203,8 +203,8 @@ def _whole(keeps: torch.Tensor, layer: MaskProLayer, config: MaskProConfig, exac
     fits = kept == config.n if exactly else kept <= config.n
     if not fits.all():
         raise ValueError(
-            f"{int((~fits).sum()):,} of {kept.numel():,} groups do not keep {config.n} of {config.m}; pass the n and "
-            "m that the source was pruned to."
+            f"{int((~fits).sum()):,} of {kept.numel():,} groups do not keep {config.n} of {config.m}; pass the "
+            "pattern that the source was pruned to."
         )
     size = group_members(layer.out_in(plain(layer.base_weight).detach()), config.m).float().abs()
     size = size.masked_fill(size == 0, torch.finfo(torch.float32).max)
@@ -244,7 +244,7 @@ def _adapter_reader(folder: Path, stack: ExitStack, adapter_name: str) -> Reader
         own = layer.maskpro_config[adapter_name]
         if (config.n, config.m) != (own.n, own.m):
             raise ValueError(
-                f"the source is {config.pattern} and the adapter {own.pattern}; pass the source's n and m."
+                f"the source is {config.pattern} and the adapter {own.pattern}; pass n={config.n} and m={config.m}."
             )
         return mask_of(saved_codes(tensors, config, name, layer), config.m).to(layer.base_weight.device)
 

@@ -1,9 +1,6 @@
 """What every room that reads a text agrees on: its tokens, and how long a window may be."""
 
-from typing import Any
-
-import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 def tokens_after_start(
@@ -18,14 +15,20 @@ def tokens_after_start(
     return known[1:] if is_first and start_id is not None and known[:1] == [start_id] else known
 
 
-def check_length(model: torch.nn.Module, seq_len: int, name: str = "seq_len") -> None:
+def check_length(config: PreTrainedConfig, seq_len: int, remedy: str = "lower seq_len") -> None:
     """
+    Refuse windows that are longer than a model has positions: learned ones end in an index error there, and rotary
+    ones in a figure that says nothing.
+
+    Args:
+        config (`PreTrainedConfig`): The configuration of the model.
+        seq_len (`int`): Length of a window, in tokens.
+        remedy (`str`): What the error advises.
+
     Raises:
-        `ValueError`: if windows are longer than the model has positions: learned ones end in an index error there, and
-            rotary ones in a figure that says nothing. It names the setting to lower.
+        `ValueError`: if they are.
     """
-    config: Any = model.config
     # Not every architecture counts positions.
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and seq_len > positions:
-        raise ValueError(f"windows of {seq_len:,} tokens exceed the model's {positions:,} positions; lower {name}.")
+        raise ValueError(f"windows of {seq_len:,} tokens exceed the model's {positions:,} positions; {remedy}.")

@@ -14,7 +14,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..version import __version__
+from ..version import REPOSITORY, __version__
 from .files import private_folder
 
 
@@ -181,6 +181,7 @@ def render(template: Path, saved: Saved, **variables: Any) -> str:
     environment = Environment(keep_trailing_newline=True, finalize=_plain)
     auto_class = "AutoModelForCausalLM" if is_causal(saved) else _base_class(saved) or "AutoModel"
     known = {"n": saved["n"], "m": saved["m"], "pattern": pattern_of(saved), "repo": REPO, "auto_class": auto_class}
+    known["repository"] = REPOSITORY
     known["base_id"] = hub_id(saved["base_model_name_or_path"])
     return environment.from_string(template.read_text()).render(**known, **variables)
 
@@ -240,7 +241,8 @@ def _stage_facts(stage: dict[str, Any]) -> dict[str, Any]:
     calibration = stage.get("calibration")
     # First, though a file has its keys in alphabetical order.
     settings = {"estimator": ""} | stage.get("training", {})
-    training = [f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value != ""]
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in settings.items()}
+    training = [f"{name.replace('_', ' ')} {value}" for name, value in shown.items() if value != ""]
     return {
         "start": stage["init_mask"],
         "calibration": f"{calibration.get('text', 'text')}, {calibration['tokens']:,} tokens" if calibration else "",

@@ -288,6 +288,8 @@ def test_import(checkpoint, adapter, tmp_path, monkeypatch):
         line = fails("import", rule, "--model", checkpoint, "--output", tmp_path / "c")
         assert f"use hf-maskpro init --method {rule}" in line
     assert "nothing does not exist" in fails("import", "nothing", "--model", checkpoint, "--output", tmp_path / "c")
+    given = ["--model", checkpoint, "--output", tmp_path / "c"]
+    assert fails("import", adapter, "--n", 1, *given).endswith("the adapter 1:4; pass --n 2 and --m 4.")
     missing = tmp_path / "missing.npz"
     assert "does not exist" in fails("import", missing, "--model", checkpoint, "--output", tmp_path / "c")
     assert "groups do not keep 1 of 4" in fails(
@@ -523,7 +525,8 @@ class TestBadInput:
             assert "which would be lost" in fails(*verb, *given)
         assert sorted(output.rglob("*")) == before
 
-    def test_windows_longer_than_the_positions(self, checkpoint, text, tmp_path):
+    def test_windows_longer_than_the_positions(self, checkpoint, text, tmp_path, monkeypatch):
+        monkeypatch.setattr("hf_maskpro.cli.common.load_model", None)
         tiny_gpt2().save_pretrained(tmp_path / "gpt2")
         AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "gpt2")
         given = ["--model", tmp_path / "gpt2", "--text", text]

@@ -91,15 +91,19 @@ def test_options_of_a_file(train, arguments, tmp_path):
     (tmp_path / "run.yaml").write_text(
         "max_steps: 1\nseq-len: 16\nlearning_rate: 1e-2\nweight_decay: 0.5\nlr_scheduler_type: constant\n"
         "start_token: false\nbf16: false\nlr_scheduler_kwargs: {}\n"
+        "optimizer_in_backward: true\ngradient_checkpointing: false\n"
         "objective: {distillation: 1, language-modeling: 2}\n"
     )
     run(*train, "--config", tmp_path / "run.yaml", "--weight-decay", "0.25", "--adam-beta1=0.8")
     (args,) = arguments
     assert (args.max_steps, args.learning_rate, args.weight_decay, args.adam_beta1) == (2, 0.01, 0.25, 0.8)
     assert args.lr_scheduler_type == "constant"
+    assert not args.gradient_checkpointing
     training = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["lineage"][-1]["training"]
     assert training["seq_len"] == 32
     assert training["objective"] == "1 distillation + 2 language-modeling"
+    run(*train, "--gradient-checkpointing", "--overwrite")
+    assert arguments[-1].gradient_checkpointing
 
 
 def test_bad_files_of_options(train, tmp_path):

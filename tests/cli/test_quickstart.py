@@ -131,6 +131,16 @@ def test_a_text_of_too_few_paragraphs_is_named(talker, tmp_path):
     assert not (tmp_path / "story").exists()
 
 
+def test_a_model_of_too_few_positions_is_refused(talker, paragraphs, tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "_story", None)
+    model = copytree(talker, tmp_path / "short")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    given = ["quickstart", "--model", model, "--text", paragraphs, "--output", tmp_path / "story"]
+    assert fails(*given).endswith("windows of 512 tokens exceed the model's 256 positions; pass another --model.")
+    assert not (tmp_path / "story").exists()
+
+
 def test_an_output_that_holds_the_text_or_the_model_is_refused(talker, paragraphs, rows):
     given = ["quickstart", "--model", talker, "--text", paragraphs, "--overwrite", "--output"]
     assert f"holds {paragraphs}, which would be lost" in fails(*given, paragraphs.parent)

@@ -1,5 +1,6 @@
 """What the script does before it loads anything."""
 
+import ast
 import os
 import re
 import subprocess
@@ -101,6 +102,19 @@ def test_help_shows_every_option_whole_and_an_example(verb, monkeypatch):
     assert f"Example: hf-maskpro {verb}" in printed
     in_no_group = re.search(r"╭─ Options ─.*?╰", printed, re.DOTALL)[0]
     assert set(re.findall(r"--[a-z0-9-]+", in_no_group)) <= {"--seed", "--json", "--help"}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_messages_and_help_advise_options_of_their_verb(verb):
+    known = VERBS[verb]
+    file = Path(sys.modules[known.callback.__module__].__file__)
+    said = [ast.unparse(node) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Raise)]
+    said += [option.help or "" for option in known.params]
+    # Those of other commands are named after them.
+    text = re.sub(r"(hf-maskpro \w+|pip install|init's) --[a-z-]+", "", " ".join(said))
+    names = {name for option in known.params for name in (*option.opts, *option.secondary_opts)}
+    names |= {f"--{name.replace('_', '-')}" for name in training_fields()} if verb == "train" else set()
+    assert set(re.findall("--[a-z][a-z0-9-]*", text)) <= names
 
 
 def test_shells_can_complete():
