@@ -79,7 +79,8 @@ class Residual(Estimator):
     Samples one mask an optimizer step, and moves the logits by `l <- l - lr * a * score(m_t)`. The advantage `a` is
     `g - delta`, where `g = f(m_t) - f(m_0)` is the loss of the sampled mask minus that of the initial one on the same
     batch, and `delta` its moving average. Unless the raw one is asked for, it is divided by its running deviation and
-    clipped, both averages are corrected for their beginning at 0, and a residual far away counts as a near one. It never builds an autograd graph.
+    clipped, both averages are corrected for their beginning at 0, and a residual far away counts as a near one. It
+    never builds an autograd graph.
 
     Several masks a step, of one process or of several, each have a part of the batch of their own, and move the
     logits by the sum of such terms. Processes tell each other nothing but the seed of every mask and its `g`: a mask
@@ -270,7 +271,7 @@ class Residual(Estimator):
         if self.trainer.args.advantage == "raw":
             self.tracker = alpha * self.tracker + (1 - alpha) * sum(residuals) / count
             return [residual - self.tracker for residual in residuals]
-        # A mask that breaks the model would otherwise shift the averages for a hundred steps, in which no other counts.
+        # A mask that breaks the model would shift the averages for a hundred steps, in which no other counts.
         most = FAR * self._deviation() or inf
         middle = self._corrected(self.tracker)
         residuals = [max(middle - most, min(middle + most, residual)) for residual in residuals]
