@@ -195,10 +195,14 @@ def _answers(base: str, adapters: dict[str, Path]) -> dict[str, list[str]]:
     model, tokenizer = load_model(base)
     if tokenizer.chat_template is None:
         return {}
-    answers = {"dense": _replies(model, tokenizer, ASKED_AT_THE_END, SHOWN_TOKENS)}
+
+    def shown(model: Any) -> list[str]:
+        return [reply for reply, _ in _replies(model, tokenizer, ASKED_AT_THE_END, SHOWN_TOKENS)]
+
+    answers = {"dense": shown(model)}
     for method, folder in adapters.items():
         masked = load_adapter(model, folder).eval()
-        answers[method] = _replies(masked, tokenizer, ASKED_AT_THE_END, SHOWN_TOKENS)
+        answers[method] = shown(masked)
         model = masked.unload()
     return answers
 
@@ -211,27 +215,31 @@ def _conversations(base: str) -> str:
     if tokenizer.chat_template is None:
         return ""
     console.rule("conversations")
-    replies = _replies(model, tokenizer, LEARNED_FROM, LEARNED_TOKENS)
-    turns = [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-        for question, reply in zip(LEARNED_FROM, replies, strict=True)
-    ]
-    return "".join(tokenizer.apply_chat_template(turns, tokenize=False))
+    text = ""
+    for question, (reply, is_whole) in zip(
+        LEARNED_FROM, _replies(model, tokenizer, LEARNED_FROM, LEARNED_TOKENS), strict=True
+    ):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+        # An end where it was cut would teach to stop in the middle.
+        text += tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=not is_whole)
+    return text
 
 
-def _replies(model: Any, tokenizer: Any, questions: Sequence[str], tokens: int) -> list[str]:
-    """The likeliest answers, up to so many tokens long."""
+def _replies(model: Any, tokenizer: Any, questions: Sequence[str], tokens: int) -> list[tuple[str, bool]]:
+    """The likeliest answers, up to so many tokens long, and whether each came to its end."""
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    replies: list[str] = []
+    replies: list[tuple[str, bool]] = []
     for start in range(0, len(questions), 32):
         turns = [[{"role": "user", "content": question}] for question in questions[start : start + 32]]
         inputs = tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         ).to(model.device)
         found = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-        answers = tokenizer.batch_decode(found[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        replies += [answer.strip() for answer in answers]
+        found = found[:, inputs["input_ids"].shape[1] :]
+        answers = tokenizer.batch_decode(found, skip_special_tokens=True)
+        ended = (found == tokenizer.eos_token_id).any(1).tolist()
+        replies += zip(map(str.strip, answers), ended, strict=True)
     return replies
 
 

