@@ -11,6 +11,7 @@ import tarfile
 import tomllib
 from importlib import import_module
 from inspect import isclass, isfunction
+from math import inf
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -249,6 +250,28 @@ def test_the_ablations_are_those_of_their_file():
         for row in rows
     ]
     assert sorted(shown) == sorted(expected)
+
+
+def test_the_passes_of_residual_are_those_of_their_file():
+    runs = [row for row in json.loads((DOCS / "assets" / "paper.json").read_text()) if row["learning_rate"] is None]
+    raw, *scaled = sorted(runs, key=lambda row: (row["advantage"], row["seed"]))
+    page = (DOCS / "paper.md").read_text(encoding="utf-8")
+    _, shown = first_table(DOCS / "paper.md")
+    for passes, *figures in shown:
+        expected: list[str] = []
+        for row in (raw, *scaled):
+            at = next((at for at in row["curve"] if at["passes"] == int(passes.replace(",", ""))), None)
+            cells = ["", "", ""]
+            if at is not None:
+                groups = at["changed"] * 106_168_320 / 4
+                cells = [f"{at['residual']:.3f}", f"{at['perplexity']:.2f}", f"{groups:,.0f}"]
+            expected += cells if row["seed"] == 0 else cells[1:2]
+        assert figures == expected
+    best = min(raw["curve"], key=lambda at: at["perplexity"])
+    assert f"**{best['perplexity']:.2f}** at {best['passes']:,} passes" in page
+    curves = [[at["passes"] for at in row["curve"] if at["perplexity"] <= best["perplexity"]] for row in scaled]
+    reached = sorted(min(passes, default=inf) for passes in curves)
+    assert f"after {reached[1]} passes instead of {best['passes']:,}" in page
 
 
 def test_figures_without_a_file_are_repeated_rightly():
