@@ -227,6 +227,11 @@ def _conversations(base: str) -> str:
 
 def _replies(model: Any, tokenizer: Any, questions: Sequence[str], tokens: int) -> list[tuple[str, bool]]:
     """The likeliest answers, up to so many tokens long, and whether each came to its end."""
+    import torch
+
+    # Of a chat model often another token than the tokenizer's own.
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor([] if ends is None else ends, device=model.device)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     replies: list[tuple[str, bool]] = []
@@ -238,7 +243,7 @@ def _replies(model: Any, tokenizer: Any, questions: Sequence[str], tokens: int) 
         found = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         found = found[:, inputs["input_ids"].shape[1] :]
         answers = tokenizer.batch_decode(found, skip_special_tokens=True)
-        ended = (found == tokenizer.eos_token_id).any(1).tolist()
+        ended = torch.isin(found, ends).any(1).tolist()
         replies += zip(map(str.strip, answers), ended, strict=True)
     return replies
 

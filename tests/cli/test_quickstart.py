@@ -125,7 +125,8 @@ def test_an_answer_that_was_cut_is_not_learned_as_whole(talker, monkeypatch):
         "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    words = [*VOCABULARY[:2], tokenizer.eos_token]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(VOCABULARY[2])]
+    words = VOCABULARY[:3]
 
     def generate(input_ids, **_):
         answers = torch.tensor(tokenizer.convert_tokens_to_ids(words)).repeat(len(input_ids), 1)
@@ -136,10 +137,9 @@ def test_an_answer_that_was_cut_is_not_learned_as_whole(talker, monkeypatch):
     monkeypatch.setattr("hf_maskpro.cli.common.load_model", lambda base: (model, tokenizer))
     monkeypatch.setattr(quickstart, "LEARNED_FROM", ["a", "b", "c"])
     first, second, third = quickstart._conversations("base").split("<user>")[1:]
-    answer = " ".join(words[:2])
-    assert first == f"a<unk><assistant>{answer}<unk>"
-    assert second == f"b<unk><assistant>{answer} {words[0]}"
-    assert third == f"c<unk><assistant>{answer}<unk>"
+    assert first == f"a<unk><assistant>{' '.join(words)}<unk>"
+    assert second == f"b<unk><assistant>{' '.join([*words[:2], words[0]])}"
+    assert third == f"c<unk><assistant>{' '.join(words)}<unk>"
 
 
 def test_a_script_that_writes_the_model_prints_nothing(talker, tmp_path, monkeypatch, capsys):
