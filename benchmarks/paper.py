@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("paper"), help="folder for the start and texts")
     parser.add_argument("--results", type=Path, default=Path("docs/assets/paper.json"))
     parser.add_argument("--advantage", nargs="+", default=["raw", "scaled"])
-    parser.add_argument("--windows", type=int, nargs="+", default=[1, 32, 128], help="training windows, 0 for all")
+    parser.add_argument("--windows", type=int, nargs="+", default=[128], help="training windows, 0 for all")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--learning-rate", type=float, help="of the advantage, if absent")
     parser.add_argument("--logit-scale", type=float, help="of the advantage, if absent")

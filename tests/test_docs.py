@@ -253,10 +253,12 @@ def test_the_ablations_are_those_of_their_file():
 
 
 def test_the_passes_of_residual_are_those_of_their_file():
-    runs = [row for row in json.loads((DOCS / "assets" / "paper.json").read_text()) if row["learning_rate"] is None]
+    rows = json.loads((DOCS / "assets" / "paper.json").read_text())
+    runs = [row for row in rows if row["learning_rate"] is None and row["windows"] == 128]
     raw, *scaled = sorted(runs, key=lambda row: (row["advantage"], row["seed"]))
     page = (DOCS / "paper.md").read_text(encoding="utf-8")
     _, shown = first_table(DOCS / "paper.md")
+    assert [int(row[0].replace(",", "")) for row in shown] == [at["passes"] for at in raw["curve"]]
     for passes, *figures in shown:
         expected: list[str] = []
         for row in (raw, *scaled):
@@ -412,7 +414,9 @@ def test_the_small_model_is_installed_without_what_it_depends_on():
 
 @pytest.mark.slow
 def test_a_source_distribution_has_what_its_tests_need(tmp_path):
-    ignored = shutil.ignore_patterns(".*", "site", "quickstart", "leaderboard", "ablations", "build", "*.egg-info")
+    ignored = shutil.ignore_patterns(
+        ".*", "site", "quickstart", "leaderboard", "ablations", "paper", "build", "*.egg-info"
+    )
     shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)
     build = "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1])"
     command = [sys.executable, "-c", build, str(tmp_path)]

@@ -219,9 +219,12 @@ def _conversations(base: str) -> str:
     for question, (reply, is_whole) in zip(
         LEARNED_FROM, _replies(model, tokenizer, LEARNED_FROM, LEARNED_TOKENS), strict=True
     ):
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-        # An end where it was cut would teach to stop in the middle.
-        text += tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=not is_whole)
+        turns = [{"role": "user", "content": question}]
+        if is_whole:
+            text += tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": reply}], tokenize=False)
+        else:
+            # An end where it was cut would teach to stop in the middle.
+            text += tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + reply
     return text
 
 
