@@ -120,7 +120,8 @@ def main(folder: Path, kills: int, runs: list[str]) -> None:
                 compare(whole, killed)
         assert os.waitpid(started(killed, *settings), 0)[1] == 0
         compare(whole, killed)
-        print(f"{run}: {kills} kills, {written} of them in the middle of writing a checkpoint")
+        # Before the next fork, whose end would print it again.
+        print(f"{run}: {kills} kills, {written} of them in the middle of writing a checkpoint", flush=True)
 
 
 def compare(whole: Path, killed: Path) -> None:

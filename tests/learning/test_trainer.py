@@ -921,17 +921,21 @@ def test_optimizers(tmp_path, optim, logits_dtype):
 
 
 @pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "adamw_torch_8bit"])
-def test_8_bit_optimizers(tmp_path, optim):
+def test_8_bit_optimizers(tmp_path, optim, request):
     pytest.importorskip("bitsandbytes" if "bnb" in optim else "torchao")
+    if "torch" in optim:
+        request.getfixturevalue("compiler")
     before, after = recover(tmp_path, optim=optim)
     assert after < 0.6 * before
 
 
 @pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "adamw_torch_8bit"])
 @pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
-def test_moments_of_8_bit_optimizers(tmp_path, optim, logits_dtype):
+def test_moments_of_8_bit_optimizers(tmp_path, optim, logits_dtype, request):
     """In layers of 4,096 logits: of smaller ones both libraries keep the moments as they are."""
     pytest.importorskip("bitsandbytes" if "bnb" in optim else "torchao")
+    if "torch" in optim:
+        request.getfixturevalue("compiler")
     config = tiny_llama().config
     config.hidden_size, config.intermediate_size, config.head_dim = 64, 64, 32
     model = get_peft_model(LlamaForCausalLM(config), MaskProConfig(logits_dtype=logits_dtype))
