@@ -25,7 +25,7 @@ from hf_maskpro.evaluation import windows
 START = "sparsegpt+swaps"
 MAX_TOKENS = 8192
 # What a run is told from others by.
-SETTINGS = ("advantage", "windows", "seed", "learning_rate", "logit_scale", "batch", "seq_len", "passes")
+SETTINGS = ("advantage", "windows", "seed", "learning_rate", "passes")
 
 
 class Measure(TrainerCallback):
@@ -47,11 +47,9 @@ def worker(settings: dict[str, Any], every: int, base: str, work: Path) -> dict[
     """One run, in this process."""
     model, tokenizer = load_model(base)
     masked = load_adapter(model, str(work / "starts" / START), is_trainable=True)
-    if settings["logit_scale"]:
-        masked.peft_config["default"].logit_scale = settings["logit_scale"]
     held_out = (work / "held_out.txt").read_text(encoding="utf-8")
-    ids = windows(tokenizer, (work / "calibration.txt").read_text(encoding="utf-8"), settings["seq_len"])
-    ids = ids[: settings["windows"] or None]
+    ids = windows(tokenizer, (work / "calibration.txt").read_text(encoding="utf-8"), protocol.SEQ_LEN)
+    ids = ids[: settings["windows"]]
 
     def mode_perplexity() -> float:
         return perplexity(masked, tokenizer, held_out, protocol.SEQ_LEN, MAX_TOKENS)
@@ -62,13 +60,12 @@ def worker(settings: dict[str, Any], every: int, base: str, work: Path) -> dict[
         estimator="residual",
         advantage=settings["advantage"],
         max_steps=settings["passes"],
-        per_device_train_batch_size=settings["batch"],
+        per_device_train_batch_size=1,
         baseline="cache",
         seed=settings["seed"],
         save_strategy="no",
         logging_steps=every,
         report_to="none",
-        dataloader_drop_last=True,
         **rate,
     )
     start = mode_perplexity()
@@ -85,12 +82,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("paper"), help="folder for the start and texts")
     parser.add_argument("--results", type=Path, default=Path("docs/assets/paper.json"))
     parser.add_argument("--advantage", nargs="+", default=["raw", "scaled"])
-    parser.add_argument("--windows", type=int, nargs="+", default=[128], help="training windows, 0 for all")
+    parser.add_argument(
+        "--windows", type=int, nargs="+", default=[128], help="training windows, of which a pass has one"
+    )
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--learning-rate", type=float, help="of the advantage, if absent")
-    parser.add_argument("--logit-scale", type=float, help="of the advantage, if absent")
-    parser.add_argument("--batch", type=int, default=1, help="windows a pass")
-    parser.add_argument("--seq-len", type=int, default=protocol.SEQ_LEN)
     parser.add_argument("--passes", type=int, default=2000)
     parser.add_argument("--every", type=int, default=200, help="passes between measurements")
     parser.add_argument("--json", action="store_true", help="print the results as JSON, not as a table")
