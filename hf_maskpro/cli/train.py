@@ -3,9 +3,10 @@
 import math
 import sys
 from contextlib import redirect_stdout
+from dataclasses import fields
 from pathlib import Path
 from shutil import rmtree
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -48,6 +49,10 @@ from .options import (
 )
 from .output import say_next, show
 from .training_options import one_of, training_arguments
+
+
+if TYPE_CHECKING:
+    from ..learning import MaskProTrainingArguments
 
 
 STEPS = "Steps"
@@ -357,6 +362,7 @@ def train(
             "restore_callback_states_from_checkpoint": True,
         }
     args = training_arguments(settings, ctx.args)
+    _check_settings(args)
     # They say what package is not there, which a trainer would find out after the calibration.
     MaskProTrainer.get_optimizer_cls_and_kwargs(args)
     for reporter in get_reporting_integration_callbacks(args.report_to):
@@ -446,6 +452,18 @@ def _check_learner(estimator: str, pattern: str) -> None:
     """Refuse a pattern that a learner does not learn."""
     if pattern not in (known := PATTERNS.get(estimator, (pattern,))):
         raise ValueError(f"--estimator {estimator} learns {' and '.join(known)} alone, not {pattern}; use simple.")
+
+
+def _check_settings(args: "MaskProTrainingArguments") -> None:
+    """Refuse a setting of another learner, which this one would not read."""
+    from ..learning import ESTIMATORS
+
+    for other, learner in ESTIMATORS.items():
+        if other == args.estimator or learner.Arguments is None:
+            continue
+        for setting in fields(learner.Arguments):
+            if (value := getattr(args, setting.name)) != setting.default:
+                raise ValueError(f"{setting.name}={value} is for estimator={other}, not {args.estimator}; drop it.")
 
 
 def _rows(windows: Any) -> list[dict[str, Any]]:

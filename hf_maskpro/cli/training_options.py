@@ -20,8 +20,15 @@ if TYPE_CHECKING:
     from ..learning import MaskProTrainingArguments
 
 
-# Fields that an option of another name sets.
-INSTEAD = {"output_dir": "--output", "resume_from_checkpoint": "--resume", "num_train_epochs": "--max-steps"}
+# What fields are called here that would do nothing by their own name.
+INSTEAD = {
+    "output_dir": "--output",
+    "resume_from_checkpoint": "--resume",
+    "num_train_epochs": "--max-steps",
+    "max_length": "--seq-len",
+    "do_eval": "--eval-text",
+    "do_predict": "hf-maskpro eval",
+}
 # As transformers reads them.
 TRUTHS = ("true", "false", "t", "f", "yes", "no", "y", "n", "1", "0")
 

@@ -141,6 +141,8 @@ def test_bad_files_of_options(train, tmp_path):
             ["--estimator", "residual", "--optimizer-in-backward", "true"],
             "--optimizer-in-backward True is for --estimator simple, not",
         ),
+        (["--masks-per-step", "2"], "--masks-per-step 2 is for --estimator residual, not simple; drop it"),
+        (["--estimator", "maskllm", "--prox-pull", "1"], "--prox-pull 1.0 is for --estimator proxsparse, not maskllm"),
     ],
 )
 def test_values_are_checked_before_the_model_is_loaded(train, monkeypatch, tmp_path, options, line):
