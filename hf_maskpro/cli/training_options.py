@@ -91,6 +91,11 @@ def expected(kind: str, value: str) -> str | None:
     if kind == "bool":
         # It may stand alone.
         return None if value.lower() in ("", *TRUTHS) else "true or false"
+    if "dict" in kind and value.startswith("{"):
+        try:
+            json.loads(value)
+        except ValueError:
+            return """JSON, as '{"name": 1}'"""
     if kind.startswith("Literal"):
         known = ast.literal_eval(kind.removeprefix("Literal"))
         return None if value in known else " or ".join(known)
@@ -192,3 +197,6 @@ def training_arguments(known: dict[str, Any], words: list[str]) -> "MaskProTrain
         return parser.parse_args_into_dataclasses(words, look_for_args_file=False)[0]
     except ArgumentError as error:
         raise ValueError(f"{str(error.argument_name).rpartition('/')[2]}: {error.message}.") from error
+    except ValueError as error:
+        # What was found may stand in further lines.
+        raise ValueError(" ".join(str(error).split())) from error

@@ -139,15 +139,28 @@ def test_bad_files_of_options(train, tmp_path):
         (["--estimator", "residual", "--masks-per-step", "0"], "--masks-per-step is 0"),
         (
             ["--estimator", "residual", "--optimizer-in-backward", "true"],
-            "--optimizer-in-backward True is for --estimator simple, not",
+            "--optimizer-in-backward is for --estimator simple, not",
+        ),
+        (
+            ["--lr-scheduler-type", "cosine", "--lr-scheduler-kwargs", '{"foo": 1}'],
+            "--lr-scheduler-kwargs {'foo': 1} does not fit --lr-scheduler-type cosine: get_cosine_schedule",
+        ),
+        (["--lr-scheduler-kwargs", "foo"], "--lr-scheduler-kwargs foo does not fit --lr-scheduler-type polynomial"),
+        (["--lr-scheduler-type", "warmup_stable_decay"], "--lr-scheduler-kwargs None does not fit"),
+        (["--optim-args", "foo"], "--optim-args is 'foo'; write name=value, separated by commas"),
+        (["--optim", "sgd", "--optim-args", "momentum=much"], "--optim-args is 'momentum=much'; write name=value"),
+        (
+            ["--load-best-model-at-end", "--save-strategy", "epoch", "--eval-text", "TEXT"],
+            "--load-best-model-at-end requires the save and eval strategy to match, except when --save-strategy best, "
+            "but found - Evaluation strategy:",
         ),
         (["--masks-per-step", "2"], "--masks-per-step 2 is for --estimator residual, not simple; drop it"),
         (["--estimator", "maskllm", "--prox-pull", "1"], "--prox-pull 1.0 is for --estimator proxsparse, not maskllm"),
     ],
 )
-def test_values_are_checked_before_the_model_is_loaded(train, monkeypatch, tmp_path, options, line):
+def test_values_are_checked_before_the_model_is_loaded(train, text, monkeypatch, tmp_path, options, line):
     monkeypatch.setattr("hf_maskpro.cli.common.load_tokenizer", None)
-    assert line in fails(*train, *options)
+    assert line in fails(*train, *(text if option == "TEXT" else option for option in options))
     assert not (tmp_path / "a").exists()
 
 
@@ -256,6 +269,10 @@ def test_messages_name_options():
     options = {"seq_len": "--seq-len", "n": "--n", "init_mask": "--method"}
     assert in_options("n is 4; lower seq_len.", options) == "--n is 4; lower --seq-len."
     assert in_options("init_mask is 'a'", options) == "--method is 'a'"
+    assert in_options("--seq_len is; pass overwrite=True", options | {"overwrite": "--overwrite"}) == (
+        "--seq-len is; pass --overwrite"
+    )
+    assert in_options('use init_mask="a"', options) == "use --method a"
     assert in_options("use init_mask='a', n=2 or seq_len=8", options) == "use --method a, --n 2 or --seq-len 8"
     assert in_options("/tmp/seq_len/x and seq_len.py, a n is", options) == "/tmp/seq_len/x and seq_len.py, a n is"
 

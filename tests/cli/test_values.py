@@ -89,6 +89,8 @@ WRONG = {
         "--logging-steps 0": "'--logging-steps'",
         "--eval-text no.txt": "no.txt does not exist",
         "--early-stopping 2": "pass --eval-text FILE",
+        "--load_best_model_at_end": "pass --eval-text FILE",
+        "--lr-scheduler-kwargs {": "--lr-scheduler-kwargs is {; give JSON",
         "--save-steps 5 --eval-steps 2 --eval-text TEXT": "--save-steps is 5, not a multiple of --eval-steps",
         "--adapter ADAPTER --m 8": "drop them or drop --adapter",
         "--max-length 32": "--max-length is --seq-len here",
