@@ -178,7 +178,7 @@ def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str
         rows.append(_run(output, base, "residual", options + ["--seconds", str(learned["given_seconds"])]))
     rows.append(learned)
     subprocess.run(
-        [sys.executable, "-c", "import hf_maskpro_cli; hf_maskpro_cli.main()", "merge", "--model", base]
+        [sys.executable, "-m", "hf_maskpro_cli", "merge", "--model", base]
         + ["--adapter", str(output / learners[-1]), "--output", str(output / "merged"), "--json"],
         check=True,
         stdout=subprocess.DEVNULL,
