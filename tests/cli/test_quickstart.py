@@ -68,12 +68,21 @@ def test_the_story_is_told_to_its_end_and_again(talker, paragraphs, rows, monkey
 
     monkeypatch.setattr(quickstart, "_smollm2", found)
     monkeypatch.setattr(quickstart, "_docstrings", paragraphs.read_text)
+    seen, ask = [], quickstart._conversations
+
+    def asked(base):
+        seen.extend(rows)
+        return ask(base)
+
+    monkeypatch.setattr(quickstart, "_conversations", asked)
     monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **_: run(*command[3:]))
     command = ["quickstart", "--text", paragraphs, "--output", tmp_path / "story"]
     told = run(*command, "--json")
     printed = " ".join(told.stderr.split())
     assert list(rows) == ["dense", "magnitude", "wanda", "sparsegpt+swaps", "simple"]
     assert rows["simple"][:2] == ["--start", str(tmp_path / "story" / "sparsegpt+swaps")]
+    # The first result does not wait for the model's answers.
+    assert seen == ["dense"]
     first, rest = printed.split("conversations", 1)
     assert "Then sparsegpt+swaps" in first
     assert f"sparsegpt+swaps: about {quickstart.START_RATIO} seconds" in rest
