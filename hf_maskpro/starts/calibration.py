@@ -46,7 +46,7 @@ def random_windows(
     ids: torch.Tensor,
     samples: int = SAMPLES,
     seq_len: int = SEQ_LEN,
-    seed: int = 0,
+    seed: int = 42,
     start_token: int | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """
@@ -57,7 +57,7 @@ def random_windows(
             `[windows, tokens]`. A start token that it or each of them begins with is no part of the text.
         samples (`int`, defaults to 128): Number of windows.
         seq_len (`int`, defaults to 256): Length of a window, in tokens, the start token among them.
-        seed (`int`): Seed of their positions.
+        seed (`int`, defaults to 42): Seed of their positions.
         start_token (`int`, *optional*): Id of a token that every window begins with, from [`start_token_of`].
 
     Returns:
@@ -85,7 +85,7 @@ def generated_text(
     tokenizer: PreTrainedTokenizerBase,
     samples: int = SAMPLES,
     seq_len: int = SEQ_LEN,
-    seed: int = 0,
+    seed: int = 42,
     cache: Path | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """
@@ -100,7 +100,7 @@ def generated_text(
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         samples (`int`, defaults to 128): Number of sequences.
         seq_len (`int`, defaults to 256): Length of each, in tokens.
-        seed (`int`): Seed of what is drawn. torch's own generator is left as it was.
+        seed (`int`, defaults to 42): Seed of what is drawn. torch's own generator is left as it was.
         cache (`Path`, *optional*): Folder to keep the sequences in. What is there is not generated again, so an
             interrupted call goes on where it stopped.
 

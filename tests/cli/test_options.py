@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields
+from inspect import signature
 from shutil import copytree, rmtree
 
 import pytest
@@ -14,10 +15,13 @@ from safetensors.torch import load_file
 from typer.core import TyperCommand
 from typer.main import get_command
 
+from hf_maskpro import MaskProConfig, sparsify
 from hf_maskpro.cli import app
 from hf_maskpro.cli.train import forget_previous, put_back, set_aside
 from hf_maskpro.cli.verb import in_options
+from hf_maskpro.evaluation import mixed_windows
 from hf_maskpro.learning import MaskProTrainer, MaskProTrainingArguments
+from hf_maskpro.starts import generated_text, random_windows
 
 from ..conftest import save_tiny_model, tiny_mixtral
 from .test_cli import adapter, fails, run
@@ -417,7 +421,8 @@ def test_python_m_runs_the_command():
 
 
 def test_defaults_are_those_of_python():
-    options = {option.name: option.default for option in get_command(app).commands["train"].params}
+    known = get_command(app).commands
+    options = {option.name: option.default for option in known["train"].params}
     python = {field.name: field.default for field in fields(MaskProTrainingArguments)}
     python["seq_len"] = python["max_length"]
     # A run counts in epochs in Python, and keeps all checkpoints and logs; None is the other's default.
@@ -425,3 +430,18 @@ def test_defaults_are_those_of_python():
     shared = {name for name, default in options.items() if name in python and default is not None} - own
     assert {"estimator", "per_device_train_batch_size", "seq_len", "seed"} <= shared
     assert {name: options[name] for name in shared} == {name: python[name] for name in shared}
+    one_call = {name: known.default for name, known in signature(sparsify).parameters.items()}
+    patterns = {field.name: field.default for field in fields(MaskProConfig) if field.name in ("n", "m")}
+    assert patterns.items() <= one_call.items()
+    # The one exception: a configuration alone has no data, and this is the mask to take without.
+    assert MaskProConfig().init_mask == "magnitude"
+    starts = {option.name: option.default for option in known["init"].params}
+    assert {name: starts[name] for name in ("n", "m", "init_mask")} == {
+        name: one_call[name] for name in ("n", "m", "init_mask")
+    }
+    assert patterns == {option.name: option.default for option in known["import"].params if option.name in patterns}
+    # With --adapter it is the adapter's.
+    helps = {option.name: option.help for option in known["train"].params}
+    assert all(f"{one_call[name]} unless given" in helps[name] for name in ("n", "m", "init_mask"))
+    for drawn in (random_windows, generated_text, mixed_windows):
+        assert signature(drawn).parameters["seed"].default == starts["seed"] == options["seed"]
