@@ -10,7 +10,7 @@ import sys
 import tarfile
 import tomllib
 from importlib import import_module
-from inspect import isclass, isfunction
+from inspect import getdoc, isclass, isfunction
 from math import inf
 from pathlib import Path
 from pkgutil import resolve_name
@@ -306,14 +306,27 @@ def test_figures_without_a_file_are_repeated_rightly():
     assert f"about {32 * int(seconds) / 3600:.1f} hours" in large
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=name)
-def test_sentences_are_short(path):
-    """35 words at most, where code counts as one; lists of links are no sentences."""
-    text = "\n".join("" if re.match(r"\s*(\||#|!\[|<)", line) else line for line in prose_and_code(path)[0])
+def long_sentences(text: str) -> list[str]:
+    """Those of more than 35 words, where code counts as one; lists of links are no sentences."""
     text = re.sub(r"`[^`]*`", "code", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text))
     paragraphs = re.split(r"\n\s*\n|\n\s*(?:[-*]|\d+\.) ", text)
     sentences = [part.split() for each in paragraphs for part in re.split(r"(?<=[.!?])\s+", each)]
-    assert [" ".join(words) for words in sentences if len(words) > 35 and words.count("·") < 5] == []
+    return [" ".join(words) for words in sentences if len(words) > 35 and words.count("·") < 5]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name)
+def test_sentences_are_short(path):
+    prose = prose_and_code(path)[0]
+    assert long_sentences("\n".join("" if re.match(r"\s*(\||#|!\[|<)", line) else line for line in prose)) == []
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "api").glob("*.md")), ids=name)
+def test_sentences_of_docstrings_are_short(page):
+    for entry in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.M):
+        text = getdoc(resolve_name(":".join(entry.rsplit(".", 1))))
+        # What is said of an argument begins after its name and type, and of an error or a result after its type.
+        text = re.sub(r"^(?:\w+| {4}\**\w+ \(.*?\)| {4}\[?`[^`]*`\]?):", "\n", text, flags=re.M)
+        assert long_sentences(text) == [], entry
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=name)

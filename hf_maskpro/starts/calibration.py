@@ -91,9 +91,9 @@ def generated_text(
     """
     Text that the model itself samples: for those who have none, and to train on what the dense model knows.
 
-    Every sequence begins with the start token, or, where the tokenizer has a chat template, every other batch of them
-    with the opening of a conversation, so that the model asks a question and answers it. The rest is drawn from the
-    model's whole distribution: nothing but chance makes two sequences alike.
+    Every sequence begins with the start token. Where the tokenizer has a chat template, every other batch of them
+    begins with the opening of a conversation, so that the model asks a question and answers it. The rest is drawn
+    from the model's whole distribution: nothing but chance makes two sequences alike.
 
     Args:
         model (`PreTrainedModel`): The dense model.
