@@ -14,6 +14,8 @@ from inspect import getdoc, isclass, isfunction
 from math import inf
 from pathlib import Path
 from pkgutil import resolve_name
+from runpy import run_path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -366,6 +368,28 @@ def test_parts_of_examples_are_whole_statements(path):
 def test_no_line_of_code_is_cut(path):
     code = path.read_text(encoding="utf-8").splitlines() if path.suffix == ".py" else prose_and_code(path)[1]
     assert [line for line in code if len(line) > WIDTH] == []
+
+
+def test_the_site_has_ways_on_a_dark_mode_and_addresses(monkeypatch):
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8").replace("!relative ", ""))
+    assert "navigation.footer" in site["theme"]["features"]
+    schemes = {palette["media"]: palette["scheme"] for palette in site["theme"]["palette"]}
+    assert schemes == {"(prefers-color-scheme: light)": "default", "(prefers-color-scheme: dark)": "slate"}
+    # What makes formulas need not be installed.
+    monkeypatch.setitem(sys.modules, "latex2mathml.converter", SimpleNamespace(convert=None))
+    monkeypatch.setitem(sys.modules, "latex2mathml", SimpleNamespace())
+    (hook,) = site["hooks"]
+    config = run_path(str(ROOT / hook))["on_config"](SimpleNamespace(config_file_path=str(ROOT / "mkdocs.yml")))
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    # Without the second there is no sitemap.
+    assert (config.repo_url, config.site_url) == (urls["Repository"], urls["Documentation"])
+    assert all(url.startswith("https://") for url in urls.values())
+
+
+def test_the_system_that_it_runs_on_is_named():
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    systems = [each for each in classifiers if each.startswith("Operating System")]
+    assert systems == ["Operating System :: POSIX :: Linux"]
 
 
 def test_every_page_is_in_the_navigation_and_there():

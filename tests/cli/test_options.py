@@ -8,6 +8,7 @@ import sys
 from dataclasses import fields
 from inspect import signature
 from shutil import copytree, rmtree
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,10 +25,11 @@ from hf_maskpro.learning import MaskProTrainer, MaskProTrainingArguments
 from hf_maskpro.starts import generated_text, random_windows
 
 from ..conftest import save_tiny_model, tiny_mixtral
+from .test_bench import pretended
 from .test_cli import adapter, fails, run
 
 
-__all__ = ["adapter"]
+__all__ = ["adapter", "pretended"]
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def arguments(monkeypatch):
     return seen
 
 
-def test_every_verb_prints_one_object(checkpoint, text, train, monkeypatch, tmp_path):
+def test_every_verb_prints_one_object(checkpoint, text, train, pretended, monkeypatch, tmp_path):
     def noisy(verb, context, invoke=TyperCommand.invoke):
         print("what a library says")
         return invoke(verb, context)
@@ -67,6 +69,13 @@ def test_every_verb_prints_one_object(checkpoint, text, train, monkeypatch, tmp_
     assert printed("inspect", tmp_path / "s")["pattern"] == "2:4"
     cut = ["--text", text, "--seq-len", 32]
     assert printed("eval", "--model", tmp_path / "s", *cut)["perplexity"] > 1
+    exported = printed("export", "--target", "dense", "--adapter", tmp_path / "i", *given, tmp_path / "e")
+    assert exported["target"] == "dense"
+    timing = ["--prefill-tokens", 16, "--batch-size", 1, "--repeats", 1]
+    assert len(printed("bench", "--model", tmp_path / "s", *timing)["rows"]) == 2
+    commit = SimpleNamespace(repo_url=SimpleNamespace(repo_id="me/mask"), oid="1", commit_url="https://hub/1")
+    monkeypatch.setattr("hf_maskpro.hub.push_folder", lambda *where, **options: commit)
+    assert printed("push", tmp_path / "i", "me/mask")["repository"] == "me/mask"
 
 
 def test_a_verb_ends_with_the_next_command(checkpoint, train, tmp_path):
