@@ -292,7 +292,7 @@ def train(
     folder = None if adapter is None else adapter_folder(adapter, revision, subfolder)
     import torch
     from peft import get_peft_model
-    from transformers import EarlyStoppingCallback
+    from transformers import EarlyStoppingCallback, IntervalStrategy
     from transformers.integrations import get_reporting_integration_callbacks
 
     from ..deploy import check_free
@@ -367,6 +367,8 @@ def train(
         }
     args = training_arguments(settings, ctx.args)
     _check_settings(args)
+    if eval_text is None and (strategy := IntervalStrategy(args.eval_strategy).value) != "no":
+        raise ValueError(f"--eval-strategy {strategy} needs a text to evaluate on: pass --eval-text FILE.")
     # What a trainer would find out after the calibration; of optimizers and reporters also what package is not there.
     _check_optimizer(args)
     for reporter in get_reporting_integration_callbacks(args.report_to):

@@ -167,6 +167,7 @@ def test_bad_files_of_options(train, tmp_path):
             "--load-best-model-at-end requires the save and eval strategy to match, except when --save-strategy best, "
             "but found - Evaluation strategy:",
         ),
+        (["--eval-strategy", "steps"], "--eval-strategy steps needs a text to evaluate on: pass --eval-text FILE."),
         (["--masks-per-step", "2"], "--masks-per-step 2 is for --estimator residual, not simple; drop it"),
         (["--estimator", "maskllm", "--prox-pull", "1"], "--prox-pull 1.0 is for --estimator proxsparse, not maskllm"),
     ],
