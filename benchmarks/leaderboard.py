@@ -35,7 +35,7 @@ LEARNERS = (
 
 def run(arguments: list[str]) -> tuple[str, float, int]:
     """Output, seconds and peak memory of one command."""
-    command = [sys.executable, "-W", "ignore", "-m", "hf_maskpro.cli", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "hf_maskpro_cli", *arguments]
     begun = time.perf_counter()
     process = subprocess.Popen(command, env=protocol.KEEP_MEMORY | os.environ, stdout=subprocess.PIPE, text=True)
     output: list[str] = []

@@ -174,7 +174,7 @@ def main() -> None:
             base, adapter, merged = (Path(parent) / name for name in ("base", "adapter", "merged"))
             size = write_checkpoint(base, config, layout == "shards")
             write_adapter(adapter, config)
-            merge = [sys.executable, "-m", "hf_maskpro.cli", "merge", "--model", str(base)]
+            merge = [sys.executable, "-m", "hf_maskpro_cli", "merge", "--model", str(base)]
             check = f"import hf_maskpro; hf_maskpro.check_sparsity({str(merged)!r}, 2, 4)"
             for job, command in {
                 "merge": [*merge, "--adapter", str(adapter), "--output", str(merged)],

@@ -94,7 +94,7 @@ def start(base: str, method: str, work: Path) -> Path:
     """The one-shot mask of a rule as an adapter, made unless it is there."""
     folder = work / "starts" / method
     if not folder.is_dir():
-        command = [sys.executable, "-m", "hf_maskpro.cli", "init", "--model", base, "--method", method]
+        command = [sys.executable, "-m", "hf_maskpro_cli", "init", "--model", base, "--method", method]
         command += ["--output", str(folder)]
         if method not in ("magnitude", "random"):
             command += ["--text", str(work / "calibration.txt")]

@@ -369,7 +369,7 @@ def test_launchers_know_their_options():
         ("torchrun", 1, get_args_parser()),
     ):
         scripts = [parser.parse_args(words[first:]).training_script for words in lines if words[0] == program]
-        assert {"train.py"} <= set(scripts) <= {"train.py", "hf_maskpro.cli"}
+        assert {"train.py"} <= set(scripts) <= {"train.py", "hf_maskpro_cli"}
 
 
 def test_the_address_is_filled_in_everywhere(tmp_path):

@@ -10,10 +10,12 @@ import sys
 import tarfile
 import tomllib
 from importlib import import_module
-from inspect import isclass, isfunction
+from inspect import getdoc, isclass, isfunction
 from math import inf
 from pathlib import Path
 from pkgutil import resolve_name
+from runpy import run_path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -306,14 +308,27 @@ def test_figures_without_a_file_are_repeated_rightly():
     assert f"about {32 * int(seconds) / 3600:.1f} hours" in large
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=name)
-def test_sentences_are_short(path):
-    """35 words at most, where code counts as one; lists of links are no sentences."""
-    text = "\n".join("" if re.match(r"\s*(\||#|!\[|<)", line) else line for line in prose_and_code(path)[0])
+def long_sentences(text: str) -> list[str]:
+    """Those of more than 35 words, where code counts as one; lists of links are no sentences."""
     text = re.sub(r"`[^`]*`", "code", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text))
     paragraphs = re.split(r"\n\s*\n|\n\s*(?:[-*]|\d+\.) ", text)
     sentences = [part.split() for each in paragraphs for part in re.split(r"(?<=[.!?])\s+", each)]
-    assert [" ".join(words) for words in sentences if len(words) > 35 and words.count("·") < 5] == []
+    return [" ".join(words) for words in sentences if len(words) > 35 and words.count("·") < 5]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name)
+def test_sentences_are_short(path):
+    prose = prose_and_code(path)[0]
+    assert long_sentences("\n".join("" if re.match(r"\s*(\||#|!\[|<)", line) else line for line in prose)) == []
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "api").glob("*.md")), ids=name)
+def test_sentences_of_docstrings_are_short(page):
+    for entry in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.M):
+        text = getdoc(resolve_name(":".join(entry.rsplit(".", 1))))
+        # What is said of an argument begins after its name and type, and of an error or a result after its type.
+        text = re.sub(r"^(?:\w+| {4}\**\w+ \(.*?\)| {4}\[?`[^`]*`\]?):", "\n", text, flags=re.M)
+        assert long_sentences(text) == [], entry
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=name)
@@ -353,6 +368,28 @@ def test_parts_of_examples_are_whole_statements(path):
 def test_no_line_of_code_is_cut(path):
     code = path.read_text(encoding="utf-8").splitlines() if path.suffix == ".py" else prose_and_code(path)[1]
     assert [line for line in code if len(line) > WIDTH] == []
+
+
+def test_the_site_has_ways_on_a_dark_mode_and_addresses(monkeypatch):
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8").replace("!relative ", ""))
+    assert "navigation.footer" in site["theme"]["features"]
+    schemes = {palette["media"]: palette["scheme"] for palette in site["theme"]["palette"]}
+    assert schemes == {"(prefers-color-scheme: light)": "default", "(prefers-color-scheme: dark)": "slate"}
+    # What makes formulas need not be installed.
+    monkeypatch.setitem(sys.modules, "latex2mathml.converter", SimpleNamespace(convert=None))
+    monkeypatch.setitem(sys.modules, "latex2mathml", SimpleNamespace())
+    (hook,) = site["hooks"]
+    config = run_path(str(ROOT / hook))["on_config"](SimpleNamespace(config_file_path=str(ROOT / "mkdocs.yml")))
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    # Without the second there is no sitemap.
+    assert (config.repo_url, config.site_url) == (urls["Repository"], urls["Documentation"])
+    assert all(url.startswith("https://") for url in urls.values())
+
+
+def test_the_system_that_it_runs_on_is_named():
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    systems = [each for each in classifiers if each.startswith("Operating System")]
+    assert systems == ["Operating System :: POSIX :: Linux"]
 
 
 def test_every_page_is_in_the_navigation_and_there():

@@ -114,7 +114,7 @@ def test_a_gguf_base_is_merged_like_the_checkpoint_that_it_makes(smollm2, adapte
     folder, file = _smollm2()
     command = ["merge", "--model", folder, "--gguf-file", file, "--adapter", str(adapter[0])]
     subprocess.run(
-        [sys.executable, "-m", "hf_maskpro.cli", *command, "--output", str(tmp_path / "merged")], check=True
+        [sys.executable, "-m", "hf_maskpro_cli", *command, "--output", str(tmp_path / "merged")], check=True
     )
     expected, merged = (tmp_path / name / "model.safetensors" for name in ("expected", "merged"))
     assert merged.read_bytes() == expected.read_bytes()
@@ -176,7 +176,7 @@ def test_perplexity_does_not_depend_on_the_batch(smollm2, stride):
 
 def test_the_quickstart_tells_its_story(tmp_path):
     output = tmp_path / "quickstart"
-    command = [sys.executable, "-m", "hf_maskpro.cli", "quickstart", "--minutes", "6", "--estimator", "simple"]
+    command = [sys.executable, "-m", "hf_maskpro_cli", "quickstart", "--minutes", "6", "--estimator", "simple"]
     done = subprocess.run([*command, "--output", str(output), "--json"], check=True, stdout=subprocess.PIPE)
     results = json.loads(done.stdout)
     assert results == json.loads((output / "results.json").read_text())

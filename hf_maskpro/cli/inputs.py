@@ -20,6 +20,8 @@ def check_model(model: str, gguf_file: str | None) -> None:
         raise ValueError(f"{path / gguf_file} does not exist; name a GGUF file in the model's folder.")
     elif not gguf_file and not (path / "config.json").is_file():
         raise ValueError(f"{model} has no config.json; pass a model's folder or a Hub id.")
+    if gguf_file:
+        check_extra("gguf", f"--gguf-file {gguf_file}", "gguf")
 
 
 def check_on_hub(name: str, file: str, wanted: str, revision: str | None = None, repo_type: str | None = None) -> None:

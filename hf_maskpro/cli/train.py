@@ -3,9 +3,10 @@
 import math
 import sys
 from contextlib import redirect_stdout
+from dataclasses import fields
 from pathlib import Path
 from shutil import rmtree
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -48,6 +49,10 @@ from .options import (
 )
 from .output import say_next, show
 from .training_options import one_of, training_arguments
+
+
+if TYPE_CHECKING:
+    from ..learning import MaskProTrainingArguments
 
 
 STEPS = "Steps"
@@ -245,8 +250,12 @@ def train(
             raise ValueError(f"{option} is {value}; give a number.")
     if logit_scale == 0:
         raise ValueError("--logit-scale is 0.0, outside 0 to 40; 6 is usual.")
-    if eval_text is None and (eval_steps, early_stopping) != (None, None):
-        raise ValueError("--eval-steps and --early-stopping need a text to evaluate on: pass --eval-text FILE.")
+    keeps_best = any(word.replace("_", "-").startswith("--load-best-model-at-end") for word in ctx.args)
+    if eval_text is None and (keeps_best or (eval_steps, early_stopping) != (None, None)):
+        raise ValueError(
+            "--eval-steps, --early-stopping and --load-best-model-at-end need a text to evaluate on: pass --eval-text "
+            "FILE."
+        )
     eval_steps = eval_steps or save_steps
     if eval_text is not None and save_steps % eval_steps:
         raise ValueError(
@@ -283,7 +292,7 @@ def train(
     folder = None if adapter is None else adapter_folder(adapter, revision, subfolder)
     import torch
     from peft import get_peft_model
-    from transformers import EarlyStoppingCallback
+    from transformers import EarlyStoppingCallback, IntervalStrategy
     from transformers.integrations import get_reporting_integration_callbacks
 
     from ..deploy import check_free
@@ -357,8 +366,11 @@ def train(
             "restore_callback_states_from_checkpoint": True,
         }
     args = training_arguments(settings, ctx.args)
-    # They say what package is not there, which a trainer would find out after the calibration.
-    MaskProTrainer.get_optimizer_cls_and_kwargs(args)
+    _check_settings(args)
+    if eval_text is None and (strategy := IntervalStrategy(args.eval_strategy).value) != "no":
+        raise ValueError(f"--eval-strategy {strategy} needs a text to evaluate on: pass --eval-text FILE.")
+    # What a trainer would find out after the calibration; of optimizers and reporters also what package is not there.
+    _check_optimizer(args)
     for reporter in get_reporting_integration_callbacks(args.report_to):
         reporter()
     held_out = read_text(eval_text) if eval_text is not None else None
@@ -446,6 +458,47 @@ def _check_learner(estimator: str, pattern: str) -> None:
     """Refuse a pattern that a learner does not learn."""
     if pattern not in (known := PATTERNS.get(estimator, (pattern,))):
         raise ValueError(f"--estimator {estimator} learns {' and '.join(known)} alone, not {pattern}; use simple.")
+
+
+def _check_settings(args: "MaskProTrainingArguments") -> None:
+    """Refuse a setting of another learner, which this one would not read."""
+    from ..learning import ESTIMATORS
+
+    for other, learner in ESTIMATORS.items():
+        if other == args.estimator or learner.Arguments is None:
+            continue
+        for setting in fields(learner.Arguments):
+            if (value := getattr(args, setting.name)) != setting.default:
+                raise ValueError(f"{setting.name}={value} is for estimator={other}, not {args.estimator}; drop it.")
+
+
+def _check_optimizer(args: "MaskProTrainingArguments") -> None:
+    """Refuse what the optimizer or the schedule does not take."""
+    from torch import zeros
+    from torch.optim import SGD
+    from transformers import SchedulerType, get_scheduler
+
+    from ..learning import MaskProTrainer
+
+    try:
+        MaskProTrainer.get_optimizer_cls_and_kwargs(args)
+    except ValueError as error:
+        if not args.optim_args:
+            raise
+        raise ValueError(
+            f"--optim-args is {args.optim_args!r}; write name=value, separated by commas, with values that the "
+            f"optimizer takes ({error})."
+        ) from error
+    # A schedule may end at no more than this.
+    assert args.learning_rate is not None
+    optimizer, schedule = SGD([zeros(1)], args.learning_rate), SchedulerType(args.lr_scheduler_type).value
+    warmup, known = args.get_warmup_steps(args.max_steps), args.lr_scheduler_kwargs
+    try:
+        get_scheduler(schedule, optimizer, warmup, args.max_steps, known)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"--lr-scheduler-kwargs {known} does not fit --lr-scheduler-type {schedule}: {error}."
+        ) from error
 
 
 def _rows(windows: Any) -> list[dict[str, Any]]:

@@ -20,8 +20,15 @@ if TYPE_CHECKING:
     from ..learning import MaskProTrainingArguments
 
 
-# Fields that an option of another name sets.
-INSTEAD = {"output_dir": "--output", "resume_from_checkpoint": "--resume", "num_train_epochs": "--max-steps"}
+# What fields are called here that would do nothing by their own name.
+INSTEAD = {
+    "output_dir": "--output",
+    "resume_from_checkpoint": "--resume",
+    "num_train_epochs": "--max-steps",
+    "max_length": "--seq-len",
+    "do_eval": "--eval-text",
+    "do_predict": "hf-maskpro eval",
+}
 # As transformers reads them.
 TRUTHS = ("true", "false", "t", "f", "yes", "no", "y", "n", "1", "0")
 
@@ -84,6 +91,11 @@ def expected(kind: str, value: str) -> str | None:
     if kind == "bool":
         # It may stand alone.
         return None if value.lower() in ("", *TRUTHS) else "true or false"
+    if "dict" in kind and value.startswith("{"):
+        try:
+            json.loads(value)
+        except ValueError:
+            return """JSON, as '{"name": 1}'"""
     if kind.startswith("Literal"):
         known = ast.literal_eval(kind.removeprefix("Literal"))
         return None if value in known else " or ".join(known)
@@ -185,3 +197,6 @@ def training_arguments(known: dict[str, Any], words: list[str]) -> "MaskProTrain
         return parser.parse_args_into_dataclasses(words, look_for_args_file=False)[0]
     except ArgumentError as error:
         raise ValueError(f"{str(error.argument_name).rpartition('/')[2]}: {error.message}.") from error
+    except ValueError as error:
+        # What was found may stand in further lines.
+        raise ValueError(" ".join(str(error).split())) from error

@@ -66,9 +66,12 @@ def one_line_errors(options: dict[str, str] | None = None) -> Iterator[None]:
 def in_options(line: str, options: dict[str, str]) -> str:
     """A message as the command says it: the library names arguments of Python, and the user has typed options."""
     for name, option in options.items():
-        line = re.sub(rf"(?<![\w./-]){name}=(?:'([^']*)'|(\w+))", rf"{option} \1\2", line)
+        # transformers writes its fields as options with underscores.
+        start = rf"(?<![\w./-])(?:--)?{name}"
+        line = re.sub(rf"{start}=True\b", option, line)
+        line = re.sub(rf"{start}=(?:'([^']*)'|\"([^\"]*)\"|(\w+))", rf"{option} \1\2\3", line)
         if "_" in name:
-            line = re.sub(rf"(?<![\w./-]){name}(?![\w/=-]|\.\w)", option, line)
+            line = re.sub(rf"{start}(?![\w/=-]|\.\w)", option, line)
         else:
             line = re.sub(rf"^{name} is ", f"{option} is ", line)
     return line

@@ -115,7 +115,7 @@ def _to_fp8(model: PreTrainedModel, packing_format: str) -> dict[str, str]:
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
     except ImportError as error:
-        raise ImportError("--fp8 needs torchao: pip install 'hf-maskpro[fp8]'.") from error
+        raise ImportError("FP8 needs torchao: pip install 'hf-maskpro[fp8]'.") from error
     config = Float8DynamicActivationFloat8WeightConfig(version=2, packing_format=packing_format, granularity=PerRow())
     chosen = layers.keys() - left.keys()
     flatten_inputs(model)

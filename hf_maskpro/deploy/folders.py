@@ -59,4 +59,4 @@ def check_free(output: str | Path, overwrite: bool, *inputs: str | Path | None) 
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file or device; choose another output folder.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise ValueError(f"{output} is not empty; choose another output folder or pass --overwrite.")
+        raise ValueError(f"{output} is not empty; choose another output folder or pass overwrite=True.")

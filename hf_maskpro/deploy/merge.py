@@ -51,9 +51,9 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, overwrite:
         `dict[str, float]`: Share of zeros by masked parameter.
 
     Raises:
-        `ValueError`: if the folder is in use, the adapter is no mask adapter or does not fit, the base is quantized or
-            not the one that the mask was learned for, a file of it is a link out of its folder, or a kept weight is
-            not finite.
+        `ValueError`: if the folder is in use, or the adapter is no mask adapter or does not fit. Also if the base is
+            quantized or not the one that the mask was learned for, a file of it is a link out of its folder, or a kept
+            weight is not finite.
     """
     check_free(output, overwrite, model, adapter)
     base, masks = checkpoint_folder(model), locate(str(adapter))

@@ -37,8 +37,8 @@ def to_onnx(
     """
     Write the float32 ONNX graph of a merged 2:4 model, from tokens to logits, with its zeros in the initialisers.
 
-    The graph is checked with ONNX Runtime before it takes its place on disk: its logits on random tokens of another
-    shape than it was traced with, and its products with a 2:4 operand, of which there must be as many as in the model.
+    The graph is checked with ONNX Runtime before it takes its place on disk. Its logits are compared on random tokens
+    of another shape than it was traced with, and its products with a 2:4 operand must be as many as in the model.
 
     Args:
         model (`PreTrainedModel`): The merged model. It is moved to the CPU in float32.

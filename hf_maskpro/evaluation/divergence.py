@@ -75,7 +75,7 @@ def against_dense(
 
     Returns:
         `dict[str, Any]`: `"texts"`, with the `"perplexity"`, `"dense_perplexity"`, the `"ratio"` of the two and the
-            divergence `"kl"` of each; `"at_home"`, the ratio of that text, if one is named; and `"elsewhere"`, the
+            divergence `"kl"` of each. `"at_home"` is the ratio of that text, if one is named. `"elsewhere"` is the
             geometric mean of the others' ratios, if there are others.
 
     Raises:

@@ -30,9 +30,9 @@ def perplexity(
     first token on, and what is left over at the end of the text is not used.
 
     With `stride`, every window starts `stride` tokens after the one before, and only those of its tokens count that no
-    earlier window has predicted: every token but the very first is predicted once, from at least `seq_len - stride`
-    tokens before it once there are so many. The last window may be shorter. The figure is lower, and takes
-    `seq_len / stride` times as long.
+    earlier window has predicted. So every token but the very first is predicted once, from at least
+    `seq_len - stride` tokens before it once there are so many. The last window may be shorter. The figure is lower,
+    and takes `seq_len / stride` times as long.
 
     Where the tokenizer begins a text with a start token, every window begins with it, by both protocols, and the very
     first token of the text is predicted, too. The papers' windows have none but the first: `start_token=False`.

@@ -43,7 +43,7 @@ def mixed_windows(
     sources: Sequence[torch.Tensor],
     weights: Sequence[float] | None = None,
     tokens: int | None = None,
-    seed: int = 0,
+    seed: int = 42,
 ) -> torch.Tensor:
     """
     The training windows of a mixture of texts, shuffled across them: a function of these arguments alone, so that a
@@ -58,7 +58,7 @@ def mixed_windows(
         weights (`Sequence[float]`, *optional*): The share of each source in the windows, relative to the others.
         tokens (`int`, *optional*): How many tokens to draw. With weights and unless given, so many that no window is
             there twice.
-        seed (`int`): Seed of the choice and of the order.
+        seed (`int`, defaults to 42): Seed of the choice and of the order.
 
     Returns:
         `torch.Tensor`: int64 `[windows, seq_len]`.

@@ -76,7 +76,8 @@ def checkpoint_to_resume(run: str | Path) -> str:
         if not (folder / FILES_NAME).exists():
             raise ValueError(
                 f"{folder} has no {FILES_NAME}, as those of an earlier version or a plain Trainer, so nothing says "
-                "whether it is whole; pass its path to trainer.train(resume_from_checkpoint=...)."
+                "whether it is whole; start a new run, or in Python pass its path to "
+                "trainer.train(resume_from_checkpoint=...)."
             )
     raise ValueError(f"{run} has no whole checkpoint to resume from; start a new run.")
 

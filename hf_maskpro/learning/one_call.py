@@ -37,7 +37,8 @@ def sparsify(
         n (`int`, defaults to 2): How many of every `m` weights are kept.
         m (`int`, defaults to 4): The size of a group.
         max_steps (`int`, defaults to 0): Steps to learn for; none unless given.
-        settings: As for [`MaskProTrainingArguments`]; no checkpoints are kept unless `save_strategy` is given.
+        settings: As for [`MaskProTrainingArguments`]. `seed` chooses the calibration windows as well; no checkpoints
+            are kept unless `save_strategy` is given.
 
     Returns:
         [`~peft.PeftModel`]: The model with the mask adapter.
@@ -48,7 +49,8 @@ def sparsify(
     trainer = MaskProTrainer(masked, args, train_dataset=dataset, processing_class=tokenizer)
     text = torch.stack([row["input_ids"] for row in islice(trainer.train_dataset, 1024)])
     seq_len = min(SEQ_LEN, args.max_length)
-    initialize_masks(masked, random_windows(text, seq_len=seq_len, start_token=start_token_of(tokenizer)))
+    start_token = start_token_of(tokenizer)
+    initialize_masks(masked, random_windows(text, seq_len=seq_len, seed=args.seed, start_token=start_token))
     if max_steps > 0:
         trainer.train()
     return masked

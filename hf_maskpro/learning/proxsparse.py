@@ -31,8 +31,8 @@ class ProxSparseArguments:
     Args:
         prox_lambda (`float`, *optional*):
             `lambda` of the regulariser. The paper's goes with the size of the weights, from 0.2 to 25. `None` is
-            `learning_rate / median(W^2)` of every layer, so that in a step the operator takes from a third weight
-            about as much as the optimizer may give: 0.25 where weights are around 0.02 and the rate is 1e-4.
+            `learning_rate / median(W^2)` of every layer: 0.25 where weights are around 0.02 and the rate is 1e-4.
+            The operator then takes from a third weight in a step about as much as the optimizer may give.
         prox_pull (`float`, defaults to 0):
             Weight in the loss of the pull to the pretrained weight, `||(V / (W + 0.1 sign W)) (V - W)||^2`; the
             published runs of most models have none, that of LLaMA-3.1-8B has 1.

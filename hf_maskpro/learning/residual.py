@@ -104,8 +104,8 @@ class Residual(Estimator):
         # At 0 the tracker is the residual itself, and nothing is left to learn from.
         if not 0 < args.tracker_decay < 1:
             raise ValueError(f"tracker_decay is {args.tracker_decay}, not between 0 and 1; 0.99 is usual.")
-        # What no loss tells of walks at random, by the rate and the root of the steps. A rate that falls with that root
-        # keeps the walk as long; in less than 100 steps two masks would decide a group.
+        # A group that makes no difference walks at random, as far as the rate times the root of the steps. A rate that
+        # falls with that root keeps it from getting further in a longer run.
         steps = args.max_steps if args.max_steps > 0 else 1000
         rate = 50.0 if args.advantage == "raw" else 0.2 * sqrt(1000 / max(steps, 100))
         return {"learning_rate": rate, "lr_scheduler_type": "constant", "warmup_steps": 0}

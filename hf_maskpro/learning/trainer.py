@@ -48,17 +48,17 @@ class MaskProTrainer(Trainer):
     name.
 
     Its checkpoints hold the logits exactly and the estimator's state, so that a resumed run ends with the same bits.
-    Logged beside the usual: `changed`, the share of groups whose mask has left the start, `skipped`, the updates that
-    were not made because they were not finite, and what the estimator adds: `flipped`, the share of groups that a
-    sample changes against the start, for `residual` also the `residual` and its `tracker`. `loss` is the objective of
-    the masks it trains with. Evaluation uses the mode, and the language-model loss.
+    Logged beside the usual: `changed`, the share of groups whose mask has left the start, and `skipped`, the updates
+    that were not made because they were not finite. The estimator adds `flipped`, the share of groups that a sample
+    changes against the start, and `residual` its `residual` and `tracker`. `loss` is the objective of the masks it
+    trains with. Evaluation uses the mode, and the language-model loss.
 
     Args:
         model ([`~peft.PeftModel`]): A model with a mask adapter.
         args ([`MaskProTrainingArguments`]): The arguments of the run.
         train_dataset (`datasets.Dataset`, `datasets.IterableDataset`, `list[dict]` or `str`, *optional*):
-            Rows with a text in the column `text` or a conversation in the column `messages`, which are tokenised, by
-            the tokenizer's chat template, and packed into windows of `args.max_length` tokens; each begins with the
+            Rows with a text in the column `text` or a conversation in the column `messages`. They are tokenised, by
+            the tokenizer's chat template, and packed into windows of `args.max_length` tokens. Each begins with the
             start token, where the tokenizer adds one. A stream is tokenised as it is read. Rows with arguments of the
             model's forward, as `input_ids` and `labels`, are left as they are. Or a folder or Hub id, NAME or
             NAME:CONFIG, of whose split `train` the rows are streamed.
@@ -68,15 +68,15 @@ class MaskProTrainer(Trainer):
         data_collator (`Callable`, *optional*):
             Makes a batch of rows. Without a `processing_class` it is given the rows as they are, whatever they hold.
         reward_fn (`Callable[[nn.Module, dict], torch.Tensor]`, *optional*):
-            What `estimator="residual"` raises in place of lowering a loss: from the model under a mask and a batch, as
-            the collator made it, a number for each example, of any floating dtype, `[examples]`; higher is better. It
-            needs no gradient, so it may generate, compare or ask somebody else. It is called twice a step, under a
-            sampled and under the starting mask, and takes the memory of the masked weights.
+            What `estimator="residual"` raises in place of lowering a loss: a number for each example, of any floating
+            dtype, `[examples]`; higher is better. It is given the model under a mask and a batch, as the collator made
+            it. It needs no gradient, so it may generate, compare or ask somebody else. It is called twice a step,
+            under a sampled and under the starting mask, and takes the memory of the masked weights.
         kwargs: As for `Trainer`.
 
     Raises:
         `ValueError`: if the model has no mask adapter, its adapter cannot be trained by the estimator, or a dataset
-            has neither text nor what the model's forward takes; from `train`, if the model uses the weight of a masked
+            has neither text nor what the model's forward takes. From `train`, if the model uses the weight of a masked
             layer without calling it.
         `FloatingPointError`: from `train`, if several updates in a row are not finite.
     """

@@ -46,7 +46,7 @@ def random_windows(
     ids: torch.Tensor,
     samples: int = SAMPLES,
     seq_len: int = SEQ_LEN,
-    seed: int = 0,
+    seed: int = 42,
     start_token: int | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """
@@ -57,7 +57,7 @@ def random_windows(
             `[windows, tokens]`. A start token that it or each of them begins with is no part of the text.
         samples (`int`, defaults to 128): Number of windows.
         seq_len (`int`, defaults to 256): Length of a window, in tokens, the start token among them.
-        seed (`int`): Seed of their positions.
+        seed (`int`, defaults to 42): Seed of their positions.
         start_token (`int`, *optional*): Id of a token that every window begins with, from [`start_token_of`].
 
     Returns:
@@ -85,22 +85,22 @@ def generated_text(
     tokenizer: PreTrainedTokenizerBase,
     samples: int = SAMPLES,
     seq_len: int = SEQ_LEN,
-    seed: int = 0,
+    seed: int = 42,
     cache: Path | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """
     Text that the model itself samples: for those who have none, and to train on what the dense model knows.
 
-    Every sequence begins with the start token, or, where the tokenizer has a chat template, every other batch of them
-    with the opening of a conversation, so that the model asks a question and answers it. The rest is drawn from the
-    model's whole distribution: nothing but chance makes two sequences alike.
+    Every sequence begins with the start token. Where the tokenizer has a chat template, every other batch of them
+    begins with the opening of a conversation, so that the model asks a question and answers it. The rest is drawn
+    from the model's whole distribution: nothing but chance makes two sequences alike.
 
     Args:
         model (`PreTrainedModel`): The dense model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         samples (`int`, defaults to 128): Number of sequences.
         seq_len (`int`, defaults to 256): Length of each, in tokens.
-        seed (`int`): Seed of what is drawn. torch's own generator is left as it was.
+        seed (`int`, defaults to 42): Seed of what is drawn. torch's own generator is left as it was.
         cache (`Path`, *optional*): Folder to keep the sequences in. What is there is not generated again, so an
             interrupted call goes on where it stopped.
 

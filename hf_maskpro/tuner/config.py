@@ -157,9 +157,9 @@ class MaskProConfig(PeftConfig):
             The starting mask. `"magnitude"` (largest absolute weights) is the one to take without data; it and
             `"random"`, which is for experiments, are there at once. All others wait for [`initialize_masks`], and are
             better: the rules `"wanda"`, `"ria"`, `"sparsegpt"`, `"gblm"` and `"pruner-zero"`, or where a mask comes
-            from, with a slash or a suffix in its name: an adapter or pruned checkpoint (folder or Hub id), or a
+            from. That has a slash or a suffix in its name: an adapter or pruned checkpoint (folder or Hub id), or a
             `.npz` or `.safetensors` file of masks. With `"+swaps"` at the end, as in `"wanda+swaps"`, swaps within
-            the groups then lower every layer's reconstruction error; with `"+blocks"` after that, the masks of one
+            the groups then lower every layer's reconstruction error. With `"+blocks"` after that, the masks of one
             decoder layer after another are learned against the dense model's outputs.
         logit_scale (`float`, *optional*):
             `C`: a kept member of the starting mask has the logit `C` more than a dropped one. The larger, the fewer

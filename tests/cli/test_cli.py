@@ -500,7 +500,9 @@ class TestBadInput:
             ["train", "--text", text],
             ["merge", "--adapter", adapter],
         ):
-            assert "is not empty" in fails(*verb, "--model", checkpoint, "--output", output)
+            assert "is not empty; choose another output folder or pass --overwrite." in fails(
+                *verb, "--model", checkpoint, "--output", output
+            )
         assert [path.name for path in output.iterdir()] == ["precious"]
         run("init", "--method", "magnitude", "--model", checkpoint, "--output", output, "--overwrite")
         assert not (output / "precious").exists()

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields
+from inspect import signature
 from shutil import copytree, rmtree
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,16 +16,20 @@ from safetensors.torch import load_file
 from typer.core import TyperCommand
 from typer.main import get_command
 
+from hf_maskpro import MaskProConfig, sparsify
 from hf_maskpro.cli import app
 from hf_maskpro.cli.train import forget_previous, put_back, set_aside
 from hf_maskpro.cli.verb import in_options
+from hf_maskpro.evaluation import mixed_windows
 from hf_maskpro.learning import MaskProTrainer, MaskProTrainingArguments
+from hf_maskpro.starts import generated_text, random_windows
 
 from ..conftest import save_tiny_model, tiny_mixtral
+from .test_bench import pretended
 from .test_cli import adapter, fails, run
 
 
-__all__ = ["adapter"]
+__all__ = ["adapter", "pretended"]
 
 
 @pytest.fixture
@@ -45,7 +51,7 @@ def arguments(monkeypatch):
     return seen
 
 
-def test_every_verb_prints_one_object(checkpoint, text, train, monkeypatch, tmp_path):
+def test_every_verb_prints_one_object(checkpoint, text, train, pretended, monkeypatch, tmp_path):
     def noisy(verb, context, invoke=TyperCommand.invoke):
         print("what a library says")
         return invoke(verb, context)
@@ -63,6 +69,13 @@ def test_every_verb_prints_one_object(checkpoint, text, train, monkeypatch, tmp_
     assert printed("inspect", tmp_path / "s")["pattern"] == "2:4"
     cut = ["--text", text, "--seq-len", 32]
     assert printed("eval", "--model", tmp_path / "s", *cut)["perplexity"] > 1
+    exported = printed("export", "--target", "dense", "--adapter", tmp_path / "i", *given, tmp_path / "e")
+    assert exported["target"] == "dense"
+    timing = ["--prefill-tokens", 16, "--batch-size", 1, "--repeats", 1]
+    assert len(printed("bench", "--model", tmp_path / "s", *timing)["rows"]) == 2
+    commit = SimpleNamespace(repo_url=SimpleNamespace(repo_id="me/mask"), oid="1", commit_url="https://hub/1")
+    monkeypatch.setattr("hf_maskpro.hub.push_folder", lambda *where, **options: commit)
+    assert printed("push", tmp_path / "i", "me/mask")["repository"] == "me/mask"
 
 
 def test_a_verb_ends_with_the_next_command(checkpoint, train, tmp_path):
@@ -139,13 +152,29 @@ def test_bad_files_of_options(train, tmp_path):
         (["--estimator", "residual", "--masks-per-step", "0"], "--masks-per-step is 0"),
         (
             ["--estimator", "residual", "--optimizer-in-backward", "true"],
-            "--optimizer-in-backward True is for --estimator simple, not",
+            "--optimizer-in-backward is for --estimator simple, not",
         ),
+        (
+            ["--lr-scheduler-type", "cosine", "--lr-scheduler-kwargs", '{"foo": 1}'],
+            "--lr-scheduler-kwargs {'foo': 1} does not fit --lr-scheduler-type cosine: get_cosine_schedule",
+        ),
+        (["--lr-scheduler-kwargs", "foo"], "--lr-scheduler-kwargs foo does not fit --lr-scheduler-type polynomial"),
+        (["--lr-scheduler-type", "warmup_stable_decay"], "--lr-scheduler-kwargs None does not fit"),
+        (["--optim-args", "foo"], "--optim-args is 'foo'; write name=value, separated by commas"),
+        (["--optim", "sgd", "--optim-args", "momentum=much"], "--optim-args is 'momentum=much'; write name=value"),
+        (
+            ["--load-best-model-at-end", "--save-strategy", "epoch", "--eval-text", "TEXT"],
+            "--load-best-model-at-end requires the save and eval strategy to match, except when --save-strategy best, "
+            "but found - Evaluation strategy:",
+        ),
+        (["--eval-strategy", "steps"], "--eval-strategy steps needs a text to evaluate on: pass --eval-text FILE."),
+        (["--masks-per-step", "2"], "--masks-per-step 2 is for --estimator residual, not simple; drop it"),
+        (["--estimator", "maskllm", "--prox-pull", "1"], "--prox-pull 1.0 is for --estimator proxsparse, not maskllm"),
     ],
 )
-def test_values_are_checked_before_the_model_is_loaded(train, monkeypatch, tmp_path, options, line):
+def test_values_are_checked_before_the_model_is_loaded(train, text, monkeypatch, tmp_path, options, line):
     monkeypatch.setattr("hf_maskpro.cli.common.load_tokenizer", None)
-    assert line in fails(*train, *options)
+    assert line in fails(*train, *(text if option == "TEXT" else option for option in options))
     assert not (tmp_path / "a").exists()
 
 
@@ -254,6 +283,10 @@ def test_messages_name_options():
     options = {"seq_len": "--seq-len", "n": "--n", "init_mask": "--method"}
     assert in_options("n is 4; lower seq_len.", options) == "--n is 4; lower --seq-len."
     assert in_options("init_mask is 'a'", options) == "--method is 'a'"
+    assert in_options("--seq_len is; pass overwrite=True", options | {"overwrite": "--overwrite"}) == (
+        "--seq-len is; pass --overwrite"
+    )
+    assert in_options('use init_mask="a"', options) == "use --method a"
     assert in_options("use init_mask='a', n=2 or seq_len=8", options) == "use --method a, --n 2 or --seq-len 8"
     assert in_options("/tmp/seq_len/x and seq_len.py, a n is", options) == "/tmp/seq_len/x and seq_len.py, a n is"
 
@@ -391,12 +424,15 @@ def test_an_unexpected_failure_of_our_own_keeps_its_traceback(checkpoint, monkey
 
 
 def test_python_m_runs_the_command():
-    done = subprocess.run([sys.executable, "-m", "hf_maskpro.cli", "--version"], capture_output=True, text=True)
+    """As torchrun does, and with no more noise than the script."""
+    done = subprocess.run([sys.executable, "-m", "hf_maskpro_cli", "--version"], capture_output=True, text=True)
     assert done.stdout.startswith("hf-maskpro ")
+    assert done.stderr == ""
 
 
 def test_defaults_are_those_of_python():
-    options = {option.name: option.default for option in get_command(app).commands["train"].params}
+    known = get_command(app).commands
+    options = {option.name: option.default for option in known["train"].params}
     python = {field.name: field.default for field in fields(MaskProTrainingArguments)}
     python["seq_len"] = python["max_length"]
     # A run counts in epochs in Python, and keeps all checkpoints and logs; None is the other's default.
@@ -404,3 +440,18 @@ def test_defaults_are_those_of_python():
     shared = {name for name, default in options.items() if name in python and default is not None} - own
     assert {"estimator", "per_device_train_batch_size", "seq_len", "seed"} <= shared
     assert {name: options[name] for name in shared} == {name: python[name] for name in shared}
+    one_call = {name: known.default for name, known in signature(sparsify).parameters.items()}
+    patterns = {field.name: field.default for field in fields(MaskProConfig) if field.name in ("n", "m")}
+    assert patterns.items() <= one_call.items()
+    # The one exception: a configuration alone has no data, and this is the mask to take without.
+    assert MaskProConfig().init_mask == "magnitude"
+    starts = {option.name: option.default for option in known["init"].params}
+    assert {name: starts[name] for name in ("n", "m", "init_mask")} == {
+        name: one_call[name] for name in ("n", "m", "init_mask")
+    }
+    assert patterns == {option.name: option.default for option in known["import"].params if option.name in patterns}
+    # With --adapter it is the adapter's.
+    helps = {option.name: option.help for option in known["train"].params}
+    assert all(f"{one_call[name]} unless given" in helps[name] for name in ("n", "m", "init_mask"))
+    for drawn in (random_windows, generated_text, mixed_windows):
+        assert signature(drawn).parameters["seed"].default == starts["seed"] == options["seed"]

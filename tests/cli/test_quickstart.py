@@ -1,7 +1,10 @@
 """The quickstart's story, on a tiny model and without the processes that it starts."""
 
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from shutil import copytree
@@ -65,12 +68,21 @@ def test_the_story_is_told_to_its_end_and_again(talker, paragraphs, rows, monkey
 
     monkeypatch.setattr(quickstart, "_smollm2", found)
     monkeypatch.setattr(quickstart, "_docstrings", paragraphs.read_text)
+    seen, ask = [], quickstart._conversations
+
+    def asked(base):
+        seen.extend(rows)
+        return ask(base)
+
+    monkeypatch.setattr(quickstart, "_conversations", asked)
     monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **_: run(*command[3:]))
     command = ["quickstart", "--text", paragraphs, "--output", tmp_path / "story"]
     told = run(*command, "--json")
     printed = " ".join(told.stderr.split())
     assert list(rows) == ["dense", "magnitude", "wanda", "sparsegpt+swaps", "simple"]
     assert rows["simple"][:2] == ["--start", str(tmp_path / "story" / "sparsegpt+swaps")]
+    # The first result does not wait for the model's answers.
+    assert seen == ["dense"]
     first, rest = printed.split("conversations", 1)
     assert "Then sparsegpt+swaps" in first
     assert f"sparsegpt+swaps: about {quickstart.START_RATIO} seconds" in rest
@@ -188,6 +200,18 @@ def test_a_row_that_fails_has_said_why_unless_it_was_killed(
     # Beside progress bars, which an earlier test in the process may have switched off.
     assert [line for line in lines if "error" in line.lower()] == said
     assert not (tmp_path / "story").exists()
+
+
+def test_a_row_that_is_interrupted_as_it_is_imported_says_nothing(tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    command = [sys.executable, "-c", "import hf_maskpro_cli; hf_maskpro_cli.quickstart_row()"]
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, **pipes) as row:
+        assert row.stdout.readline() == "importing\n"
+        row.send_signal(signal.SIGINT)
+        assert row.communicate(timeout=30) == ("", "")
+    assert row.returncode == 130
 
 
 def test_a_row_is_calibrated_on_pieces_of_a_text(talker, paragraphs, tmp_path, monkeypatch):

@@ -104,11 +104,41 @@ def test_help_shows_every_option_whole_and_an_example(verb, monkeypatch):
     assert set(re.findall(r"--[a-z0-9-]+", in_no_group)) <= {"--seed", "--json", "--help"}
 
 
+def raises(node):
+    return isinstance(node, ast.Raise)
+
+
+def called(code, functions, found=()):
+    """Those of the functions that the code names, and that these name in turn."""
+    names = {node.id for node in ast.walk(code) if isinstance(node, ast.Name)}
+    more = [functions[name] for name in names & functions.keys() if functions[name] not in found]
+    found = [*found, *more]
+    for each in more:
+        found = called(each, functions, found)
+    return found
+
+
+def test_messages_of_python_name_no_options():
+    """The command turns names of arguments into its options."""
+    package = Path(hf_maskpro.__file__).parent
+    said = []
+    for file in (file for file in package.rglob("*.py") if file.parent != package / "cli"):
+        said += [ast.unparse(node) for node in ast.walk(ast.parse(file.read_text())) if raises(node)]
+    # Those of commands are named after them.
+    assert [line for line in said if re.search("--[a-z]", re.sub(r"hf-maskpro \w+ --[a-z-]+", "", line))] == []
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_messages_and_help_advise_options_of_their_verb(verb):
     known = VERBS[verb]
     file = Path(sys.modules[known.callback.__module__].__file__)
-    said = [ast.unparse(node) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Raise)]
+    code = ast.parse(file.read_text())
+    shared = {}
+    for node in ast.walk(code):
+        if isinstance(node, ast.ImportFrom) and node.module in ("inputs", "common"):
+            functions = ast.parse((file.parent / f"{node.module}.py").read_text()).body
+            shared |= {each.name: each for each in functions if isinstance(each, ast.FunctionDef)}
+    said = [ast.unparse(each) for part in (code, *called(code, shared)) for each in ast.walk(part) if raises(each)]
     said += [option.help or "" for option in known.params]
     # Those of other commands are named after them.
     text = re.sub(r"(hf-maskpro \w+|pip install|init's) --[a-z-]+", "", " ".join(said))

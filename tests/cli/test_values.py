@@ -9,7 +9,7 @@ from hf_maskpro.cli.inputs import needs_text
 from hf_maskpro.starts import needs_data
 from hf_maskpro.tuner import RULES
 
-from .test_cli import adapter, run
+from .test_cli import adapter, fails, run
 
 
 __all__ = ["adapter"]
@@ -89,8 +89,13 @@ WRONG = {
         "--logging-steps 0": "'--logging-steps'",
         "--eval-text no.txt": "no.txt does not exist",
         "--early-stopping 2": "pass --eval-text FILE",
+        "--load_best_model_at_end": "pass --eval-text FILE",
+        "--lr-scheduler-kwargs {": "--lr-scheduler-kwargs is {; give JSON",
         "--save-steps 5 --eval-steps 2 --eval-text TEXT": "--save-steps is 5, not a multiple of --eval-steps",
         "--adapter ADAPTER --m 8": "drop them or drop --adapter",
+        "--max-length 32": "--max-length is --seq-len here",
+        "--do-eval": "--do-eval is --eval-text here",
+        "--do-predict true": "--do-predict is hf-maskpro eval here",
         "--calibration-samples 0": "No such option: --calibration-samples",
         "--weight-decay -3": "--weight-decay is -3; give a number, 0 or more",
         "--weight-decay=nan": "--weight-decay is nan",
@@ -199,6 +204,16 @@ def test_incomplete_commands(known, command, line, monkeypatch):
     (said,) = run(*typed(known, command), code=(1, 2)).stderr.strip().splitlines()
     assert said.startswith("error: ")
     assert line in said
+
+
+def test_a_gguf_file_needs_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_maskpro.cli.inputs.find_spec", lambda package: None)
+    (tmp_path / "model.gguf").write_bytes(b"")
+    for verb in ("init", "merge"):
+        given = [verb, "--model", tmp_path, "--gguf-file", "model.gguf", "--output", tmp_path / "a"]
+        more = ["--method", "magnitude"] if verb == "init" else ["--adapter", tmp_path]
+        line = fails(*given, *more)
+        assert line == "error: --gguf-file model.gguf needs its extra: pip install 'hf-maskpro[gguf]'."
 
 
 def test_what_needs_a_text_is_what_needs_data():

@@ -382,7 +382,7 @@ def test_nothing_on_disk_is_lost(tmp_path):
     output = tmp_path / "out"
     output.mkdir()
     (output / "precious").write_text("x")
-    with pytest.raises(ValueError, match="is not empty"), new_folder(output):
+    with pytest.raises(ValueError, match=r"is not empty; .* or pass overwrite=True"), new_folder(output):
         pass
     with pytest.raises(RuntimeError), new_folder(output, overwrite=True):
         raise RuntimeError

@@ -275,7 +275,7 @@ def test_a_checkpoint_that_lacks_a_file_is_passed_over(tmp_path, alone):
     with pytest.raises(ValueError, match="has no whole checkpoint to resume from"):
         trainer.train(resume_from_checkpoint=True)
     (tmp_path / "checkpoint-4" / "files.json").unlink()
-    with pytest.raises(ValueError, match=r"checkpoint-4 has no files.json, .*; pass its path"):
+    with pytest.raises(ValueError, match=r"has no files.json, .*; start a new run, or in Python"):
         trainer.train(resume_from_checkpoint=True)
 
 

@@ -27,7 +27,7 @@ MINUTES = {
 
 def run(*arguments):
     """Output, seconds and peak memory of one command."""
-    command = [sys.executable, "-m", "hf_maskpro.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "hf_maskpro_cli", *map(str, arguments)]
     begun = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     output = process.stdout.read()
