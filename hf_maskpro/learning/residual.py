@@ -1,16 +1,19 @@
 """`residual`: the policy gradient of MaskPro (arXiv 2506.12876), by forward passes alone."""
 
 import json
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import exp, inf, isfinite, sqrt
+from math import exp, isfinite, sqrt
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
@@ -18,8 +21,9 @@ from transformers.utils import logging
 
 from ..subset import Distribution
 from ..subset.bits import hash_positions
-from ..tuner import MaskProLayer
+from ..tuner import Groups, MaskProLayer
 from ..tuner.base import plain
+from ..tuner.layer import onloaded
 from .adapter import MaskWeight, TrainedAdapter
 from .estimator import Estimator, TrainingStep
 from .objectives import ranks_of_loss, sequence_losses, share_of_loss
@@ -33,8 +37,10 @@ STATE_NAME = "residual_state.json"
 PROBES, LEAST_TOLERANCE = 4, 5e-5
 # Deviations that a single residual may count for.
 CLIP = 2.0
-# Deviations beyond which a residual is none that the averages have to follow.
-FAR = 5.0
+# Of a normal distribution the deviation is so many times the median distance from the median.
+OF_MEDIAN = 1.4826
+# Groups that are explored, of a scaled advantage.
+EXPLORED = 256
 
 _INDEX = "example_index"
 # All that is told of an example's tokens; whether anything else in a batch is what it was, nothing tells.
@@ -52,11 +58,15 @@ class ResidualArguments:
             `gradient_accumulation_steps` it divides. The logits move by all of them, those of other processes
             included: `learning_rate` is of one mask.
         advantage (`str`, defaults to `"scaled"`):
-            What a step is proportional to. `"scaled"`: the residual minus its moving average, divided by its running
+            What a step is proportional to. `"scaled"`: the residual minus its running median, divided by its running
             deviation and clipped at 2, so that `learning_rate` is in logits a step, whatever the loss, the batch or
-            the model. `"raw"`: the paper's, not divided.
+            the model. `"raw"`: the paper's, the residual minus its moving average.
         tracker_decay (`float`, defaults to 0.99):
-            `alpha` of the moving averages of the residual and of its squared deviation.
+            `alpha` of the moving average. The running median and deviation, which is by the median distance from the
+            median, are of the last `1 / (1 - alpha)` residuals.
+        explored_groups (`int`, *optional*):
+            How many groups are sampled and learned, all others keep the mode: those with the largest share in the
+            squared weights of their layer. Default 256 with the scaled advantage, and all with the raw one.
         baseline (`str`, defaults to `"auto"`):
             Where the loss of the initial mask comes from: `"step"` computes it with every batch, `"cache"` once per
             example before training. The latter is refused where an example's loss depends on its company or on when
@@ -69,6 +79,9 @@ class ResidualArguments:
         default="scaled", metadata={"help": "Whether `residual` divides by the residual's deviation."}
     )
     tracker_decay: float = field(default=0.99, metadata={"help": "Decay of the residual's moving average."})
+    explored_groups: int | None = field(
+        default=None, metadata={"help": "Groups that `residual` samples, those with the largest weights."}
+    )
     baseline: Literal["auto", "step", "cache"] = field(
         default="auto", metadata={"help": "When `residual` computes the loss of the initial mask."}
     )
@@ -78,9 +91,12 @@ class Residual(Estimator):
     """
     Samples one mask an optimizer step, and moves the logits by `l <- l - lr * a * score(m_t)`. The advantage `a` is
     `g - delta`, where `g = f(m_t) - f(m_0)` is the loss of the sampled mask minus that of the initial one on the same
-    batch, and `delta` its moving average. Unless the raw one is asked for, it is divided by its running deviation and
-    clipped, both averages are corrected for their beginning at 0, and a residual far away counts as a near one. It
-    never builds an autograd graph.
+    batch, and `delta` its moving average. Unless the raw one is asked for, `delta` is the median of the last
+    residuals, and the advantage is divided by their deviation and clipped. Once in a while a mask breaks the model,
+    and medians do not follow it. It never builds an autograd graph.
+
+    The scaled advantage explores few groups, and often. What is learned of all together grows with the number of
+    passes alone, and a single swap of a very large weight can be worth more than all others.
 
     Several masks a step, of one process or of several, each have a part of the batch of their own, and move the
     logits by the sum of such terms. Processes tell each other nothing but the seed of every mask and its `g`: a mask
@@ -104,18 +120,23 @@ class Residual(Estimator):
         # At 0 the tracker is the residual itself, and nothing is left to learn from.
         if not 0 < args.tracker_decay < 1:
             raise ValueError(f"tracker_decay is {args.tracker_decay}, not between 0 and 1; 0.99 is usual.")
+        if args.explored_groups is not None and args.explored_groups < 1:
+            raise ValueError(f"explored_groups is {args.explored_groups}, not a positive number; 256 is usual.")
         # A group that makes no difference walks at random, as far as the rate times the root of the steps. A rate that
         # falls with that root keeps it from getting further in a longer run.
         steps = args.max_steps if args.max_steps > 0 else 1000
-        rate = 50.0 if args.advantage == "raw" else 0.2 * sqrt(1000 / max(steps, 100))
+        rate = 50.0 if args.advantage == "raw" else 0.4 * sqrt(100 / max(steps, 50))
         return {"learning_rate": rate, "lr_scheduler_type": "constant", "warmup_steps": 0}
 
     def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
         # The paper's scale goes with its advantage.
-        self.logit_scale = 10.0 if trainer.args.advantage == "raw" else 6.0
+        self.logit_scale = 10.0 if trainer.args.advantage == "raw" else 4.0
         super().__init__(trainer, adapter)
         self.tracker = 0.0
-        self._variance, self._moves = 0.0, 0
+        # The last ones, of which the scaled advantage takes median and deviation.
+        self._residuals: deque[float] = deque(maxlen=round(1 / (1 - trainer.args.tracker_decay)))
+        # Of every layer the groups that are sampled; of a layer that is not there, all.
+        self._explored: dict[int, Groups] = {}
         # Of a step: what its masks' seeds are made of, the micro-batches so far, and for each mask its share in the
         # loss, minus that of the initial one, and a number that is 0 if there was nothing to predict.
         self._step_seed, self._micro_batches = 0, 0
@@ -161,11 +182,35 @@ class Residual(Estimator):
         factor = sum(1 / k for k in range(1, n + 1)) if config.distribution == "plackett_luce" else n
         share = min(1, (m - n) * factor * exp(-scale))
         groups = self.adapter.groups()
+        count = self.trainer.args.explored_groups or (groups if self.trainer.args.advantage == "raw" else EXPLORED)
+        if count < groups:
+            self._explored = self._with_largest_weights(count)
         logger.warning(
-            f"residual: a sample changes about {share * groups:,.3g} of {groups:,} groups, so the average one is "
-            f"tried once in {1 / share:,.0f} steps; plan for that many forward passes or more (the paper runs "
-            "10,000 steps). Where a backward pass fits, estimator='simple' needs a few hundred."
+            f"residual: explores {min(count, groups):,} of {groups:,} groups, of which a sample changes about "
+            f"{share * min(count, groups):,.3g}, so the average one is tried once in {1 / share:,.0f} steps; plan for "
+            "several times as many (the paper explores all, and runs 10,000 steps). Where a backward pass fits, "
+            "estimator='simple' learns more."
         )
+
+    @torch.no_grad()
+    def _with_largest_weights(self, count: int) -> dict[int, Groups]:
+        """Of every layer those of so many groups that have the largest shares in the layer's squared weights."""
+        m, shares = self.adapter.config.m, []
+        for layer in self.adapter.layers:
+            with onloaded([layer]):
+                weight = layer.out_in(plain(layer.base_weight))
+                weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+                squares = weight.float().square().unflatten(1, (-1, m)).sum(2)
+            # Of weights that are all 0 there is no share.
+            found = (squares / squares.sum()).nan_to_num(0).flatten().topk(min(count, squares.numel()))
+            shares.append((found.values.cpu(), found.indices, squares.shape[1]))
+        least = torch.cat([values for values, *_ in shares]).topk(count).values[-1]
+        explored = {}
+        for index, (values, indices, width) in enumerate(shares):
+            chosen = indices[(values >= least).to(indices.device)]
+            layer = self.adapter.layers[index]
+            explored[index] = layer.groups_at(self.adapter.name, chosen // width, chosen % width)
+        return explored
 
     def optimizer(self, default: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
         # Nothing has a gradient, so this steps nothing: it holds the learning rate for the schedule.
@@ -173,7 +218,8 @@ class Residual(Estimator):
 
     def _sampled(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:
         """By the mask of this optimiser step, which is drawn again wherever it is needed."""
-        return layer.masked(weight, self.adapter.name, self._seed, index, self.distribution)
+        groups = self._explored.get(index)
+        return layer.masked(weight, self.adapter.name, self._seed, index, self.distribution, groups)
 
     def training_step(
         self,
@@ -264,34 +310,28 @@ class Residual(Estimator):
         rate = self.trainer._get_learning_rate()
         moves = [(seed, -rate * a) for seed, a in zip(seeds, self._advantages(residuals), strict=True)]
         for index, layer in enumerate(self.adapter.layers):
-            layer.move_logits(self.adapter.name, moves, index, self.distribution)
+            layer.move_logits(self.adapter.name, moves, index, self.distribution, self._explored.get(index))
         self._history["residual"].append(sum(residuals) / len(residuals))
-        scaled = self.trainer.args.advantage == "scaled"
-        self._history["tracker"].append(self._corrected(self.tracker) if scaled else self.tracker)
+        self._history["tracker"].append(self.tracker)
 
     def _advantages(self, residuals: list[float]) -> list[float]:
         alpha, count = self.trainer.args.tracker_decay, len(residuals)
         if self.trainer.args.advantage == "raw":
             self.tracker = alpha * self.tracker + (1 - alpha) * sum(residuals) / count
             return [residual - self.tracker for residual in residuals]
-        # A mask that breaks the model would shift the averages for a hundred steps, in which no other counts.
-        most = FAR * self._deviation() or inf
-        middle = self._corrected(self.tracker)
-        residuals = [max(middle - most, min(middle + most, residual)) for residual in residuals]
-        self._moves += 1
-        self.tracker = alpha * self.tracker + (1 - alpha) * sum(residuals) / count
-        advantages = [residual - self._corrected(self.tracker) for residual in residuals]
-        self._variance = alpha * self._variance + (1 - alpha) * sum(a**2 for a in advantages) / count
-        deviation = self._deviation()
+        self._residuals.extend(residuals)
+        self.tracker = median(self._residuals)
+        distances = [abs(residual - self.tracker) for residual in self._residuals]
+        # Of rewards most may be alike, and the median distance 0.
+        deviation = OF_MEDIAN * median(distances) or fmean(distances)
         # Of masks that all have the same loss nothing is learned.
-        return [max(-CLIP, min(CLIP, a / deviation)) if deviation > 0 else 0.0 for a in advantages]
+        return [max(-CLIP, min(CLIP, (r - self.tracker) / deviation)) if deviation else 0.0 for r in residuals]
 
-    def _corrected(self, average: float) -> float:
-        """A moving average that began at 0, as if it had begun with the first value."""
-        return average / (1 - self.trainer.args.tracker_decay**self._moves) if self._moves else 0.0
-
-    def _deviation(self) -> float:
-        return sqrt(self._corrected(self._variance))
+    def flipped_groups(self) -> float:
+        seed, name = self.trainer.state.global_step, self.adapter.name
+        return self.adapter.share_that_differs(
+            lambda i, layer: layer.sampled_codes(name, seed, i, self.distribution, self._explored.get(i))
+        )
 
     def metrics(self) -> dict[str, float]:
         logs = {name: sum(values) / len(values) for name, values in self._history.items() if values}
@@ -311,40 +351,37 @@ class Residual(Estimator):
             "masks_per_step": args.masks_per_step * args.world_size,
             "advantage": args.advantage,
             "tracker_decay": args.tracker_decay,
+            "explored_groups": sum(len(groups.rows) for groups in self._explored.values()) or self.adapter.groups(),
             "baseline": args.baseline,
             "distribution": self.distribution,
         } | ({} if self.trainer.reward_fn is None else {"objective": "reward"})
 
     def save(self, folder: Path) -> None:
-        state = {"tracker": self.tracker}
-        if self.trainer.args.advantage == "scaled":
-            state |= {"variance": self._variance, "moves": self._moves}
+        scaled = self.trainer.args.advantage == "scaled"
+        state = {"residuals": list(self._residuals)} if scaled else {"tracker": self.tracker}
         (folder / STATE_NAME).write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
         path = folder / STATE_NAME
         if not path.is_file():
             raise ValueError(f"{folder} is not a checkpoint of estimator='residual'; start a new run from it.")
-        scaled = self.trainer.args.advantage == "scaled"
-        names = ("tracker", "variance", "moves") if scaled else ("tracker",)
+        name = "residuals" if self.trainer.args.advantage == "scaled" else "tracker"
         try:
-            state = json.loads(path.read_text())
-            if not scaled and "variance" in state:
-                raise KeyError("raw advantage")
-            found = [state[name] for name in names]
-            values = [float(value) for value in found]
+            found = json.loads(path.read_text())[name]
+            listed = found if isinstance(found, list) else [found]
+            values = [float(value) for value in listed]
         except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
             raise ValueError(
-                f"{path} has no {', '.join(names)}: {error}; resume from an earlier checkpoint, with the advantage "
-                "that it was written with."
+                f"{path} has no {name}: {error}; resume from an earlier checkpoint, with the advantage that it was "
+                "written with."
             ) from error
-        for name, value, number in zip(names, found, values, strict=True):
-            kinds = (int,) if name == "moves" else (int, float)
-            if type(value) not in kinds or not isfinite(number) or (name != "tracker" and number < 0):
-                raise ValueError(f"{path} has the {name} {str(value)[:50]!r}; resume from an earlier checkpoint.")
-        self.tracker = values[0]
-        if scaled:
-            self._variance, self._moves = values[1], found[2]
+        is_known = isinstance(found, list) == (name == "residuals") and {*map(type, listed)} <= {int, float}
+        if not is_known or not all(map(isfinite, values)):
+            raise ValueError(f"{path} has the {name} {str(found)[:50]!r}; resume from an earlier checkpoint.")
+        if name == "tracker":
+            self.tracker = values[0]
+        else:
+            self._residuals.extend(values)
 
     def train_dataloader(self, default: Callable[[], DataLoader]) -> DataLoader:
         trainer = self.trainer

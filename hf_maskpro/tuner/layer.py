@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import comb
 from typing import Any
 
@@ -27,8 +28,10 @@ from ..subset import (
     mode_codes,
     pack_codes,
     packed_width,
+    sample,
     sample_and_apply,
     sample_codes,
+    score,
     score_and_update,
     store_logits,
     theta_gradient,
@@ -36,6 +39,7 @@ from ..subset import (
     unpack_codes,
 )
 from ..subset.codec import word_layout
+from ..subset.kernels import round_at_random
 from .base import is_of_bitsandbytes, is_quantized, plain, weight_of
 from .config import DATA_FREE, MaskProConfig
 
@@ -46,6 +50,22 @@ PLAIN_LOGIT_SCALE = 6.0
 LOGITS = (torch.float32, torch.bfloat16)
 
 NO_MASK = "they say nothing of what to keep; load an earlier state, or train anew with a smaller learning rate"
+
+
+@dataclass
+class Groups:
+    """
+    Some groups of a layer, which alone are sampled.
+
+    Attributes:
+        rows (`torch.Tensor`): Their rows, int64 `[groups]`.
+        places (`torch.Tensor`): Which of its row's groups each is, int64 `[groups]`.
+        initial (`torch.Tensor`): Their starting masks, bool `[m, groups]`.
+    """
+
+    rows: torch.Tensor
+    places: torch.Tensor
+    initial: torch.Tensor
 
 
 class _ApplyMask(torch.autograd.Function):
@@ -445,13 +465,39 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             return self.initial_codes(adapter_name)
         return mode_codes(theta, self.packed_initial_mask(adapter_name), logit_scale(config), config.n)
 
+    def groups_at(self, adapter_name: str, rows: torch.Tensor, places: torch.Tensor) -> Groups:
+        """The groups at these rows and places, int64 `[groups]` each."""
+        codes = self.initial_codes(adapter_name)[rows, places]
+        return Groups(rows, places, mask_of(codes, self.maskpro_config[adapter_name].m))
+
+    def _sampled_groups(
+        self, adapter_name: str, theta: torch.Tensor, groups: Groups, seed: int, layer: int, distribution: Distribution
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits of some groups, float32 `[m, groups]`, and masks drawn from them."""
+        config = self.maskpro_config[adapter_name]
+        logits = logit_scale(config) * groups.initial + theta[groups.rows, :, groups.places].float().T
+        return logits, sample(logits, config.n, seed, layer, distribution)
+
     def sampled_codes(
-        self, adapter_name: str, seed: int, layer: int = 0, distribution: Distribution = "conditional_poisson"
+        self,
+        adapter_name: str,
+        seed: int,
+        layer: int = 0,
+        distribution: Distribution = "conditional_poisson",
+        groups: Groups | None = None,
     ) -> torch.Tensor:
-        """A mask drawn from the logits, as codes: a pure function of logits, seed and layer."""
+        """
+        A mask drawn from the logits, as codes: a pure function of logits, seed and layer. With `groups` all others
+        have the mode.
+        """
         config, theta = self.maskpro_config[adapter_name], self._theta(adapter_name, sampled=True)
         packed = self.packed_initial_mask(adapter_name)
-        return sample_codes(theta, packed, logit_scale(config), config.n, seed, layer, distribution)
+        if groups is None:
+            return sample_codes(theta, packed, logit_scale(config), config.n, seed, layer, distribution)
+        codes = mode_codes(theta, packed, logit_scale(config), config.n)
+        _, kept = self._sampled_groups(adapter_name, theta, groups, seed, layer, distribution)
+        codes[groups.rows, groups.places] = codes_of(kept)
+        return codes
 
     def masked(
         self,
@@ -460,6 +506,7 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         seed: int | None = None,
         layer: int = 0,
         distribution: Distribution = "conditional_poisson",
+        groups: Groups | None = None,
     ) -> torch.Tensor:
         """
         A weight of the base layer's layout with its dropped entries selected to +0.
@@ -468,13 +515,21 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             weight (`torch.Tensor`): The base weight, or its gradient.
             adapter_name (`str`): The adapter.
             seed (`int`, *optional*): Draws the mask of [`sampled_codes`]; `None` takes the mode.
+            groups ([`Groups`], *optional*): As for [`sampled_codes`].
         """
         config, theta = self.maskpro_config[adapter_name], self._theta(adapter_name, sampled=seed is not None)
         if seed is None and not has_memory(theta):
             return self.initially_masked(weight, adapter_name)
         rows, packed, n = self.out_in(plain(weight)), self.packed_initial_mask(adapter_name), config.n
-        if seed is None:
-            return self.out_in(mode_and_apply(rows, theta, packed, logit_scale(config), n))
+        if seed is None or groups is not None:
+            masked = mode_and_apply(rows, theta, packed, logit_scale(config), n)
+            if seed is not None and groups is not None and len(groups.rows):
+                _, kept = self._sampled_groups(adapter_name, theta, groups, seed, layer, distribution)
+                at = (groups.rows, groups.places)
+                # A weight that is dropped may be no number.
+                some = rows.unflatten(1, (-1, config.m))[at].where(kept.T, 0)
+                masked.unflatten(1, (-1, config.m))[at] = some
+            return self.out_in(masked)
         masked = sample_and_apply(rows, theta, packed, logit_scale(config), n, seed, layer, distribution)
         return self.out_in(masked)
 
@@ -484,16 +539,26 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         return self.out_in(apply_packed(self.out_in(plain(weight)), packed, config.n, config.m))
 
     def move_logits(
-        self, adapter_name: str, moves: list[tuple[int, float]], layer: int, distribution: Distribution
+        self,
+        adapter_name: str,
+        moves: list[tuple[int, float]],
+        layer: int,
+        distribution: Distribution,
+        groups: Groups | None = None,
     ) -> None:
         """
         `theta += step * score` of several masks of [`sampled_codes`], in place, each as the logits are at first.
 
         Args:
             moves (`list[tuple[int, float]]`): The seed of every mask, and its step.
+            groups ([`Groups`], *optional*): Those that were sampled, which alone move.
         """
         config, whole = self.maskpro_config[adapter_name], self.maskpro_theta[adapter_name].detach()
         theta, start = rows_here(whole)
+        if groups is not None:
+            if len(groups.rows):
+                self._move_groups(adapter_name, moves, layer, distribution, groups)
+            return
         packed = self.packed_initial_mask(adapter_name)[start : start + len(theta)]
         scale, rows = logit_scale(config), None if theta is whole else (start, len(whole))
         # One mask moves each logit when it has read it; several read what none of them has moved.
@@ -502,6 +567,27 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             score_and_update(theta, packed, scale, config.n, step, seed, layer, distribution, into, rows)
         if into is not None:
             store_logits(theta, into, moves[0][0], layer)
+
+    def _move_groups(
+        self,
+        adapter_name: str,
+        moves: list[tuple[int, float]],
+        layer: int,
+        distribution: Distribution,
+        groups: Groups,
+    ) -> None:
+        whole = self.maskpro_theta[adapter_name].detach()
+        theta, start = rows_here(whole)
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        moved = whole[groups.rows, :, groups.places].float().T
+        for seed, step in moves:
+            logits, kept = self._sampled_groups(adapter_name, whole, groups, seed, layer, distribution)
+            moved = moved + step * score(logits, kept, distribution)
+        if theta.dtype == torch.bfloat16:
+            words = uniform_bits(moved.shape[1:], moves[0][0], layer, moved.device)
+            moved = torch.stack(round_at_random(list(moved.unbind()), words))
+        here = (groups.rows >= start) & (groups.rows < start + len(theta))
+        theta[groups.rows[here] - start, :, groups.places[here]] = moved.T[here].to(theta.dtype)
 
     def _seed(self) -> int:
         # torch's own generator, so that manual_seed and the replay of gradient checkpointing hold. Ranks that were

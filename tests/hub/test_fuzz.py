@@ -417,7 +417,7 @@ def states(draw, original):
 def kept_state(estimator):
     """What an estimator goes by, as its file names it."""
     if estimator.trainer.args.estimator == "residual":
-        return {"tracker": estimator.tracker, "variance": estimator._variance, "moves": estimator._moves}
+        return {"residuals": list(estimator._residuals)}
     if estimator.trainer.args.estimator == "simple":
         kept = estimator.in_backward
         moments = {f"{i}.second_moment": moment for i, moment in enumerate(kept.second_moments)}
