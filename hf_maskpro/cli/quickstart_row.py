@@ -25,10 +25,11 @@ from .common import calibrate, load_adapter, load_model, read_text
 from .verb import one_line_errors
 
 
-EVALUATIONS = 4
+# A short run by forward passes is measured at its end alone.
+EVALUATIONS = {"simple": 4, "residual": 1}
 PROBE_STEPS = 4
 # The smaller batch where the larger one leaves too few steps for a logit to get anywhere.
-BATCHES, SEQ_LEN = (8, 2), 128
+BATCHES, SEQ_LEN = {"simple": (8, 2), "residual": (4, 2)}, 128
 LEAST_STEPS = 25
 LEAST_SECONDS = 60.0
 
@@ -36,9 +37,9 @@ LEAST_SECONDS = 60.0
 class Clock(TrainerCallback):
     """Stops training when its seconds are up, and measures perplexity on the way, off the clock."""
 
-    def __init__(self, seconds: float, evaluate: Callable[[], float] | None):
+    def __init__(self, seconds: float, evaluations: int, evaluate: Callable[[], float] | None):
         self.seconds, self.evaluate = seconds, evaluate
-        self.due = seconds / EVALUATIONS
+        self.due = self.between = seconds / evaluations
         self.curve: list[dict[str, float]] = []
         self.finished: list[float] = []
         self.paused = 0.0
@@ -56,7 +57,7 @@ class Clock(TrainerCallback):
         last = control.should_training_stop or state.global_step == state.max_steps
         if self.evaluate is not None and (last or elapsed >= self.due):
             self.curve.append({"step": state.global_step, "seconds": elapsed, "perplexity": self.evaluate()})
-            self.due += self.seconds / EVALUATIONS
+            self.due += self.between
             self.paused += time.perf_counter() - self.start - self.paused - elapsed
 
 
@@ -87,7 +88,7 @@ def learn(
             dataloader_pin_memory=torch.cuda.is_available(),
             report_to=[],
         )
-        clock = Clock(seconds, evaluate)
+        clock = Clock(seconds, EVALUATIONS[estimator], evaluate)
         dataset = [{"input_ids": row, "labels": row} for row in inputs]
         trainer = MaskProTrainer(masked, args, train_dataset=dataset, callbacks=[clock])
         trainer.train()
@@ -103,8 +104,8 @@ def learn(
 
     begun = time.perf_counter()
     curve = [{"step": 0, "seconds": 0.0, "perplexity": evaluate()}]
-    evaluations = EVALUATIONS * (time.perf_counter() - begun)
-    batch = BATCHES[0]
+    evaluations = EVALUATIONS[estimator] * (time.perf_counter() - begun)
+    batch, smaller = BATCHES[estimator]
     each = step_seconds(batch)
 
     def left() -> float:
@@ -115,8 +116,8 @@ def learn(
         return max(LEAST_SECONDS, left())
 
     if given() < LEAST_STEPS * each:
-        batch = BATCHES[1]
-        typer.echo(f"{given():.0f} seconds hold few steps of {BATCHES[0]} windows; they are of {batch}.")
+        typer.echo(f"{given():.0f} seconds hold few steps of {batch} windows; they are of {smaller}.")
+        batch = smaller
         each = step_seconds(batch)
     if (late := LEAST_SECONDS - left()) > 0:
         typer.echo(f"Learning takes {LEAST_SECONDS:.0f} seconds all the same, and ends about {late:.0f} seconds late.")
@@ -137,7 +138,6 @@ def learn(
         "changed_groups": trainer.changed_groups(),
         "curve": curve + clock.curve,
         "log": log,
-        "given_seconds": seconds,
     }
 
 

@@ -53,7 +53,7 @@ def rows(adapter, monkeypatch):
         if method != "dense":
             copytree(adapter, output / method)
         curve = [{"step": 1, "seconds": 1.0, "perplexity": 2.0}] if method in ("simple", "residual") else []
-        row = dict.fromkeys(("perplexity", "elsewhere", "seconds", "given_seconds"), 1.0)
+        row = dict.fromkeys(("perplexity", "elsewhere", "seconds"), 1.0)
         return row | {"method": method, "steps": 1, "peak_bytes": 1, "curve": curve, "log": []}
 
     monkeypatch.setattr(quickstart, "_run", run_row)
@@ -79,7 +79,8 @@ def test_the_story_is_told_to_its_end_and_again(talker, paragraphs, rows, monkey
     command = ["quickstart", "--text", paragraphs, "--output", tmp_path / "story"]
     told = run(*command, "--json")
     printed = " ".join(told.stderr.split())
-    assert list(rows) == ["dense", "magnitude", "wanda", "sparsegpt+swaps", "simple"]
+    assert list(rows) == ["dense", "magnitude", "wanda", "residual", "sparsegpt+swaps", "simple"]
+    assert rows["residual"] == ["--start", str(tmp_path / "story" / "wanda"), "--seconds", "60"]
     assert rows["simple"][:2] == ["--start", str(tmp_path / "story" / "sparsegpt+swaps")]
     # The first result does not wait for the model's answers.
     assert seen == ["dense"]
@@ -87,6 +88,7 @@ def test_the_story_is_told_to_its_end_and_again(talker, paragraphs, rows, monkey
     assert "Then sparsegpt+swaps" in first
     assert f"sparsegpt+swaps: about {quickstart.START_RATIO} seconds" in rest
     assert "simple, from the mask of sparsegpt+swaps: about" in rest
+    assert "residual started from Wanda's mask, and simple from the best" in rest
     assert "What is the capital of France?" in rest
     assert "to a text about Python they are near, and may flatter" in rest
     results = json.loads((tmp_path / "story" / "results.json").read_text())
@@ -122,6 +124,21 @@ def test_a_lesser_start_is_named_with_its_reason(tmp_path, rows, monkeypatch, ca
     told = quickstart._rows(tmp_path, "base", {}, "simple", time.perf_counter() + 60 * minutes)
     assert (told["start"], rows["simple"][1]) == ("wanda", str(tmp_path / "wanda"))
     assert line in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("estimator", "minutes", "learners"),
+    [("both", 4.5, ["simple"]), ("both", 5.5, ["residual", "simple"]), ("residual", 5.5, ["residual"])],
+)
+def test_residual_has_a_row_where_it_has_a_minute(tmp_path, rows, monkeypatch, capsys, estimator, minutes, learners):
+    monkeypatch.setattr(quickstart, "_conversations", lambda base: "")
+    monkeypatch.setattr(quickstart, "_answers", lambda base, adapters: {})
+    monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **_: None)
+    told = quickstart._rows(tmp_path, "base", {}, estimator, time.perf_counter() + 60 * minutes)
+    assert [name for name in rows if name in ("residual", "simple")] == learners
+    assert told["learner"] == learners[-1]
+    is_left_out = "residual would learn too little in what is left" in " ".join(capsys.readouterr().out.split())
+    assert is_left_out == (learners == ["simple"])
 
 
 def test_the_model_is_found_without_importing_its_package(tmp_path, monkeypatch):

@@ -1024,9 +1024,9 @@ def test_logging_does_not_change_a_run(tmp_path, llama):
 
 def test_defaults_by_estimator(tmp_path):
     residual, simple = arguments(tmp_path, "residual"), arguments(tmp_path, "simple")
-    assert (residual.learning_rate, residual.lr_scheduler_type, residual.max_grad_norm) == (0.2, "constant", 0.0)
-    rates = {steps: arguments(tmp_path, "residual", max_steps=steps).learning_rate for steps in (10, 100, 250, 4000)}
-    assert rates == pytest.approx({10: 0.4 * 2.5**0.5, 100: 0.4 * 2.5**0.5, 250: 0.4, 4000: 0.1})
+    assert (residual.lr_scheduler_type, residual.max_grad_norm) == ("constant", 0.0)
+    rates = {steps: arguments(tmp_path, "residual", max_steps=steps).learning_rate for steps in (10, 50, 400, -1)}
+    assert rates == pytest.approx({10: 0.4 * 2**0.5, 50: 0.4 * 2**0.5, 400: 0.2, -1: 0.4 / 10**0.5})
     assert arguments(tmp_path, "residual", advantage="raw", max_steps=10).learning_rate == 50.0
     assert (simple.learning_rate, simple.adam_beta2, simple.warmup_steps) == (0.2, 0.98, 10)
     assert arguments(tmp_path, "simple", max_steps=30).learning_rate == pytest.approx(0.4)
