@@ -2,7 +2,8 @@
 
 import json
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from math import exp, isfinite, sqrt
@@ -24,6 +25,7 @@ from ..subset.bits import hash_positions
 from ..tuner import Groups, MaskProLayer
 from ..tuner.base import plain
 from ..tuner.layer import onloaded
+from ..tuner.linear import MaskProLinear
 from .adapter import MaskWeight, TrainedAdapter
 from .estimator import Estimator, TrainingStep
 from .objectives import ranks_of_loss, sequence_losses, share_of_loss
@@ -65,8 +67,9 @@ class ResidualArguments:
             `alpha` of the moving average. The running median and deviation, which is by the median distance from the
             median, are of the last `1 / (1 - alpha)` residuals.
         explored_groups (`int`, *optional*):
-            How many groups are sampled and learned, all others keep the mode: those with the largest share in the
-            squared weights of their layer. Default 256 with the scaled advantage, and all with the raw one.
+            How many groups are sampled and learned; all others keep the mode. They are those with most at stake: their
+            share in `sum(W^2 x^2)` of the layer, `x` being the size of its inputs under the starting mask, in the
+            first batch. Default 256 with the scaled advantage, and all with the raw one.
         baseline (`str`, defaults to `"auto"`):
             Where the loss of the initial mask comes from: `"step"` computes it with every batch, `"cache"` once per
             example before training. The latter is refused where an example's loss depends on its company or on when
@@ -80,7 +83,7 @@ class ResidualArguments:
     )
     tracker_decay: float = field(default=0.99, metadata={"help": "Decay of the residual's moving average."})
     explored_groups: int | None = field(
-        default=None, metadata={"help": "Groups that `residual` samples, those with the largest weights."}
+        default=None, metadata={"help": "Groups that `residual` samples, those with most at stake."}
     )
     baseline: Literal["auto", "step", "cache"] = field(
         default="auto", metadata={"help": "When `residual` computes the loss of the initial mask."}
@@ -96,7 +99,7 @@ class Residual(Estimator):
     and medians do not follow it. It never builds an autograd graph.
 
     The scaled advantage explores few groups, and often. What is learned of all together grows with the number of
-    passes alone, and a single swap of a very large weight can be worth more than all others.
+    passes alone, and a swap where much is at stake can be worth more than all others.
 
     Several masks a step, of one process or of several, each have a part of the batch of their own, and move the
     logits by the sum of such terms. Processes tell each other nothing but the seed of every mask and its `g`: a mask
@@ -135,8 +138,8 @@ class Residual(Estimator):
         self.tracker = 0.0
         # The last ones, of which the scaled advantage takes median and deviation.
         self._residuals: deque[float] = deque(maxlen=round(1 / (1 - trainer.args.tracker_decay)))
-        # Of every layer the groups that are sampled; of a layer that is not there, all.
-        self._explored: dict[int, Groups] = {}
+        # Of every layer the groups that are sampled; of a layer that is not there, all. Nothing until they are chosen.
+        self._explored: dict[int, Groups] | None = None
         # Of a step: what its masks' seeds are made of, the micro-batches so far, and for each mask its share in the
         # loss, minus that of the initial one, and a number that is 0 if there was nothing to predict.
         self._step_seed, self._micro_batches = 0, 0
@@ -183,8 +186,8 @@ class Residual(Estimator):
         share = min(1, (m - n) * factor * exp(-scale))
         groups = self.adapter.groups()
         count = self.trainer.args.explored_groups or (groups if self.trainer.args.advantage == "raw" else EXPLORED)
-        if count < groups:
-            self._explored = self._with_largest_weights(count)
+        if count >= groups:
+            self._explored = {}
         logger.warning(
             f"residual: explores {min(count, groups):,} of {groups:,} groups, of which a sample changes about "
             f"{share * min(count, groups):,.3g}, so the average one is tried once in {1 / share:,.0f} steps; plan for "
@@ -192,21 +195,43 @@ class Residual(Estimator):
             "estimator='simple' learns more."
         )
 
-    @torch.no_grad()
-    def _with_largest_weights(self, count: int) -> dict[int, Groups]:
-        """Of every layer those of so many groups that have the largest shares in the layer's squared weights."""
-        m, shares = self.adapter.config.m, []
-        for layer in self.adapter.layers:
+    @contextmanager
+    def _gathering(self) -> Iterator[dict[int, torch.Tensor]]:
+        """The sum of the squares of each input feature of every layer that is called meanwhile, `[in_features]`."""
+        squares: dict[int, torch.Tensor] = {}
+
+        def add(index: int, layer: nn.Module, args: tuple[Any, ...]) -> None:
+            found = args[0].detach().flatten(0, -2).float().square().sum(0)
+            squares[index] = squares[index] + found if index in squares else found
+
+        # Experts are no modules that are called with inputs of their own.
+        layers = [(i, layer) for i, layer in enumerate(self.adapter.layers) if isinstance(layer, MaskProLinear)]
+        handles = [layer.register_forward_pre_hook(partial(add, index)) for index, layer in layers]
+        try:
+            yield squares
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _with_most_at_stake(self, inputs: dict[int, torch.Tensor]) -> dict[int, Groups]:
+        """The groups to explore, given the squares of the inputs, of which those of other processes are a part."""
+        count, accelerator = self.trainer.args.explored_groups or EXPLORED, self.trainer.accelerator
+        m, stakes = self.adapter.config.m, []
+        for index, layer in enumerate(self.adapter.layers):
             with onloaded([layer]):
-                weight = layer.out_in(plain(layer.base_weight))
+                weight = layer.out_in(plain(layer.base_weight).detach())
                 weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-                squares = weight.float().square().unflatten(1, (-1, m)).sum(2)
-            # Of weights that are all 0 there is no share.
-            found = (squares / squares.sum()).nan_to_num(0).flatten().topk(min(count, squares.numel()))
-            shares.append((found.values.cpu(), found.indices, squares.shape[1]))
-        least = torch.cat([values for values, *_ in shares]).topk(count).values[-1]
+                squares = torch.ones(layer.in_features, device=weight.device)
+                if isinstance(layer, MaskProLinear):
+                    # A layer that no token of this process has reached may have been reached in another.
+                    squares = accelerator.reduce(inputs.get(index, torch.zeros_like(squares)))
+                stake = (weight.float().square() * squares).unflatten(1, (-1, m)).sum(2)
+            # Of weights or inputs that are all 0 there is no share.
+            found = (stake / stake.sum()).nan_to_num(0).flatten().topk(min(count, stake.numel()))
+            stakes.append((found.values.cpu(), found.indices, stake.shape[1]))
+        least = torch.cat([values for values, *_ in stakes]).topk(count).values[-1]
         explored = {}
-        for index, (values, indices, width) in enumerate(shares):
+        for index, (values, indices, width) in enumerate(stakes):
             chosen = indices[(values >= least).to(indices.device)]
             layer = self.adapter.layers[index]
             explored[index] = layer.groups_at(self.adapter.name, chosen // width, chosen % width)
@@ -218,8 +243,11 @@ class Residual(Estimator):
 
     def _sampled(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:
         """By the mask of this optimiser step, which is drawn again wherever it is needed."""
-        groups = self._explored.get(index)
-        return layer.masked(weight, self.adapter.name, self._seed, index, self.distribution, groups)
+        return layer.masked(weight, self.adapter.name, self._seed, index, self.distribution, self._groups(index))
+
+    def _groups(self, index: int) -> Groups | None:
+        """Of a layer those that are sampled; `None` for all."""
+        return (self._explored or {}).get(index)
 
     def training_step(
         self,
@@ -241,6 +269,10 @@ class Residual(Estimator):
         self._seed = self._seed_of(mask)
         index = inputs.pop(_INDEX, None)
         inputs = trainer._prepare_inputs(inputs)
+        if self._explored is None:
+            with torch.no_grad(), trainer.compute_loss_context_manager(), self._gathering() as squares:
+                self._loss(self.adapter.initial, model, inputs, num_items_in_batch)
+            self._explored = self._with_most_at_stake(squares)
         with torch.no_grad(), trainer.compute_loss_context_manager():
             loss = self._loss(self._sampled, model, inputs, num_items_in_batch)
             if index is None or self._baselines is None or not self._are_known(index.cpu(), inputs):
@@ -310,7 +342,7 @@ class Residual(Estimator):
         rate = self.trainer._get_learning_rate()
         moves = [(seed, -rate * a) for seed, a in zip(seeds, self._advantages(residuals), strict=True)]
         for index, layer in enumerate(self.adapter.layers):
-            layer.move_logits(self.adapter.name, moves, index, self.distribution, self._explored.get(index))
+            layer.move_logits(self.adapter.name, moves, index, self.distribution, self._groups(index))
         self._history["residual"].append(sum(residuals) / len(residuals))
         self._history["tracker"].append(self.tracker)
 
@@ -330,7 +362,7 @@ class Residual(Estimator):
     def flipped_groups(self) -> float:
         seed, name = self.trainer.state.global_step, self.adapter.name
         return self.adapter.share_that_differs(
-            lambda i, layer: layer.sampled_codes(name, seed, i, self.distribution, self._explored.get(i))
+            lambda i, layer: layer.sampled_codes(name, seed, i, self.distribution, self._groups(i))
         )
 
     def metrics(self) -> dict[str, float]:
@@ -351,14 +383,19 @@ class Residual(Estimator):
             "masks_per_step": args.masks_per_step * args.world_size,
             "advantage": args.advantage,
             "tracker_decay": args.tracker_decay,
-            "explored_groups": sum(len(groups.rows) for groups in self._explored.values()) or self.adapter.groups(),
+            "explored_groups": args.explored_groups or (EXPLORED if args.advantage == "scaled" else None),
             "baseline": args.baseline,
             "distribution": self.distribution,
         } | ({} if self.trainer.reward_fn is None else {"objective": "reward"})
 
     def save(self, folder: Path) -> None:
         scaled = self.trainer.args.advantage == "scaled"
-        state = {"residuals": list(self._residuals)} if scaled else {"tracker": self.tracker}
+        state: dict[str, Any] = {"residuals": list(self._residuals)} if scaled else {"tracker": self.tracker}
+        state["explored"] = [
+            [index, row, place]
+            for index, groups in (self._explored or {}).items()
+            for row, place in zip(groups.rows.tolist(), groups.places.tolist(), strict=True)
+        ]
         (folder / STATE_NAME).write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
@@ -367,7 +404,8 @@ class Residual(Estimator):
             raise ValueError(f"{folder} is not a checkpoint of estimator='residual'; start a new run from it.")
         name = "residuals" if self.trainer.args.advantage == "scaled" else "tracker"
         try:
-            found = json.loads(path.read_text())[name]
+            state = json.loads(path.read_text())
+            found, explored = state[name], state["explored"]
             listed = found if isinstance(found, list) else [found]
             values = [float(value) for value in listed]
         except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
@@ -382,6 +420,34 @@ class Residual(Estimator):
             self.tracker = values[0]
         else:
             self._residuals.extend(values)
+        self._explored = self._explored_of(explored, path)
+
+    def _explored_of(self, explored: Any, path: Path) -> dict[int, Groups]:
+        """
+        The groups that a checkpoint names, each by its layer, row and place.
+
+        Raises:
+            `ValueError`: if it names others than there are.
+        """
+        shapes = [(theta.shape[0], theta.shape[2]) for theta in self.adapter.thetas()]
+        is_known = isinstance(explored, list) and all(
+            isinstance(at, list)
+            and [*map(type, at)] == [int] * 3
+            and 0 <= at[0] < len(shapes)
+            and 0 <= at[1] < shapes[at[0]][0]
+            and 0 <= at[2] < shapes[at[0]][1]
+            for at in explored
+        )
+        if not is_known:
+            raise ValueError(f"{path} has the explored {str(explored)[:50]!r}; resume from an earlier checkpoint.")
+        if not explored:
+            return {}
+        found: dict[int, Groups] = {}
+        for index, layer in enumerate(self.adapter.layers):
+            at = torch.tensor([[r, p] for i, r, p in explored if i == index], dtype=torch.int64).reshape(-1, 2)
+            at = at.to(layer.maskpro_mask[self.adapter.name].device)
+            found[index] = layer.groups_at(self.adapter.name, at[:, 0], at[:, 1])
+        return found
 
     def train_dataloader(self, default: Callable[[], DataLoader]) -> DataLoader:
         trainer = self.trainer

@@ -76,20 +76,43 @@ def test_half_precision_is_rounded_right_on_average(llama):
     assert ((errors / draws).abs() < 4 * spacing / draws**0.5).all()
 
 
-def test_the_groups_with_the_largest_weights_are_explored(tmp_path, llama):
-    model = get_peft_model(copy.deepcopy(llama), MaskProConfig())
+def places_of(explored):
+    return {
+        (index, *at)
+        for index, groups in explored.items()
+        for at in zip(groups.rows.tolist(), groups.places.tolist(), strict=True)
+    }
+
+
+def test_the_groups_with_most_at_stake_are_explored(tmp_path, llama):
+    model = get_peft_model(copy.deepcopy(llama), MaskProConfig(logit_scale=1.0))
     layers = list(masked_layers(model).values())
-    layers[1].base_weight.data[3, 6] = 50.0
+    # One has no weights, so the next has no inputs.
     layers[2].base_weight.data.zero_()
-    args = arguments(tmp_path, "residual", max_steps=3, explored_groups=2, learning_rate=20.0)
+    args = arguments(tmp_path, "residual", max_steps=8, explored_groups=5, learning_rate=1.0)
     trainer = MaskProTrainer(model, args, train_dataset=rows())
+    estimator, batch = trainer.estimator, torch.stack([row["input_ids"] for row in rows(4)])
+    seen = {}
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda _, args, index=index: seen.update({index: args[0]}))
+    with torch.no_grad(), estimator._gathering() as squares:
+        model(input_ids=batch)
+    stakes = {}
+    for index, layer in enumerate(layers):
+        # No part of it is looked for by sums: group by group, weight by weight.
+        inputs, weight = seen[index].double().flatten(0, 1), layer.base_weight.detach().double()
+        torch.testing.assert_close(squares[index], (inputs**2).sum(0).float())
+        members = (weight**2 * (inputs**2).sum(0)).unflatten(1, (-1, 4))
+        for row, place in torch.cartesian_prod(*map(torch.arange, members.shape[:2])).tolist():
+            stakes[index, row, place] = float(members[row, place].sum() / members.sum()) if members.any() else 0.0
+    assert places_of(estimator._with_most_at_stake(squares)) == set(sorted(stakes, key=stakes.get)[-5:])
     trainer.train()
-    explored = trainer.estimator._explored
-    assert sum(len(groups.rows) for groups in explored.values()) == 2
-    assert [(r, p) for r, p in zip(explored[1].rows.tolist(), explored[1].places.tolist(), strict=True)] == [(3, 1)]
-    moved = sum(int(layer.maskpro_theta["default"].ne(0).any(1).sum()) for layer in layers)
-    assert moved <= 2
-    assert not len(explored[2].rows)
+    explored = places_of(trainer.estimator._explored)
+    assert len(explored) == 5
+    thetas = enumerate(trainer.adapter.thetas())
+    moved = {(i, *at) for i, theta in thetas for at in theta.detach().ne(0).any(1).nonzero().tolist()}
+    assert moved
+    assert moved <= explored
 
 
 def test_as_many_groups_as_there_are_is_all(tmp_path, llama):
