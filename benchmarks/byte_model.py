@@ -29,7 +29,13 @@ def main() -> None:
     tokenizer = ByT5Tokenizer(extra_ids=0)
     set_seed(0)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=protocol.SEQ_LEN, n_embd=128, n_layer=4, n_head=4, bos_token_id=None
+        vocab_size=len(tokenizer),
+        n_positions=protocol.SEQ_LEN,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     model = GPT2LMHeadModel(config)
     ids = windows(tokenizer, learned, protocol.SEQ_LEN)

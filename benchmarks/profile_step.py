@@ -87,6 +87,7 @@ def profile(model_name: str | None, logits_dtype: str, baseline: str, steps: int
     args = MaskProTrainingArguments(
         tempfile.gettempdir(),  # where nothing is saved
         estimator="residual",
+        advantage="raw",  # which samples all groups
         baseline=baseline,
         max_steps=steps + 2,
         per_device_train_batch_size=BATCH,

@@ -80,7 +80,12 @@ def test_the_story_is_told_to_its_end_and_again(talker, paragraphs, rows, monkey
     told = run(*command, "--json")
     printed = " ".join(told.stderr.split())
     assert list(rows) == ["dense", "magnitude", "wanda", "residual", "sparsegpt+swaps", "simple"]
-    assert rows["residual"] == ["--start", str(tmp_path / "story" / "wanda"), "--seconds", "60"]
+    assert rows["residual"] == [
+        "--start",
+        str(tmp_path / "story" / "wanda"),
+        "--seconds",
+        str(quickstart.RESIDUAL_SECONDS),
+    ]
     assert rows["simple"][:2] == ["--start", str(tmp_path / "story" / "sparsegpt+swaps")]
     # The first result does not wait for the model's answers.
     assert seen == ["dense"]
@@ -128,7 +133,7 @@ def test_a_lesser_start_is_named_with_its_reason(tmp_path, rows, monkeypatch, ca
 
 @pytest.mark.parametrize(
     ("estimator", "minutes", "learners"),
-    [("both", 4.5, ["simple"]), ("both", 5.5, ["residual", "simple"]), ("residual", 5.5, ["residual"])],
+    [("both", 5.5, ["simple"]), ("both", 6, ["residual", "simple"]), ("residual", 6, ["residual"])],
 )
 def test_residual_has_a_row_where_it_has_a_minute(tmp_path, rows, monkeypatch, capsys, estimator, minutes, learners):
     monkeypatch.setattr(quickstart, "_conversations", lambda base: "")
