@@ -40,7 +40,7 @@ ENDING_SECONDS = 40
 # The best start takes about so many times as long as Wanda's. It has half of the time at most, should it be more.
 START_RATIO = 3
 # What residual has to learn from Wanda's mask, where that is a quarter of the time at most.
-RESIDUAL_SECONDS = 75
+RESIDUAL_SECONDS = 60
 # glibc gives large blocks back to the system at every step and fetches them again: a quarter of a step on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 

@@ -12,7 +12,7 @@ from statistics import fmean, median
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -214,17 +214,17 @@ class Residual(Estimator):
                 handle.remove()
 
     def _with_most_at_stake(self, inputs: dict[int, torch.Tensor]) -> dict[int, Groups]:
-        """The groups to explore, given the squares of the inputs, of which those of other processes are a part."""
-        count, accelerator = self.trainer.args.explored_groups or EXPLORED, self.trainer.accelerator
-        m, stakes = self.adapter.config.m, []
+        """The groups to explore, given the squares of the inputs, of every layer that was called."""
+        count, m = self.trainer.args.explored_groups or EXPLORED, self.adapter.config.m
+        stakes = []
         for index, layer in enumerate(self.adapter.layers):
             with onloaded([layer]):
                 weight = layer.out_in(plain(layer.base_weight).detach())
                 weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
                 squares = torch.ones(layer.in_features, device=weight.device)
                 if isinstance(layer, MaskProLinear):
-                    # A layer that no token of this process has reached may have been reached in another.
-                    squares = accelerator.reduce(inputs.get(index, torch.zeros_like(squares)))
+                    # Those of the first process: alone it would have no others. What no token reaches has no stake.
+                    squares = broadcast(inputs.get(index, torch.zeros_like(squares)))
                 stake = (weight.float().square() * squares).unflatten(1, (-1, m)).sum(2)
             # Of weights or inputs that are all 0 there is no share.
             found = (stake / stake.sum()).nan_to_num(0).flatten().topk(min(count, stake.numel()))

@@ -133,7 +133,7 @@ def test_a_lesser_start_is_named_with_its_reason(tmp_path, rows, monkeypatch, ca
 
 @pytest.mark.parametrize(
     ("estimator", "minutes", "learners"),
-    [("both", 5.5, ["simple"]), ("both", 6, ["residual", "simple"]), ("residual", 6, ["residual"])],
+    [("both", 4.5, ["simple"]), ("both", 5.5, ["residual", "simple"]), ("residual", 5.5, ["residual"])],
 )
 def test_residual_has_a_row_where_it_has_a_minute(tmp_path, rows, monkeypatch, capsys, estimator, minutes, learners):
     monkeypatch.setattr(quickstart, "_conversations", lambda base: "")
