@@ -256,21 +256,22 @@ def test_the_ablations_are_those_of_their_file():
 
 def test_the_passes_of_residual_are_those_of_their_file():
     rows = json.loads((DOCS / "assets" / "paper.json").read_text())
-    runs = [row for row in rows if row["learning_rate"] is None and row["windows"] == 128]
-    raw, *scaled = sorted(runs, key=lambda row: (row["advantage"], row["seed"]))
-    page = (DOCS / "paper.md").read_text(encoding="utf-8")
-    _, shown = first_table(DOCS / "paper.md")
-    assert [int(row[0].replace(",", "")) for row in shown] == [at["passes"] for at in raw["curve"]]
-    for passes, *figures in shown:
-        expected: list[str] = []
-        for row in (raw, *scaled):
-            at = next((at for at in row["curve"] if at["passes"] == int(passes.replace(",", ""))), None)
-            cells = ["", "", ""]
-            if at is not None:
-                groups = at["changed"] * 106_168_320 / 4
-                cells = [f"{at['residual']:.3f}", f"{at['perplexity']:.2f}", f"{groups:,.0f}"]
-            expected += cells if row["seed"] == 0 else cells[1:2]
-        assert figures == expected
+    raw, *scaled = sorted(rows, key=lambda row: (row["advantage"], row["seed"]))
+    path = DOCS / "paper.md"
+    page = path.read_text(encoding="utf-8")
+    groups = 106_168_320 / 4
+
+    def figures(at: dict[str, float]) -> list[str]:
+        return [f"{at['residual']:.3f}", f"{at['perplexity']:.2f}", f"{at['changed'] * groups:,.0f}"]
+
+    tables = re.findall(r"^\| passes .*\n\|[-:|]+\|\n((?:\|.*\n)+)", page, re.MULTILINE)
+    defaults, papers = ([cells(line) for line in table.splitlines()] for table in tables)
+    assert papers == [[f"{at['passes']:,}", *figures(at)] for at in raw["curve"]]
+    expected = [
+        [str(ats[0]["passes"]), *(figure for at in ats for figure in figures(at))]
+        for ats in zip(*(row["curve"] for row in scaled), strict=True)
+    ]
+    assert defaults == expected
     best = min(raw["curve"], key=lambda at: at["perplexity"])
     assert f"**{best['perplexity']:.2f}** at {best['passes']:,} passes" in page
     curves = [[at["passes"] for at in row["curve"] if at["perplexity"] <= best["perplexity"]] for row in scaled]

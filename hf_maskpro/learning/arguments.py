@@ -54,7 +54,7 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
             An update that is not finite is skipped; so many in a row stop the run.
         learning_rate (`float`, *optional*):
             Default 0.2 logits for `simple` in a run of 120 steps, and 0.4 for `residual` in one of 100. In shorter
-            ones more, in longer ones less, by the square root of the ratio: in few steps each must be larger for a
+            ones more, in longer ones less, by the square root of the ratio. In few steps each must be larger for a
             logit to cross `logit_scale`, in many the noise of each adds up. `residual` has no more than in 50 steps.
             50 with `advantage="raw"` (the paper's), 1e-4 for `proxsparse`, 5e-4 for `maskllm`.
         lr_scheduler_type (`str`, *optional*):

@@ -22,9 +22,9 @@ from transformers.utils import logging
 
 from ..subset import Distribution
 from ..subset.bits import hash_positions
-from ..tuner import Groups, MaskProLayer
+from ..tuner import MaskProLayer
 from ..tuner.base import plain
-from ..tuner.layer import onloaded
+from ..tuner.layer import Groups, onloaded
 from ..tuner.linear import MaskProLinear
 from .adapter import MaskWeight, TrainedAdapter
 from .estimator import Estimator, TrainingStep

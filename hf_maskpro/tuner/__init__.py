@@ -2,7 +2,7 @@
 
 from .config import DATA_FREE, RULES, MaskProConfig, saved_config, split_init_mask
 from .experts import MaskProExperts, MaskProExpertWeight
-from .layer import PLAIN_LOGIT_SCALE, Groups, MaskProLayer, logit_scale
+from .layer import PLAIN_LOGIT_SCALE, MaskProLayer, logit_scale
 from .model import MaskProModel, check_calls, evaluating, masked_layers, one_adapter, unmasked
 from .registration import register
 
@@ -13,7 +13,6 @@ __all__ = [
     "DATA_FREE",
     "PLAIN_LOGIT_SCALE",
     "RULES",
-    "Groups",
     "MaskProConfig",
     "MaskProExpertWeight",
     "MaskProExperts",
