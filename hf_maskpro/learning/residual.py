@@ -200,7 +200,10 @@ class Residual(Estimator):
         """The sum of the squares of each input feature of every layer that is called meanwhile, `[in_features]`."""
         squares: dict[int, torch.Tensor] = {}
 
-        def add(index: int, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        def add(index: int, layer: MaskProLinear, args: tuple[Any, ...]) -> None:
+            # An objective may run the dense model as well.
+            if not layer._adapters_to_apply():
+                return
             found = args[0].detach().flatten(0, -2).float().square().sum(0)
             squares[index] = squares[index] + found if index in squares else found
 

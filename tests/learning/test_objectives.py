@@ -123,6 +123,8 @@ def test_accumulated_batches_learn_as_one_with_every_estimator(tmp_path, estimat
     def learn(size, accumulation):
         masked = get_peft_model(tiny_llama(), MaskProConfig())
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        # What is explored goes by the first micro-batch.
+        options |= {"explored_groups": 10**9} if estimator == "residual" else {}
         args = arguments(tmp_path, estimator, objective="distillation", max_steps=1, logging_steps=1, **options)
         trainer = MaskProTrainer(masked, args, train_dataset=rows(8, ragged=True))
         trainer.train()
