@@ -170,6 +170,17 @@ def test_the_quickstart_of_the_readme_is_the_one_of_its_file():
         assert f"| {shown} | " + " | ".join(f"{ratio:#.3g}".rstrip(".") for ratio in ratios) + " |" in readme
 
 
+def test_what_the_readme_says_of_the_longer_run_is_in_its_file():
+    longer = json.loads((DOCS / "assets" / "quickstart.json").read_text())["longer"]
+    readme = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"The mask has {longer['at_home']:.2f} at home and {longer['elsewhere']:.2f} elsewhere" in readme
+    assert f"after {longer['steps']} steps" in readme
+    assert f"--max-steps {longer['steps']} --output longer" in readme
+    fruits = ("Raspberry", "Lemon", "Orange")
+    assert all(fruit in longer["answers"]["Name three fruits."] for fruit in fruits)
+    assert "three fruits are raspberry, lemon and orange" in readme
+
+
 def test_the_card_that_is_shown_is_what_the_package_writes(tmp_path, monkeypatch):
     """Of the mask that the quickstart learned, with its figures recorded. Of the layers it shows the first."""
     known = json.loads((DOCS / "assets" / "quickstart.json").read_text())
