@@ -423,9 +423,13 @@ def test_the_readme_ends_with_every_page():
     assert {page.name for page in DOCS.glob("*.md")} - linked == {"index.md", "changelog.md"}
 
 
+def resolve(entry):
+    return resolve_name(":".join(entry.rsplit(".", 1)))
+
+
 def test_every_public_function_has_an_entry():
     named = re.findall(r"^::: (\S+)", "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md")), re.M)
-    entries = {resolve_name(":".join(name.rsplit(".", 1))) for name in named}
+    entries = {resolve(name) for name in named}
     rooms = [import_module("hf_maskpro")] + [import_module(f"hf_maskpro.{room}") for room in ROOMS]
     public = {f"{room.__name__}.{name}": getattr(room, name) for room in rooms for name in room.__all__}
     missing = [name for name, value in public.items() if isfunction(value) or isclass(value) if value not in entries]
@@ -436,12 +440,21 @@ def test_every_public_function_has_an_entry():
 def test_a_page_of_the_api_says_what_to_import(page):
     nodes = ast.walk(ast.parse("\n".join(prose_and_code(page)[1])))
     lines = [node for node in nodes if isinstance(node, ast.ImportFrom)]
-    imported = {f"{line.module}.{known.name}" for line in lines for known in line.names}
+    imported = {resolve_name(f"{line.module}:{known.name}") for line in lines for known in line.names}
     entries = re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.M)
     # Of one estimator: fields of the training arguments.
     settings = {entry for entry in entries if re.fullmatch(r"hf_maskpro\.learning\.\w+\.\w+Arguments", entry)}
     assert entries
-    assert set(entries) - imported - settings == set()
+    assert [entry for entry in entries if resolve(entry) not in imported and entry not in settings] == []
+
+
+def test_an_entry_is_of_the_function_and_not_of_its_module():
+    """Both have the name that is imported, and the site would show the module's docstring, without a signature."""
+    entries = re.findall(r"^::: (\S+)", "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md")), re.M)
+    found = {entry: resolve(entry) for entry in entries}
+    alike = {entry: value for entry, value in found.items() if value.__module__.endswith(f".{value.__name__}")}
+    assert alike
+    assert [entry for entry, value in alike.items() if entry != f"{value.__module__}.{value.__name__}"] == []
 
 
 def test_the_repository_has_one_address():

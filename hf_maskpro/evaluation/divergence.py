@@ -30,7 +30,14 @@ def divergence(
     Args:
         model (`torch.nn.Module`): A model with a mask adapter, which applies its learned mask. The dense model is the
             same with the adapter disabled, so no second one is in memory.
-        tokenizer, text, seq_len, max_tokens, progress, stride, batch_size, start_token: As for [`perplexity`].
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        text (`str`): The text.
+        seq_len (`int`, *optional*, defaults to `512`): As for [`perplexity`], like all below.
+        max_tokens (`int`, *optional*): Use no more of the text than this, in tokens.
+        progress (`bool`, *optional*, defaults to `False`): Show a progress bar.
+        stride (`int`, *optional*): Tokens from one window to the next; without it windows do not overlap.
+        batch_size (`int`, *optional*, defaults to `1`): Windows per forward pass.
+        start_token (`bool`, *optional*, defaults to `True`): Begin windows as the tokenizer begins a text.
 
     Returns:
         `float`: The mean of `sum p log(p / q)` over the predicted tokens, in nats, where p is the dense and q the

@@ -54,7 +54,7 @@ def mixed_windows(
 
     Args:
         sources (`Sequence[torch.Tensor]`): The windows of each text, int64 `[windows, seq_len]`, from [`windows`] or
-            [`generated_text`](starts.generated_text).
+            [`starts.generated_text`].
         weights (`Sequence[float]`, *optional*): The share of each source in the windows, relative to the others.
         tokens (`int`, *optional*): How many tokens to draw. With weights and unless given, so many that no window is
             there twice.
