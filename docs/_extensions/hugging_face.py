@@ -6,8 +6,8 @@ import griffe
 
 
 # "    n (`int`, *optional*, defaults to `2`):", then "    `ValueError`: why"
-_ARGUMENT = re.compile(r"^( +)\**(\w+) \((\[?`.+?)\):", re.MULTILINE)
-_TYPE = re.compile(r"^( +)\[?`~?([^`\n]+)`\]?(?:, \*optional\*)?:", re.MULTILINE)
+_ARGUMENT = re.compile(r"^( +)\**(\w+) \((\[?`.+?|\*optional\*)\):", re.MULTILINE)
+_TYPE = re.compile(r"^( {4})\[?`~?([^`\n]+)`\]?(?:, \*optional\*)?:", re.MULTILINE)
 _REFERENCE = re.compile(r"\[`~?([\w.]+)`\]")
 
 _PAGES = {
@@ -21,7 +21,8 @@ _PAGES = {
 def _argument(match: re.Match[str]) -> str:
     # The default is shown from the signature.
     types = re.split(r", \*optional|, defaults to", match[3])[0]
-    return f"{match[1]}{match[2]} ({' | '.join(re.findall(r'`~?([^`]+)`', types))}):"
+    names = " | ".join(re.findall(r"`~?([^`]+)`", types))
+    return f"{match[1]}{match[2]} ({names}):" if names else f"{match[1]}{match[2]}:"
 
 
 def _reference(match: re.Match[str]) -> str:
@@ -30,7 +31,13 @@ def _reference(match: re.Match[str]) -> str:
 
 
 class HuggingFace(griffe.Extension):
-    """Takes the Markdown out of types, which become annotations; resolves links."""
+    """
+    Takes the Markdown out of types, which become annotations; resolves links.
+    Bases that are computed have no name to show.
+    """
+
+    def on_class(self, *, cls: griffe.Class, **kwargs) -> None:
+        cls.bases = [base for base in cls.bases if not str(base).startswith("*")]
 
     def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.docstring is not None:
