@@ -193,7 +193,7 @@ def checks() -> list[Check]:
 
 def check_table() -> str:
     """The second table of docs/scaling.md."""
-    lines = ["| what | | computed | measured | measured / computed |", "|---|---|---:|---:|---:|"]
+    lines = ["| what | unit | computed | measured | measured / computed |", "|---|---|---:|---:|---:|"]
     for each in checks():
         digits = 3 if each.measured < 1 else 0 if each.measured > 100 else 2
         figures = [
