@@ -42,7 +42,7 @@ CLIP = 2.0
 # Of a normal distribution the deviation is so many times the median distance from the median.
 OF_MEDIAN = 1.4826
 # Groups that are explored, of a scaled advantage.
-EXPLORED = 256
+EXPLORED = 128
 
 _INDEX = "example_index"
 # All that is told of an example's tokens; whether anything else in a batch is what it was, nothing tells.
@@ -69,7 +69,7 @@ class ResidualArguments:
         explored_groups (`int`, *optional*):
             How many groups are sampled and learned; all others keep the mode. They are those with most at stake: their
             share in `sum(W^2 x^2)` of the layer, `x` being the size of its inputs under the starting mask, in the
-            first batch. Default 256 with the scaled advantage, and all with the raw one.
+            first batch. Default 128 with the scaled advantage, and all with the raw one.
         baseline (`str`, defaults to `"auto"`):
             Where the loss of the initial mask comes from: `"step"` computes it with every batch, `"cache"` once per
             example before training. The latter is refused where an example's loss depends on its company or on when
@@ -124,16 +124,18 @@ class Residual(Estimator):
         if not 0 < args.tracker_decay < 1:
             raise ValueError(f"tracker_decay is {args.tracker_decay}, not between 0 and 1; 0.99 is usual.")
         if args.explored_groups is not None and args.explored_groups < 1:
-            raise ValueError(f"explored_groups is {args.explored_groups}, not a positive number; 256 is usual.")
+            raise ValueError(f"explored_groups is {args.explored_groups}, not a positive number; 128 is usual.")
         # A group that makes no difference walks at random, as far as the rate times the root of the steps. A rate that
         # falls with that root keeps it from getting further in a longer run.
         steps = args.max_steps if args.max_steps > 0 else 1000
         rate = 50.0 if args.advantage == "raw" else 0.4 * sqrt(100 / max(steps, 50))
-        return {"learning_rate": rate, "lr_scheduler_type": "constant", "warmup_steps": 0}
+        # What is left to win after the first few groups is lost again by the last ones' walk.
+        schedule = "constant" if args.advantage == "raw" else "linear"
+        return {"learning_rate": rate, "lr_scheduler_type": schedule, "warmup_steps": 0}
 
     def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
         # The paper's scale goes with its advantage.
-        self.logit_scale = 10.0 if trainer.args.advantage == "raw" else 4.0
+        self.logit_scale = 10.0 if trainer.args.advantage == "raw" else 3.0
         super().__init__(trainer, adapter)
         self.tracker = 0.0
         # The last ones, of which the scaled advantage takes median and deviation.

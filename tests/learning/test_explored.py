@@ -125,5 +125,5 @@ def test_as_many_groups_as_there_are_is_all(tmp_path, llama):
 
 
 def test_no_groups_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"^explored_groups is 0, not a positive number; 256 is usual\.$"):
+    with pytest.raises(ValueError, match=r"^explored_groups is 0, not a positive number; 128 is usual\.$"):
         arguments(tmp_path, "residual", explored_groups=0)

@@ -120,8 +120,8 @@ def play(tmp_path, seed=0, advantage="raw", **options):
     config = MaskProConfig(target_modules=["layer"], init_mask="random", logit_scale=2.0, **options)
     model = get_peft_model(puzzle, config)
     args = arguments(
-        tmp_path, "residual", max_steps=800, learning_rate=0.1, per_device_train_batch_size=16, logging_steps=800,
-        seed=seed, advantage=advantage,
+        tmp_path, "residual", max_steps=800, learning_rate={"raw": 0.1, "scaled": 0.2}[advantage],
+        per_device_train_batch_size=16, logging_steps=800, seed=seed, advantage=advantage,
     )  # fmt: skip
     offset = torch.stack([row["offset"] for row in puzzle_rows()]).mean().item()
     before = batch_loss(model, puzzle_rows()) - offset
@@ -1024,7 +1024,7 @@ def test_logging_does_not_change_a_run(tmp_path, llama):
 
 def test_defaults_by_estimator(tmp_path):
     residual, simple = arguments(tmp_path, "residual"), arguments(tmp_path, "simple")
-    assert (residual.lr_scheduler_type, residual.max_grad_norm) == ("constant", 0.0)
+    assert (residual.lr_scheduler_type, residual.max_grad_norm) == ("linear", 0.0)
     rates = {steps: arguments(tmp_path, "residual", max_steps=steps).learning_rate for steps in (10, 50, 400, -1)}
     assert rates == pytest.approx({10: 0.4 * 2**0.5, 50: 0.4 * 2**0.5, 400: 0.2, -1: 0.4 / 10**0.5})
     assert arguments(tmp_path, "residual", advantage="raw", max_steps=10).learning_rate == 50.0
