@@ -229,7 +229,13 @@ def test_a_row_that_is_interrupted_as_it_is_imported_says_nothing(tmp_path):
     command = [sys.executable, "-c", "import hf_maskpro_cli; hf_maskpro_cli.quickstart_row()"]
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, **pipes) as row:
+    # A shell lets what it runs in the background ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        row = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with row:
         assert row.stdout.readline() == "importing\n"
         row.send_signal(signal.SIGINT)
         assert row.communicate(timeout=120) == ("", "")

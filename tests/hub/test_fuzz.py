@@ -1,6 +1,6 @@
 """
 Files of strangers, altered at random: either one line says what is wrong with them, or they give exactly the mask that
-a decoder of the tests' own reads in them, in a second and 1 GB. `make fuzz` tries many more.
+a decoder of the tests' own reads in them, in two seconds and 1 GB. `make fuzz` tries many more.
 """
 
 import ast
@@ -43,7 +43,7 @@ from .test_reading import alterations, altered, no_digest
 
 N, M = 3, 8
 NAMES = ["q_proj", "down_proj"]
-SECONDS, BYTES = 1, 2**30
+SECONDS, BYTES = 2, 2**30
 
 inputs = settings(
     max_examples=int(os.environ.get("FUZZ_INPUTS", "40")),
