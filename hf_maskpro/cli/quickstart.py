@@ -57,7 +57,7 @@ def quickstart(
     estimator: Annotated[
         Literal["both", "simple", "residual"],
         typer.Option(metavar="NAME", help="Learners to run: simple, residual or both.", rich_help_panel=LEARNING),
-    ] = "simple",
+    ] = "both",
     model: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Another base model: a local folder or a Hub id.", rich_help_panel=FILES),
@@ -122,8 +122,9 @@ def _story(
     console.print(
         f"{minutes:g} minutes, of which the parts take on two cores: about two to measure the dense model, let it "
         f"answer {len(LEARNED_FROM)} questions to learn from, and drop half of its weights by magnitude and by Wanda. "
-        "Then sparsegpt+swaps drops them without learning, in two more, where as much is left for the rest. "
-        f"Learning which to drop takes what is left, and two more questions to each the last {ENDING_SECONDS} seconds."
+        "In one or two residual learns from Wanda's mask, by forward passes alone. Then sparsegpt+swaps drops weights "
+        "without learning, in two more, where as much is left for the rest. Learning which to drop, with a backward "
+        f"pass, takes what is left, and two more questions to each the last {ENDING_SECONDS} seconds."
     )
     set_aside(output)
     try:

@@ -76,7 +76,7 @@ def test_the_story_is_told_to_its_end_and_again(talker, paragraphs, rows, monkey
 
     monkeypatch.setattr(quickstart, "_conversations", asked)
     monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **_: run(*command[3:]))
-    command = ["quickstart", "--estimator", "both", "--text", paragraphs, "--output", tmp_path / "story"]
+    command = ["quickstart", "--text", paragraphs, "--output", tmp_path / "story"]
     told = run(*command, "--json")
     printed = " ".join(told.stderr.split())
     assert list(rows) == ["dense", "magnitude", "wanda", "residual", "sparsegpt+swaps", "simple"]
