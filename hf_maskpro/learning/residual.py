@@ -63,9 +63,10 @@ class ResidualArguments:
             What a step is proportional to. `"scaled"`: the residual minus its running median, divided by its running
             deviation and clipped at 2, so that `learning_rate` is in logits a step, whatever the loss, the batch or
             the model. `"raw"`: the paper's, the residual minus its moving average.
-        tracker_decay (`float`, defaults to 0.99):
-            `alpha` of the moving average. The running median and deviation, which is by the median distance from the
-            median, are of the last `1 / (1 - alpha)` residuals.
+        tracker_decay (`float`, *optional*):
+            `alpha` of the moving average, 0.99 with the raw advantage as in the paper. The running median and
+            deviation, which is by the median distance from the median, are of the last `1 / (1 - alpha)` residuals:
+            25 with the default of the scaled advantage, 0.96.
         explored_groups (`int`, *optional*):
             How many groups are sampled and learned; all others keep the mode. They are those with most at stake: their
             share in `sum(W^2 x^2)` of the layer, `x` being the size of its inputs under the starting mask, in the
@@ -81,7 +82,7 @@ class ResidualArguments:
     advantage: Literal["scaled", "raw"] = field(
         default="scaled", metadata={"help": "Whether `residual` divides by the residual's deviation."}
     )
-    tracker_decay: float = field(default=0.99, metadata={"help": "Decay of the residual's moving average."})
+    tracker_decay: float | None = field(default=None, metadata={"help": "Decay of the residual's moving average."})
     explored_groups: int | None = field(
         default=None, metadata={"help": "Groups that `residual` samples, those with most at stake."}
     )
@@ -121,17 +122,19 @@ class Residual(Estimator):
                 f"{args.gradient_accumulation_steps}, not a multiple of it: every mask needs micro-batches of its own."
             )
         # At 0 the tracker is the residual itself, and nothing is left to learn from.
-        if not 0 < args.tracker_decay < 1:
+        if args.tracker_decay is not None and not 0 < args.tracker_decay < 1:
             raise ValueError(f"tracker_decay is {args.tracker_decay}, not between 0 and 1; 0.99 is usual.")
         if args.explored_groups is not None and args.explored_groups < 1:
             raise ValueError(f"explored_groups is {args.explored_groups}, not a positive number; 128 is usual.")
+        if args.advantage == "raw":
+            return {"learning_rate": 50.0, "lr_scheduler_type": "constant", "warmup_steps": 0, "tracker_decay": 0.99}
         # A group that makes no difference walks at random, as far as the rate times the root of the steps. A rate that
-        # falls with that root keeps it from getting further in a longer run.
+        # falls with that root keeps it from getting further in a longer run, and one that falls within a run keeps it
+        # from losing at last what the first few groups have won.
         steps = args.max_steps if args.max_steps > 0 else 1000
-        rate = 50.0 if args.advantage == "raw" else 0.4 * sqrt(100 / max(steps, 50))
-        # What is left to win after the first few groups is lost again by the last ones' walk.
-        schedule = "constant" if args.advantage == "raw" else "linear"
-        return {"learning_rate": rate, "lr_scheduler_type": schedule, "warmup_steps": 0}
+        rate = 0.57 * sqrt(100 / max(steps, 50))
+        # The first residuals, with masks that break the model, are not long what others are judged by.
+        return {"learning_rate": rate, "lr_scheduler_type": "linear", "warmup_steps": 0, "tracker_decay": 0.96}
 
     def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
         # The paper's scale goes with its advantage.

@@ -388,7 +388,7 @@ def test_residual_lowers_the_training_loss(checkpoint, text, tmp_path):
     run("init", "--model", base, "--method", "random", "--output", adapter)
     run(
         "train", "--model", base, "--adapter", adapter, "--text", text, "--seq-len", 32, "--estimator", "residual",
-        "--max-steps", 200, "--learning-rate", 2, "--logit-scale", 3, "--per-device-train-batch-size", 32,
+        "--max-steps", 200, "--learning-rate", 3, "--logit-scale", 3, "--per-device-train-batch-size", 32,
         "--explored-groups", 10_000, "--save-steps", 200, "--output", learned,
     )  # fmt: skip
     assert measure(learned) < 0.6 * measure(adapter)

@@ -190,9 +190,9 @@ def test_the_scaled_advantage_does_not_depend_on_the_size_of_the_loss(tmp_path, 
     residuals = torch.randn(200, generator=torch.Generator().manual_seed(0)).tolist()
     found = advantages(tmp_path, llama, residuals)
     assert advantages(tmp_path, llama, [1000 * value for value in residuals]) == pytest.approx(found)
-    # Against the definition: median and median distance of the last hundred residuals, in float64.
+    # Against the definition: median and median distance of the last 25 residuals, in float64.
     for step, value in enumerate(residuals, 1):
-        heard = np.array(residuals[max(0, step - 100) : step])
+        heard = np.array(residuals[max(0, step - 25) : step])
         deviation = np.median(np.abs(heard - np.median(heard))) / norm.ppf(0.75) if step > 1 else 0.0
         expected = min(2, max(-2, (value - np.median(heard)) / deviation)) if deviation else 0.0
         assert found[step - 1] == pytest.approx(expected, rel=1e-4)
@@ -204,7 +204,7 @@ def test_a_mask_that_breaks_the_model_does_not_hide_the_others(tmp_path, llama):
     calm = advantages(tmp_path, llama, residuals)
     spoiled = advantages(tmp_path, llama, [*residuals[:50], 1000.0, *residuals[50:]])
     assert spoiled[50] == 2.0
-    assert spoiled[51:] == pytest.approx(calm[50:], abs=0.4)
+    assert spoiled[51:] == pytest.approx(calm[50:], abs=0.5)
 
 
 def test_a_reward_that_was_always_the_same_is_heard_when_it_changes(tmp_path, llama):
@@ -1026,7 +1026,7 @@ def test_defaults_by_estimator(tmp_path):
     residual, simple = arguments(tmp_path, "residual"), arguments(tmp_path, "simple")
     assert (residual.lr_scheduler_type, residual.max_grad_norm) == ("linear", 0.0)
     rates = {steps: arguments(tmp_path, "residual", max_steps=steps).learning_rate for steps in (10, 50, 400, -1)}
-    assert rates == pytest.approx({10: 0.4 * 2**0.5, 50: 0.4 * 2**0.5, 400: 0.2, -1: 0.4 / 10**0.5})
+    assert rates == pytest.approx({10: 0.57 * 2**0.5, 50: 0.57 * 2**0.5, 400: 0.285, -1: 0.57 / 10**0.5})
     assert arguments(tmp_path, "residual", advantage="raw", max_steps=10).learning_rate == 50.0
     assert (simple.learning_rate, simple.adam_beta2, simple.warmup_steps) == (0.2, 0.98, 10)
     assert arguments(tmp_path, "simple", max_steps=30).learning_rate == pytest.approx(0.4)
