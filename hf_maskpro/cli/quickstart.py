@@ -39,8 +39,8 @@ HELD_OUT_EVERY = 8
 ENDING_SECONDS = 40
 # The best start takes about so many times as long as Wanda's. It has half of the time at most, should it be more.
 START_RATIO = 3
-# What residual has to learn from Wanda's mask, where that is a quarter of the time at most.
-RESIDUAL_SECONDS = 60
+# What residual has to learn from Wanda's mask, a quarter of the time at most, and what its row takes in all.
+RESIDUAL_SECONDS, RESIDUAL_ROW = 60, 100
 # glibc gives large blocks back to the system at every step and fetches them again: a quarter of a step on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 
@@ -122,9 +122,10 @@ def _story(
     console.print(
         f"{minutes:g} minutes, of which the parts take on two cores: about two to measure the dense model, let it "
         f"answer {len(LEARNED_FROM)} questions to learn from, and drop half of its weights by magnitude and by Wanda. "
-        "In one or two residual learns from Wanda's mask, by forward passes alone. Then sparsegpt+swaps drops weights "
-        "without learning, in two more, where as much is left for the rest. Learning which to drop, with a backward "
-        f"pass, takes what is left, and two more questions to each the last {ENDING_SECONDS} seconds."
+        "In one or two residual learns from Wanda's mask, by forward passes alone, where the others leave that. Then "
+        "sparsegpt+swaps drops weights without learning, in two more, where as much is left for the rest. Learning "
+        "which to drop, with a backward pass, takes what is left, and two more questions to each the last "
+        f"{ENDING_SECONDS} seconds."
     )
     set_aside(output)
     try:
@@ -163,15 +164,19 @@ def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str
     rows += [_run(output, base, method) for method in ("magnitude", "wanda")]
     end -= ENDING_SECONDS
     start = "wanda"
-    if estimator == "both" and (end - time.perf_counter()) / 4 >= RESIDUAL_SECONDS:
+    compiles = shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]) is not None
+    seconds, left = START_RATIO * rows[-1]["seconds"], end - time.perf_counter()
+    # The best start comes before it.
+    fits = left / 4 >= RESIDUAL_SECONDS and (not compiles or seconds < (left - RESIDUAL_ROW) / 2)
+    if estimator == "both" and fits:
         console.print(f"residual, from the mask of wanda: about {RESIDUAL_SECONDS} seconds.")
         options = ["--start", str(output / start), "--seconds", str(RESIDUAL_SECONDS)]
         rows.append(_run(output, base, "residual", options))
     elif estimator == "both":
-        console.print("residual would learn too little in what is left, and is left out; raise --minutes.")
-    if not shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]):
+        console.print("What is left is for the others, and residual is left out; raise --minutes.")
+    if not compiles:
         console.print("There is no C++ compiler, and swaps would take too long without: the start is Wanda's mask.")
-    elif (seconds := START_RATIO * rows[-1]["seconds"]) < (left := max(0, end - time.perf_counter())) / 2:
+    elif seconds < (left := max(0, end - time.perf_counter())) / 2:
         start = "sparsegpt+swaps"
         console.print(f"{start}: about {seconds:.0f} seconds.")
         rows.append(_run(output, base, start))

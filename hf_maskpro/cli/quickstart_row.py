@@ -26,8 +26,8 @@ from .verb import one_line_errors
 
 
 # A short run by forward passes is measured at its end alone.
-EVALUATIONS = {"simple": 4, "residual": 1}
-PROBE_STEPS = 4
+EVALUATIONS = {"simple": 2, "residual": 1}
+PROBE_STEPS = 3
 # The smaller batch where the larger one leaves too few steps for a logit to get anywhere.
 BATCHES, SEQ_LEN = {"simple": (8, 2), "residual": (4, 2)}, 128
 LEAST_STEPS = 25

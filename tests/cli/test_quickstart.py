@@ -45,7 +45,7 @@ def paragraphs(tmp_path):
 
 @pytest.fixture
 def rows(adapter, monkeypatch):
-    """The rows that are run, each in no time; Wanda's is said to have taken a second."""
+    """The rows that are run, each in no time; they are said to have taken a second, or `_run.seconds`."""
     done = {}
 
     def run_row(output, base, method, options=()):
@@ -53,9 +53,10 @@ def rows(adapter, monkeypatch):
         if method != "dense":
             copytree(adapter, output / method)
         curve = [{"step": 1, "seconds": 1.0, "perplexity": 2.0}] if method in ("simple", "residual") else []
-        row = dict.fromkeys(("perplexity", "elsewhere", "seconds"), 1.0)
+        row = {"perplexity": 1.0, "elsewhere": 1.0, "seconds": run_row.seconds}
         return row | {"method": method, "steps": 1, "peak_bytes": 1, "curve": curve, "log": []}
 
+    run_row.seconds = 1.0
     monkeypatch.setattr(quickstart, "_run", run_row)
     monkeypatch.setenv("CXX", sys.executable)
     return done
@@ -132,17 +133,27 @@ def test_a_lesser_start_is_named_with_its_reason(tmp_path, rows, monkeypatch, ca
 
 
 @pytest.mark.parametrize(
-    ("estimator", "minutes", "learners"),
-    [("both", 4.5, ["simple"]), ("both", 5.5, ["residual", "simple"]), ("residual", 5.5, ["residual"])],
+    ("estimator", "minutes", "slow", "learners"),
+    [
+        ("both", 4.5, False, ["simple"]),
+        ("both", 5.5, False, ["residual", "simple"]),
+        # The best start takes what is left in a row of residual, and fits without.
+        ("both", 5.5, True, ["simple"]),
+        ("residual", 5.5, True, ["residual"]),
+    ],
 )
-def test_residual_has_a_row_where_it_has_a_minute(tmp_path, rows, monkeypatch, capsys, estimator, minutes, learners):
+def test_residual_has_a_row_where_others_leave_a_minute(
+    tmp_path, rows, monkeypatch, capsys, estimator, minutes, slow, learners
+):
+    quickstart._run.seconds = 120 / quickstart.START_RATIO if slow else 1.0
     monkeypatch.setattr(quickstart, "_conversations", lambda base: "")
     monkeypatch.setattr(quickstart, "_answers", lambda base, adapters: {})
     monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **_: None)
     told = quickstart._rows(tmp_path, "base", {}, estimator, time.perf_counter() + 60 * minutes)
     assert [name for name in rows if name in ("residual", "simple")] == learners
     assert told["learner"] == learners[-1]
-    is_left_out = "residual would learn too little in what is left" in " ".join(capsys.readouterr().out.split())
+    assert told["start"] == "sparsegpt+swaps"
+    is_left_out = "and residual is left out" in " ".join(capsys.readouterr().out.split())
     assert is_left_out == (learners == ["simple"])
 
 
