@@ -170,9 +170,12 @@ def test_the_quickstart_of_the_readme_is_the_one_of_its_file():
         assert f"| {shown} | " + " | ".join(f"{ratio:#.3g}".rstrip(".") for ratio in ratios) + " |" in readme
 
 
-def test_what_the_readme_says_of_the_longer_run_is_in_its_file():
-    longer = json.loads((DOCS / "assets" / "quickstart.json").read_text())["longer"]
+def test_what_the_readme_says_of_other_runs_is_in_its_file():
+    known = json.loads((DOCS / "assets" / "quickstart.json").read_text())
+    longer, residual = known["longer"], known["residual"]
     readme = " ".join(README.read_text(encoding="utf-8").split())
+    ratios = f"{residual['at_home']:.2f} at home and {residual['elsewhere']:.2f} elsewhere"
+    assert f"{residual['steps']} steps, of forward passes alone, ended at {ratios}" in readme
     assert f"The mask has {longer['at_home']:.2f} at home and {longer['elsewhere']:.2f} elsewhere" in readme
     assert f"after {longer['steps']} steps" in readme
     assert f"--max-steps {longer['steps']} --output longer" in readme
