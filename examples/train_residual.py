@@ -1,6 +1,6 @@
 """
 Learn a 2:4 mask by forward passes alone, from a one-shot mask made by `hf-maskpro
-init`. Plan for many steps.
+init`.
 """
 
 import argparse
@@ -22,8 +22,8 @@ parser.add_argument("--text", required=True, help="text file to learn from")
 parser.add_argument(
     "--output", required=True, help="folder for the adapter and its checkpoints"
 )
-parser.add_argument("--max-steps", type=int, default=10_000)
-parser.add_argument("--seq-len", type=int, default=128)
+parser.add_argument("--max-steps", type=int, default=100)
+parser.add_argument("--seq-len", type=int, default=512)
 options = parser.parse_args()
 
 base = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
@@ -37,9 +37,9 @@ arguments = MaskProTrainingArguments(
     output_dir=options.output,
     estimator="residual",
     max_steps=options.max_steps,
-    per_device_train_batch_size=32,
-    logging_steps=50,
-    save_steps=500,
+    per_device_train_batch_size=1,
+    logging_steps=10,
+    save_steps=50,
     save_total_limit=2,
     report_to=[],
 )

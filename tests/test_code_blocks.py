@@ -46,6 +46,7 @@ HUB = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": "M",
     "meta-llama/Llama-2-7b-hf": "M",
     "me/llama-2of4": "mask",
+    "me/smollm2-2of4": "mask",
     "user/repo": "mask",
     "path/to/the/base": "M",
     "another-model": "M",

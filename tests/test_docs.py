@@ -20,7 +20,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from hf_maskpro import __version__
+from hf_maskpro import MaskProConfig, MaskProTrainingArguments, __version__
+from hf_maskpro.learning.residual import EXPLORED, LOGIT_SCALE
 from hf_maskpro.tuner.card import BEGIN, END, write_card
 
 
@@ -266,6 +267,31 @@ def test_the_ablations_are_those_of_their_file():
         for row in rows
     ]
     assert sorted(shown) == sorted(expected)
+
+
+def test_the_defaults_of_residual_are_told_alike_everywhere(tmp_path):
+    args = MaskProTrainingArguments(str(tmp_path), estimator="residual", max_steps=100, report_to=[])
+    rate, last = f"{args.learning_rate:g}", round(1 / (1 - args.tracker_decay))
+    training, concepts, cli, trouble = (
+        " ".join((DOCS / f"{page}.md").read_text(encoding="utf-8").split())
+        for page in ("training", "concepts", "cli", "troubleshooting")
+    )
+    helps = " ".join((ROOT / "hf_maskpro" / "cli" / "train.py").read_text(encoding="utf-8").split())
+    assert f"| `learning_rate` | {rate} logits in 100 steps" in training
+    assert f"and {rate} for `residual` in one of 100." in " ".join(MaskProTrainingArguments.__doc__.split())
+    assert f"{rate} for residual in 100." in helps
+    assert f"| 0.2, {rate} | logits" in cli
+    assert f"| schedule | {args.lr_scheduler_type.value} decay to 0" in training
+    assert f"the median of the last {last}," in training
+    assert f"| `logit_scale` of the config | {LOGIT_SCALE:g};" in training
+    assert f"6 unless given, {LOGIT_SCALE:g} for residual," in helps
+    assert f"| 6 | {LOGIT_SCALE:g} for `residual`," in cli
+    assert f"for `residual` {LOGIT_SCALE:g}, or 10" in " ".join(MaskProConfig.__doc__.split())
+    assert f"with `C = {LOGIT_SCALE:g}`" in concepts
+    assert f"It samples {EXPLORED} groups" in training
+    assert f"| {EXPLORED}, with most at stake;" in training
+    assert f"{EXPLORED} groups are sampled" in concepts
+    assert f"it explores {EXPLORED} groups" in trouble
 
 
 def test_the_passes_of_residual_are_those_of_their_file():

@@ -44,7 +44,8 @@ def push(
 ) -> dict[str, Any]:
     """Push an adapter or a merged checkpoint to the Hub."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist; pass the folder of an adapter or of a merged checkpoint.")
+        fault = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {fault}; pass the folder of an adapter or of a merged checkpoint.")
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id(repo_id)

@@ -53,13 +53,13 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
         max_skipped (`int`, defaults to 5):
             An update that is not finite is skipped; so many in a row stop the run.
         learning_rate (`float`, *optional*):
-            Default 0.2 logits for `simple` in a run of 120 steps, and 0.4 for `residual` in one of 100. In shorter
+            Default 0.2 logits for `simple` in a run of 120 steps, and 0.57 for `residual` in one of 100. In shorter
             ones more, in longer ones less, by the square root of the ratio. In few steps each must be larger for a
             logit to cross `logit_scale`, in many the noise of each adds up. `residual` has no more than in 50 steps.
             50 with `advantage="raw"` (the paper's), 1e-4 for `proxsparse`, 5e-4 for `maskllm`.
         lr_scheduler_type (`str`, *optional*):
-            Default `"constant"` for `residual`; for `simple` 10 warm-up steps and a linear decay to a tenth; linear to
-            0 for `proxsparse`, a cosine to a tenth for `maskllm`.
+            Default linear to 0 for `residual`, constant with `advantage="raw"`; for `simple` 10 warm-up steps and a
+            linear decay to a tenth; linear to 0 for `proxsparse`, a cosine to a tenth for `maskllm`.
         warmup_steps (`float`, *optional*):
             Default 0 for `residual` and `maskllm`; for `simple` 10, or a fifth of `max_steps` below 50; a tenth of the
             run for `proxsparse`.

@@ -41,8 +41,8 @@ PROBES, LEAST_TOLERANCE = 4, 5e-5
 CLIP = 2.0
 # Of a normal distribution the deviation is so many times the median distance from the median.
 OF_MEDIAN = 1.4826
-# Groups that are explored, of a scaled advantage.
-EXPLORED = 128
+# Of a scaled advantage: groups that are explored, and by how much a starting mask's members lead.
+EXPLORED, LOGIT_SCALE = 128, 3.0
 
 _INDEX = "example_index"
 # All that is told of an example's tokens; whether anything else in a batch is what it was, nothing tells.
@@ -138,7 +138,7 @@ class Residual(Estimator):
 
     def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
         # The paper's scale goes with its advantage.
-        self.logit_scale = 10.0 if trainer.args.advantage == "raw" else 3.0
+        self.logit_scale = 10.0 if trainer.args.advantage == "raw" else LOGIT_SCALE
         super().__init__(trainer, adapter)
         self.tracker = 0.0
         # The last ones, of which the scaled advantage takes median and deviation.

@@ -164,7 +164,8 @@ class MaskProConfig(PeftConfig):
         logit_scale (`float`, *optional*):
             `C`: a kept member of the starting mask has the logit `C` more than a dropped one. The larger, the fewer
             groups change in a sample, about `(m - n) * exp(-C)` times 1 to `n`. `None` is the estimator's own default,
-            filled in when training starts: 6, also by a plain `Trainer`, and 10 for `residual` with the raw advantage.
+            filled in when training starts: 6, also by a plain `Trainer`, and for `residual` 3, or 10 with the raw
+            advantage.
         distribution (`str`, *optional*):
             What the `residual` estimator samples from: `"plackett_luce"` (as in arXiv 2506.12876) or
             `"conditional_poisson"`. `None` is the former up to n = 2, and the latter beyond, where Plackett-Luce's

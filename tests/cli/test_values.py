@@ -194,6 +194,7 @@ def test_wrong_values_are_refused_before_anything_is_imported(known, verb, monke
         ("inspect ./no", "./no does not exist"),
         ("inspect TEXT", "is a file"),
         ("push ./no me/mask", "no does not exist; pass the folder of an adapter"),
+        ("push TEXT me/mask", "is a file; pass the folder of an adapter"),
         ("push ADAPTER me//mask", "me//mask"),
         ("export --model MODEL --target dense --output OUT", "--target dense merges a mask adapter"),
     ],
