@@ -176,6 +176,11 @@ def test_what_the_readme_says_of_other_runs_is_in_its_file():
     longer, residual = known["longer"], known["residual"]
     readme = " ".join(README.read_text(encoding="utf-8").split())
     ratios = f"{residual['at_home']:.2f} at home and {residual['elsewhere']:.2f} elsewhere"
+    for name, words in (
+        ("slower", "{} steps of `simple` ended at {:.2f} at home and {:.2f}"),
+        ("no_compiler", "{} steps at {:.2f} and {:.2f}."),
+    ):
+        assert words.format(*(known[name][key] for key in ("steps", "at_home", "elsewhere"))) in readme
     assert f"{residual['steps']} steps, of forward passes alone, ended at {ratios}" in readme
     assert f"The mask has {longer['at_home']:.2f} at home and {longer['elsewhere']:.2f} elsewhere" in readme
     assert f"after {longer['steps']} steps" in readme
