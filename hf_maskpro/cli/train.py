@@ -306,6 +306,7 @@ def train(
     from .common import (
         calibrate,
         calibration_batches,
+        check_excluded,
         load_adapter,
         load_config,
         load_model,
@@ -391,6 +392,7 @@ def train(
     for ids in pieces:
         check_tokens(base_config, ids)
     base, _ = load_model(model, gguf_file, dtype)
+    check_excluded(base, left)
     if self_generated:
         cache = _beside(output, "{}.generated")
         batches = generated_text(base, tokenizer, self_generated // seq_len, seq_len, seed, cache)
