@@ -184,6 +184,7 @@ def test_wrong_values_are_refused_before_anything_is_imported(known, verb, monke
         ("trian", "No such command 'trian'. Did you mean 'train'?"),
         ("--vresion", "--vresion"),
         ("train --model m", "Missing option '--output'"),
+        ("train --modle m --output OUT --text TEXT", "No such option: --modle. Did you mean --model?"),
         ("init --model MODEL --output OUT", "--method magnitude needs none"),
         ("train --model MODEL --output OUT", "nothing to learn from"),
         ("eval --model MODEL", "nothing to measure"),
