@@ -1,5 +1,6 @@
 """What several verbs need once they run: models, texts, adapters."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,9 @@ from ..evaluation import windows
 from ..learning.dataset import dataset_by_name
 from ..starts import initialize_masks, needs_data, random_windows
 from ..tuner import RULES, split_init_mask
+from ..tuner.experts import expert_parameters
 from .inputs import check_model, read_text
+from .options import did_you_mean
 from .output import say_next, short_names
 from .verb import line_of
 
@@ -107,6 +110,20 @@ def load_adapter(
         if str(folder) in str(error):
             raise
         raise ValueError(f"{folder}: {error}") from error
+
+
+def check_excluded(base: PreTrainedModel, excluded: list[str] | str | None) -> None:
+    """Refuse layers to leave dense that a model has not: PEFT only warns of them, and the command hides that."""
+    names = [name for name, _ in base.named_modules()]
+    names += [f"{name}.{key}" for name, module in base.named_modules() for key in expert_parameters(module)]
+    for given in [excluded] if isinstance(excluded, str) else excluded or []:
+        # As PEFT reads them.
+        pattern = given if isinstance(excluded, str) else rf"(?:.*\.)?{re.escape(given)}"
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise ValueError(
+                f"--exclude-modules {given} matches no layer of {base.name_or_path}; give ends of names, or a regular "
+                "expression of whole ones." + did_you_mean(given, {name.rpartition(".")[2] for name in names})
+            )
 
 
 def read_sources(

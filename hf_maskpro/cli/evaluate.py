@@ -6,7 +6,15 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from .inputs import adapter_folder, check_datasets, check_extra, check_model, check_on_hub, check_texts
+from .inputs import (
+    adapter_folder,
+    check_datasets,
+    check_extra,
+    check_model,
+    check_no_place,
+    check_on_hub,
+    check_texts,
+)
 from .options import EVALUATION, FILES, TEXT, GgufFile, Json, Revision, StartToken, Subfolder
 from .output import console, short_names, show
 
@@ -103,6 +111,11 @@ def evaluate(
         raise ValueError(f"{home} is both --home and --text; a text at home is not elsewhere, so name it once.")
     if record and (compare or adapter is None or not Path(adapter).is_dir()):
         raise ValueError("--record writes into an adapter's folder: pass one with --adapter, and no --compare.")
+    if limit is not None and tasks is None:
+        raise ValueError(f"--limit is {limit}, of the examples of a task; pass --tasks, or drop it.")
+    # Those that are compared may be adapters.
+    if adapter is None and not compare:
+        check_no_place(revision, subfolder)
     if stride is not None and stride >= seq_len:
         raise ValueError(f"--stride is {stride}, outside 1 to --seq-len - 1 = {seq_len - 1}; lower it.")
     if max_tokens is not None and max_tokens < seq_len:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .inputs import adapter_folder, check_extra, check_model
+from .inputs import adapter_folder, check_extra, check_model, check_no_place
 from .options import FILES, GgufFile, Json, Model, Output, Overwrite, Revision, Subfolder
 from .output import show
 
@@ -38,6 +38,8 @@ def export(
     """Write a sparse model for another runtime, checked."""
     if target == "dense" and adapter is None:
         raise ValueError("--target dense merges a mask adapter: pass --adapter.")
+    if adapter is None:
+        check_no_place(revision, subfolder)
     if package := {"onnx": "onnxscript", "torchao-fp8": "torchao"}.get(target):
         check_extra(package, f"--target {target}", target.removeprefix("torchao-"))
     check_model(model, gguf_file)

@@ -78,6 +78,13 @@ def adapter_folder(adapter: str, revision: str | None = None, subfolder: str | N
     return path
 
 
+def check_no_place(revision: str | None, subfolder: str | None) -> None:
+    """Refuse, where no adapter is given, what says where it lies."""
+    for option, value in ("--revision", revision), ("--subfolder", subfolder):
+        if value is not None:
+            raise ValueError(f"{option} is {value}, of an adapter's repository; pass --adapter, or drop it.")
+
+
 def read_text(path: Path) -> str:
     """The whole of a text file."""
     if not path.is_file():

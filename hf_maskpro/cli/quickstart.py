@@ -295,11 +295,13 @@ def _smollm2() -> tuple[str, str]:
 
 def write_smollm2(folder: Path) -> str:
     """That model as a plain bfloat16 checkpoint."""
+    from ..tuner.files import private_folder
     from .common import load_model
 
     model, tokenizer = load_model(*_smollm2())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with private_folder(folder) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
     return str(folder)
 
 

@@ -15,6 +15,7 @@ from .inputs import (
     adapter_folder,
     check_datasets,
     check_model,
+    check_no_place,
     check_pattern,
     check_texts,
     modules_of,
@@ -268,6 +269,8 @@ def train(
             "--n, --m, --init-mask, --target-modules, --target-parameters, --exclude-modules and --on-indivisible are "
             "the adapter's own; drop them or drop --adapter."
         )
+    if adapter is None:
+        check_no_place(revision, subfolder)
     names = [*map(str, text or []), *(dataset or []), *[GENERATED] * (self_generated > 0)]
     if not names:
         raise ValueError("nothing to learn from: pass --text FILE, --dataset NAME or --self-generated TOKENS.")
@@ -306,6 +309,7 @@ def train(
     from .common import (
         calibrate,
         calibration_batches,
+        check_excluded,
         load_adapter,
         load_config,
         load_model,
@@ -391,6 +395,7 @@ def train(
     for ids in pieces:
         check_tokens(base_config, ids)
     base, _ = load_model(model, gguf_file, dtype)
+    check_excluded(base, left)
     if self_generated:
         cache = _beside(output, "{}.generated")
         batches = generated_text(base, tokenizer, self_generated // seq_len, seq_len, seed, cache)

@@ -109,21 +109,31 @@ class TrainVerb(Verb):
     ignore_unknown_options = True
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        rest = super().parse_args(ctx, self._of_file(ctx, args) + args)
-        if not ctx.resilient_parsing and ctx.args:
-            if not ctx.args[0].startswith("--"):
-                raise UsageError(f"{ctx.args[0]} belongs to no option.", ctx)
-            fields = training_fields()
-            for place, word in enumerate(ctx.args):
-                if word.startswith("--"):
-                    option, _, value = word.partition("=")
-                    more = takewhile(lambda other: not other.startswith("--"), ctx.args[place + 1 :])
-                    self._check(ctx, option, " ".join([value, *more]).strip(), fields)
+        args = self._of_file(ctx, args) + args
+        try:
+            rest = super().parse_args(ctx, [*args])
+        except typer.BadParameter:
+            # What is missing may have been mistyped.
+            self._check_others(ctx, self.make_parser(ctx).parse_args(args)[1])
+            raise
+        if not ctx.resilient_parsing:
+            self._check_others(ctx, ctx.args)
         return rest
 
     def options_of_names(self) -> dict[str, str]:
         fields = {name: f"--{name.replace('_', '-')}" for name in training_fields()}
         return fields | INSTEAD | super().options_of_names()
+
+    def _check_others(self, ctx: Any, words: list[str]) -> None:
+        """Refuse words that are none of the verb's own, unless they set fields of the training arguments."""
+        if words and not words[0].startswith("--"):
+            raise UsageError(f"{words[0]} belongs to no option.", ctx)
+        fields = training_fields()
+        for place, word in enumerate(words):
+            if word.startswith("--"):
+                option, _, value = word.partition("=")
+                more = takewhile(lambda other: not other.startswith("--"), words[place + 1 :])
+                self._check(ctx, option, " ".join([value, *more]).strip(), fields)
 
     def _check(self, ctx: Any, option: str, value: str, fields: dict[str, str]) -> None:
         """Refuse an option that neither the verb nor the training arguments have, or a value that cannot be one."""

@@ -195,6 +195,17 @@ def test_layers_by_name(checkpoint, text, train, tmp_path):
     assert layers(*train, "--resume", "--max-steps", 3) == learned
 
 
+def test_layers_to_leave_dense_that_are_not_there(checkpoint, adapter, train, tmp_path):
+    given = ["--model", checkpoint, "--output", tmp_path / "a", "--exclude-modules"]
+    init, imported = ["init", "--method", "magnitude", *given], ["import", adapter, *given]
+    for command in (init, imported, [*train, "--exclude-modules"]):
+        line = fails(*command, "k_proj,q_prjo")
+        assert line.startswith(f"error: --exclude-modules q_prjo matches no layer of {checkpoint}; ")
+        assert line.endswith(" Did you mean q_proj?")
+    assert f"--exclude-modules .*layers[2].* matches no layer of {checkpoint}; " in fails(*init, ".*layers[2].*")
+    assert not (tmp_path / "a").exists()
+
+
 def test_experts_by_name(checkpoint, text, tmp_path):
     base = copytree(checkpoint, tmp_path / "base")
     tiny_mixtral(layers=1).save_pretrained(base)
@@ -215,6 +226,9 @@ def test_experts_by_name(checkpoint, text, tmp_path):
     run("init", "--method", "magnitude", *alone)
     attention = {f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"}
     assert masked(tmp_path / "k") == {*attention, "model.layers.0.mlp.experts.down_proj"}
+    left = ["--model", base, "--exclude-modules", "experts.down_proj", "--output", tmp_path / "l"]
+    run("init", "--method", "magnitude", *left)
+    assert masked(tmp_path / "l") == {*attention, "model.layers.0.mlp.experts.gate_up_proj"}
     assert "--target-parameters" in fails(*train, tmp_path / "u", "--adapter", tmp_path / "i")
 
 

@@ -193,6 +193,18 @@ def test_a_script_that_writes_the_model_prints_nothing(talker, tmp_path, monkeyp
     assert capsys.readouterr().out == ""
 
 
+def test_the_model_has_the_usual_permissions(talker, tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "_smollm2", lambda: (str(talker), None))
+    before = os.umask(0o027)
+    try:
+        quickstart.write_smollm2(tmp_path / "base")
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "base").iterdir()}
+    assert modes["model.safetensors"] == "0o640"
+    assert {*modes.values()} == {"0o640"}
+
+
 def test_a_text_of_too_few_paragraphs_is_named(talker, tmp_path):
     (tmp_path / "one.txt").write_text(" ".join(VOCABULARY * 100))
     refused = fails("quickstart", "--model", talker, "--text", tmp_path / "one.txt", "--output", tmp_path / "story")

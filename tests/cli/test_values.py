@@ -30,6 +30,10 @@ OF_MODELS = {"--model ./no": "./no does not exist", "--model EMPTY": "no config.
 OF_TEXTS = {"--text no.txt": "no.txt does not exist", "--text EMPTY/void.txt": "is empty", "--text BYTES": "UTF-8"}
 OF_DATASETS = {"--dataset ./no": "./no does not exist", "--dataset TEXT": "is a file; pass a text by --text"}
 OF_ADAPTERS = {"--adapter ./no": "./no does not exist", "--adapter MODEL": "has no ./adapter_config.json"}
+OF_NO_ADAPTER = {
+    "--revision v2": "--revision is v2, of an adapter's repository; pass --adapter, or drop it",
+    "--subfolder deep": "--subfolder is deep, of an adapter's repository; pass --adapter, or drop it",
+}
 OF_PATTERNS = {
     "--n 0": "'--n'",
     "--n 5 --m 4": "--n is 5, outside 1 to --m - 1 = 3",
@@ -66,6 +70,7 @@ WRONG = {
     | OF_TEXTS
     | OF_DATASETS
     | OF_ADAPTERS
+    | OF_NO_ADAPTER
     | OF_PATTERNS
     | OF_LAYERS
     | OF_MIXTURES
@@ -111,12 +116,14 @@ WRONG = {
     | OF_TEXTS
     | OF_DATASETS
     | OF_ADAPTERS
+    | OF_NO_ADAPTER
     | {
         "--home TEXT": "is both --home and --text",
         "--home no.txt": "no.txt does not exist",
         "--stride 512": "--stride is 512, outside 1 to --seq-len - 1 = 511",
         "--max-tokens 10": "--max-tokens is 10, less than one window of --seq-len, 512",
         "--limit 0": "'--limit'",
+        "--limit 3": "--limit is 3, of the examples of a task; pass --tasks, or drop it",
         "--batch-size 0": "'--batch-size'",
         "--record": "pass one with --adapter",
         "--compare": "two or more",
@@ -184,6 +191,7 @@ def test_wrong_values_are_refused_before_anything_is_imported(known, verb, monke
         ("trian", "No such command 'trian'. Did you mean 'train'?"),
         ("--vresion", "--vresion"),
         ("train --model m", "Missing option '--output'"),
+        ("train --modle m --output OUT --text TEXT", "No such option: --modle. Did you mean --model?"),
         ("init --model MODEL --output OUT", "--method magnitude needs none"),
         ("train --model MODEL --output OUT", "nothing to learn from"),
         ("eval --model MODEL", "nothing to measure"),
@@ -197,6 +205,7 @@ def test_wrong_values_are_refused_before_anything_is_imported(known, verb, monke
         ("push TEXT me/mask", "is a file; pass the folder of an adapter"),
         ("push ADAPTER me//mask", "me//mask"),
         ("export --model MODEL --target dense --output OUT", "--target dense merges a mask adapter"),
+        ("export --model MODEL --target cpu --output OUT --revision v2", "--revision is v2, of an adapter's"),
     ],
 )
 def test_incomplete_commands(known, command, line, monkeypatch):
