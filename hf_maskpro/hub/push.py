@@ -91,9 +91,17 @@ def push_folder(
     for path in files:
         if path.name == CONFIG_FILE:
             changed |= _with_base(path, base_model)
-        elif path.name == CARD_FILE and not (path.parent / CONFIG_FILE).is_file() and base_model is not None:
-            changed[path] = load_card(path)
-            changed[path].data["base_model"] = base_model
+        elif path.name == CARD_FILE and not (path.parent / CONFIG_FILE).is_file():
+            card = load_card(path)
+            if base_model is not None:
+                card.data["base_model"] = base_model
+                changed[path] = card
+            elif card.data.get("base_model") is None:
+                warnings.warn(
+                    f"{path} names no base model, so nobody learns what it was made from; name a repository by "
+                    "base_model.",
+                    stacklevel=2,
+                )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr and not revision.startswith("refs/pr"):

@@ -218,6 +218,13 @@ def push_over_a_path(base, folder, repository, *options):
     return run("push", folder, repository, *options).stderr
 
 
+def push_what_was_merged(base, adapter, folder, repository, *options):
+    """The same of a checkpoint that was merged."""
+    if not folder.exists():
+        run("merge", "--model", base, "--adapter", adapter, "--output", folder)
+    return run("push", folder, repository, *options).stderr
+
+
 def push_two_steps(repository, output):
     run = trainer(
         output, max_steps=4, push_to_hub=True, hub_model_id=repository, hub_strategy="every_save", hub_always_push=True
@@ -463,6 +470,12 @@ def test_a_base_that_nobody_else_finds_is_warned_of_and_can_be_named(pushed, pus
     assert "--base-model is '/here/only', which is no Hub id" in pusher(
         fails, "push", folder, "me/pathed", "--base-model", "/here/only"
     )
+    merge = checkpoint, folder, tmp_path / "merged", "me/nameless"
+    warned = " ".join(pusher(push_what_was_merged, *merge).split())
+    assert "names no base model" in warned
+    assert "name a repository by --base-model." in warned
+    assert "warning" not in pusher(push_what_was_merged, *merge, "--base-model", "me/base")
+    assert "base_model: me/base" in puller(read_card, "me/nameless")
 
 
 def test_a_run_that_pushes_at_every_save(pushed, pusher, puller, tmp_path):
