@@ -112,18 +112,19 @@ def load_adapter(
         raise ValueError(f"{folder}: {error}") from error
 
 
-def check_excluded(base: PreTrainedModel, excluded: list[str] | str | None) -> None:
-    """Refuse layers to leave dense that a model has not: PEFT only warns of them, and the command hides that."""
+def check_layers(base: PreTrainedModel, targets: list[str] | str | None, excluded: list[str] | str | None) -> None:
+    """Refuse layers that a model has not. PEFT takes some of a list that are there, and only warns of the latter."""
     names = [name for name, _ in base.named_modules()]
     names += [f"{name}.{key}" for name, module in base.named_modules() for key in expert_parameters(module)]
-    for given in [excluded] if isinstance(excluded, str) else excluded or []:
-        # As PEFT reads them.
-        pattern = given if isinstance(excluded, str) else rf"(?:.*\.)?{re.escape(given)}"
-        if not any(re.fullmatch(pattern, name) for name in names):
-            raise ValueError(
-                f"--exclude-modules {given} matches no layer of {base.name_or_path}; give ends of names, or a regular "
-                "expression of whole ones." + did_you_mean(given, {name.rpartition(".")[2] for name in names})
-            )
+    for option, whole in ("--target-modules", targets), ("--exclude-modules", excluded):
+        for given in [whole] if isinstance(whole, str) else whole or []:
+            # As PEFT reads them.
+            pattern = given if isinstance(whole, str) else rf"(?:.*\.)?{re.escape(given)}"
+            if given != "all-linear" and not any(re.fullmatch(pattern, name) for name in names):
+                raise ValueError(
+                    f"{option} {given} matches no layer of {base.name_or_path}; give ends of names, or a regular "
+                    "expression of whole ones." + did_you_mean(given, {name.rpartition(".")[2] for name in names})
+                )
 
 
 def read_sources(

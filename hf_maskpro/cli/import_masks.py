@@ -59,7 +59,7 @@ def import_masks(
     from ..deploy import check_free
     from ..starts import initialize_masks
     from ..tuner import MaskProConfig
-    from .common import check_excluded, load_model, write_adapter
+    from .common import check_layers, load_model, write_adapter
 
     config = MaskProConfig(
         n=n,
@@ -72,7 +72,7 @@ def import_masks(
     )
     check_free(output, overwrite, model, source)
     base, _ = load_model(model, gguf_file)
-    check_excluded(base, left)
+    check_layers(base, layers, left)
     masked = get_peft_model(base, config)
     initialize_masks(masked)
     return write_adapter(masked, output, overwrite, model, gguf_file, as_json)

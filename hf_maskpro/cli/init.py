@@ -138,7 +138,7 @@ def init(
     from .common import (
         calibrate,
         calibration_batches,
-        check_excluded,
+        check_layers,
         load_config,
         load_model,
         load_tokenizer,
@@ -170,7 +170,7 @@ def init(
     if with_data:
         check_length(load_config(model, gguf_file), seq_len)
     base, _ = load_model(model, gguf_file, dtype)
-    check_excluded(base, left)
+    check_layers(base, layers, left)
     torch.manual_seed(seed)
     batches: list[dict[str, torch.Tensor]] = []
     if with_data and self_generated:

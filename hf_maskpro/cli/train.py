@@ -309,7 +309,7 @@ def train(
     from .common import (
         calibrate,
         calibration_batches,
-        check_excluded,
+        check_layers,
         load_adapter,
         load_config,
         load_model,
@@ -395,7 +395,7 @@ def train(
     for ids in pieces:
         check_tokens(base_config, ids)
     base, _ = load_model(model, gguf_file, dtype)
-    check_excluded(base, left)
+    check_layers(base, layers, left)
     if self_generated:
         cache = _beside(output, "{}.generated")
         batches = generated_text(base, tokenizer, self_generated // seq_len, seq_len, seed, cache)

@@ -195,14 +195,15 @@ def test_layers_by_name(checkpoint, text, train, tmp_path):
     assert layers(*train, "--resume", "--max-steps", 3) == learned
 
 
-def test_layers_to_leave_dense_that_are_not_there(checkpoint, adapter, train, tmp_path):
-    given = ["--model", checkpoint, "--output", tmp_path / "a", "--exclude-modules"]
+@pytest.mark.parametrize("option", ["--target-modules", "--exclude-modules"])
+def test_layers_that_are_not_there(checkpoint, adapter, train, tmp_path, option):
+    given = ["--model", checkpoint, "--output", tmp_path / "a", option]
     init, imported = ["init", "--method", "magnitude", *given], ["import", adapter, *given]
-    for command in (init, imported, [*train, "--exclude-modules"]):
+    for command in (init, imported, [*train, option]):
         line = fails(*command, "k_proj,q_prjo")
-        assert line.startswith(f"error: --exclude-modules q_prjo matches no layer of {checkpoint}; ")
+        assert line.startswith(f"error: {option} q_prjo matches no layer of {checkpoint}; ")
         assert line.endswith(" Did you mean q_proj?")
-    assert f"--exclude-modules .*layers[2].* matches no layer of {checkpoint}; " in fails(*init, ".*layers[2].*")
+    assert f"{option} .*layers[2].* matches no layer of {checkpoint}; " in fails(*init, ".*layers[2].*")
     assert not (tmp_path / "a").exists()
 
 
