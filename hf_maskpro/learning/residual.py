@@ -104,7 +104,7 @@ class Residual(Estimator):
 
     Several masks a step, of one process or of several, each have a part of the batch of their own, and move the
     logits by the sum of such terms. Processes tell each other nothing but the seed of every mask and its `g`: a mask
-    is a function of its seed, and all of them move the logits alike. The moving averages are of all masks of a step.
+    is a function of its seed, and all of them move the logits alike. Tracker and deviation are of all of them.
     """
 
     Arguments = ResidualArguments
