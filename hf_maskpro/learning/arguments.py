@@ -35,7 +35,7 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
     Args:
         estimator (`str`, defaults to `"simple"`):
             `"simple"`: a backward pass through the exact marginals (Ahmed et al., ICLR 2023). `"residual"`: the policy
-            gradient of MaskPro (arXiv 2506.12876), forward passes alone; far more steps. `"proxsparse"` (arXiv
+            gradient of MaskPro (arXiv 2506.12876), by forward passes alone, which learn less. `"proxsparse"` (arXiv
             2502.00258) and `"maskllm"` (arXiv 2409.17481): those papers' learners, by backward, to compare with.
         per_device_train_batch_size (`int`, defaults to 2):
             Windows per micro-batch.

@@ -134,7 +134,8 @@ class Residual(Estimator):
         steps = args.max_steps if args.max_steps > 0 else 1000
         rate = 0.57 * sqrt(100 / max(steps, 50))
         # The first residuals, with masks that break the model, are not long what others are judged by.
-        return {"learning_rate": rate, "lr_scheduler_type": "linear", "warmup_steps": 0, "tracker_decay": 0.96}
+        schedule = {"learning_rate": rate, "lr_scheduler_type": "linear", "warmup_steps": 0}
+        return schedule | {"tracker_decay": 0.96, "explored_groups": EXPLORED}
 
     def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
         # The paper's scale goes with its advantage.
@@ -190,7 +191,7 @@ class Residual(Estimator):
         factor = sum(1 / k for k in range(1, n + 1)) if config.distribution == "plackett_luce" else n
         share = min(1, (m - n) * factor * exp(-scale))
         groups = self.adapter.groups()
-        count = self.trainer.args.explored_groups or (groups if self.trainer.args.advantage == "raw" else EXPLORED)
+        count = self.trainer.args.explored_groups or groups
         if count >= groups:
             self._explored = {}
         logger.warning(
@@ -223,7 +224,7 @@ class Residual(Estimator):
 
     def _with_most_at_stake(self, inputs: dict[int, torch.Tensor]) -> dict[int, Groups]:
         """The groups to explore, given the squares of the inputs, of every layer that was called."""
-        count, m = self.trainer.args.explored_groups or EXPLORED, self.adapter.config.m
+        count, m = self.trainer.args.explored_groups, self.adapter.config.m
         stakes = []
         for index, layer in enumerate(self.adapter.layers):
             with onloaded([layer]):
@@ -391,7 +392,7 @@ class Residual(Estimator):
             "masks_per_step": args.masks_per_step * args.world_size,
             "advantage": args.advantage,
             "tracker_decay": args.tracker_decay,
-            "explored_groups": args.explored_groups or (EXPLORED if args.advantage == "scaled" else None),
+            "explored_groups": args.explored_groups,
             "baseline": args.baseline,
             "distribution": self.distribution,
         } | ({} if self.trainer.reward_fn is None else {"objective": "reward"})
