@@ -34,7 +34,13 @@ tokenizer = AutoTokenizer.from_pretrained(options.model)
 text = Path(options.text).read_text(encoding="utf-8")
 beginnings = windows(tokenizer, text, BEGINNING)[: options.examples]
 continued = [
-    base.generate(some, max_new_tokens=LENGTH, min_new_tokens=LENGTH, do_sample=False)
+    base.generate(
+        some,
+        attention_mask=torch.ones_like(some),
+        max_new_tokens=LENGTH,
+        min_new_tokens=LENGTH,
+        do_sample=False,
+    )
     for some in beginnings.split(options.batch_size)
 ]
 written = torch.cat(continued)
