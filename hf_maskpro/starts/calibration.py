@@ -91,9 +91,10 @@ def generated_text(
     """
     Text that the model itself samples: for those who have none, and to train on what the dense model knows.
 
-    Every sequence begins with the start token. Where the tokenizer has a chat template, every other batch of them
-    begins with the opening of a conversation, so that the model asks a question and answers it. The rest is drawn
-    from the model's whole distribution: nothing but chance makes two sequences alike.
+    Every sequence begins with the start token, if the tokenizer adds one, and a token that is drawn from the whole
+    vocabulary: the texts are of as many kinds as the model knows. Where the tokenizer has a chat template, every other
+    batch begins with the opening of a conversation instead, so that the model asks a question and answers it. The rest
+    is drawn from the model's distribution, in a text without special tokens.
 
     Args:
         model (`PreTrainedModel`): The dense model.
@@ -108,9 +109,13 @@ def generated_text(
         `list[dict[str, torch.Tensor]]`: Batches for [`initialize_masks`].
 
     Raises:
-        `ValueError`: if the tokenizer has neither a start nor an end token, or the cache was made otherwise.
+        `ValueError`: if the cache was made otherwise.
     """
-    openings = _openings(tokenizer, seq_len)
+    start_token = start_token_of(tokenizer)
+    begun = [] if start_token is None else [start_token]
+    conversation = _conversation(tokenizer, begun, seq_len)
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    words = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
     rows = max(1, min(MOST_ROWS, BATCH_TOKENS // seq_len))
     made_by = {"model": _identity(model), "seed": str(seed), "seq_len": str(seq_len)} if cache is not None else {}
     parts = []
@@ -121,45 +126,49 @@ def generated_text(
             continue
         # On a CPU torch looks at no more than 32 bits of a seed.
         own_seed = int.from_bytes(hashlib.blake2b(f"{seed} {index}".encode(), digest_size=4).digest())
-        parts.append(_sample(model, openings[index % len(openings)], rows, seq_len, own_seed))
+        if conversation and index % 2:
+            parts.append(_sample(model, torch.tensor([conversation] * rows), seq_len, own_seed))
+        else:
+            drawn = torch.randint(len(words), (rows, 1), generator=torch.Generator().manual_seed(own_seed))
+            prompts = torch.cat([torch.tensor([begun] * rows, dtype=torch.int64), words[drawn]], 1)[:, : seq_len - 1]
+            parts.append(_sample(model, prompts, seq_len, own_seed, sorted(special)))
         if path is not None:
             with private_folder(path.parent) as folder:
                 save_file({"input_ids": parts[-1]}, folder / path.name, metadata=made_by)
     return [{"input_ids": batch} for batch in torch.cat(parts)[:samples].split(8)]
 
 
-def _openings(tokenizer: PreTrainedTokenizerBase, seq_len: int) -> list[list[int]]:
-    """The tokens that sequences begin with."""
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if first is None:
-        raise ValueError("the tokenizer has neither a bos nor an eos token to start a text from; pass a text.")
-    openings = [[first]]
-    if tokenizer.chat_template is not None:
-        mark = "QUESTION"
-        turns = str(tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False))
-        opening = tokenizer(turns.rpartition(mark)[0], add_special_tokens=False).input_ids
-        start_token = start_token_of(tokenizer)
-        # Templates may leave it to the tokenizer.
-        if start_token is not None and opening[:1] != [start_token]:
-            opening = [start_token, *opening]
-        if 0 < len(opening) < seq_len:
-            openings.append(opening)
-    return openings
+def _conversation(tokenizer: PreTrainedTokenizerBase, begun: list[int], seq_len: int) -> list[int] | None:
+    """The tokens that a conversation begins with, if there is a template and room for more than these."""
+    if tokenizer.chat_template is None:
+        return None
+    mark = "QUESTION"
+    turns = str(tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False))
+    opening = tokenizer(turns.rpartition(mark)[0], add_special_tokens=False).input_ids
+    # Templates may leave it to the tokenizer.
+    opening = opening if opening[: len(begun)] == begun else begun + opening
+    return opening if 0 < len(opening) < seq_len else None
 
 
 @torch.no_grad()
-def _sample(model: PreTrainedModel, opening: list[int], rows: int, seq_len: int, seed: int) -> torch.Tensor:
-    """Sequences that begin so, int64 `[rows, seq_len]`."""
+def _sample(
+    model: PreTrainedModel, prompts: torch.Tensor, seq_len: int, seed: int, without: list[int] | None = None
+) -> torch.Tensor:
+    """Sequences that begin so, int64 `[rows, seq_len]`, and go on without some tokens."""
     # No end token, so that every sequence has the full length, and nothing of the model's own taste in sampling.
     settings = GenerationConfig(
-        do_sample=True, max_new_tokens=seq_len - len(opening), top_k=0, pad_token_id=opening[0]
+        do_sample=True,
+        max_new_tokens=seq_len - prompts.shape[1],
+        top_k=0,
+        pad_token_id=int(prompts[0, 0]),
+        suppress_tokens=without,
     )
-    prompt = torch.tensor([opening] * rows, device=model.device)
+    prompts = prompts.to(model.device)
     before, model.generation_config = model.generation_config, settings
     try:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            return model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt)).cpu()
+            return model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts)).cpu()
     finally:
         model.generation_config = before
 

@@ -487,6 +487,19 @@ def test_generated_text_begins_with_the_start_token(starting_checkpoint):
     assert (text[:, 0] == start_token_of(tokenizer)).all()
 
 
+def test_generated_text_begins_with_any_token(starting_checkpoint, checkpoint):
+    """Without the start token where the tokenizer adds none, and with no special one, in what follows neither."""
+    for path, first in (starting_checkpoint, 1), (checkpoint, 0):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer.chat_template = None
+        batches = generated_text(tiny_llama(), tokenizer, samples=400, seq_len=8)
+        text = torch.cat([batch["input_ids"] for batch in batches])
+        words = {*range(len(tokenizer))} - {*tokenizer.all_special_ids}
+        assert set(text[:, first].tolist()) == words
+        assert set(text[:, first:].flatten().tolist()) == words
+        assert generated_text(tiny_llama(), tokenizer, samples=1, seq_len=2)[0]["input_ids"].shape == (1, 2)
+
+
 def test_generated_text_is_a_function_of_its_seed(starting_checkpoint):
     model, tokenizer = tiny_llama(), AutoTokenizer.from_pretrained(starting_checkpoint)
 
@@ -523,7 +536,7 @@ def test_every_token_of_generated_text_is_drawn_from_the_whole_distribution(conf
         while ids.shape[1] < 24:
             logits = model(input_ids=ids, **without_cache(model)).logits[:, -1].float()
             ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1)], 1)
-    assert torch.equal(calibration._sample(model, [1, 5, 9], 4, 24, 7), ids)
+    assert torch.equal(calibration._sample(model, torch.tensor([[1, 5, 9]] * 4), 24, 7), ids)
     assert model.generation_config is taste
 
 
