@@ -10,6 +10,7 @@ from peft import get_peft_model
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    DataCollatorWithFlattening,
     Gemma2Config,
     Gemma2ForCausalLM,
     OPTConfig,
@@ -157,6 +158,25 @@ def test_padding_and_checkpointing_change_nothing(tmp_path):
         assert known
         for one, other in zip(known, others, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_packed_sequences_have_their_losses_apart():
+    """By the collator of transformers that packs without padding."""
+    masked = get_peft_model(tiny_llama(), MaskProConfig(init_mask="random")).eval()
+    features = [
+        {name: value[: 12 - place].tolist() for name, value in row.items()}
+        for place, row in enumerate(rows(5, ragged=True))
+    ]
+    packed = DataCollatorWithFlattening(return_tensors="pt")(features)
+    assert packed["input_ids"].shape == (1, sum(len(row["input_ids"]) for row in features))
+
+    def losses(inputs):
+        with torch.no_grad():
+            objective = Distillation(masked, {"distillation": 1.0, "language-modeling": 0.5}, 1.0)
+            return objective.sequence_losses(masked, inputs)
+
+    apart = [losses({name: torch.tensor([value]) for name, value in row.items()}) for row in features]
+    torch.testing.assert_close(losses(packed), torch.stack(apart).sum(0))
 
 
 def test_distillation_brings_the_masked_model_closer_to_the_dense_one(tmp_path):
