@@ -114,10 +114,15 @@ def generated_text(
     start_token = start_token_of(tokenizer)
     begun = [] if start_token is None else [start_token]
     conversation = _conversation(tokenizer, begun, seq_len)
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    words = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
+    # What was added to a vocabulary may be text, such as line breaks.
+    added = tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(token for token, known in added.items() if known.special)}
+    vocabulary = min(len(tokenizer), model.config.get_text_config().vocab_size)
+    words = torch.tensor([token for token in range(vocabulary) if token not in special and token not in added])
     rows = max(1, min(MOST_ROWS, BATCH_TOKENS // seq_len))
-    made_by = {"model": _identity(model), "seed": str(seed), "seq_len": str(seq_len)} if cache is not None else {}
+    made_by = {}
+    if cache is not None:
+        made_by = {"model": _identity(model), "seed": str(seed), "seq_len": str(seq_len), "begin": "any token"}
     parts = []
     for index in tqdm(range(-(-samples // rows)), desc="generating text"):
         path = None if cache is None else cache / f"{index:05d}.safetensors"

@@ -488,14 +488,17 @@ def test_generated_text_begins_with_the_start_token(starting_checkpoint):
 
 
 def test_generated_text_begins_with_any_token(starting_checkpoint, checkpoint):
-    """Without the start token where the tokenizer adds none, and with no special one, in what follows neither."""
+    """After the start token where the tokenizer adds one, and with no special one then or later."""
     for path, first in (starting_checkpoint, 1), (checkpoint, 0):
         tokenizer = AutoTokenizer.from_pretrained(path)
         tokenizer.chat_template = None
+        words = {*range(len(tokenizer))} - {*tokenizer.all_special_ids}
+        # One of the vocabulary, as line breaks are in some tokenizers, and one that the model has no row for.
+        tokenizer.add_tokens(["w30", "beyond"])
+        assert len(tokenizer) == len(words) + len(tokenizer.all_special_ids) + 1
         batches = generated_text(tiny_llama(), tokenizer, samples=400, seq_len=8)
         text = torch.cat([batch["input_ids"] for batch in batches])
-        words = {*range(len(tokenizer))} - {*tokenizer.all_special_ids}
-        assert set(text[:, first].tolist()) == words
+        assert set(text[:, first].tolist()) == words - {tokenizer.convert_tokens_to_ids("w30")}
         assert set(text[:, first:].flatten().tolist()) == words
         assert generated_text(tiny_llama(), tokenizer, samples=1, seq_len=2)[0]["input_ids"].shape == (1, 2)
 
