@@ -1,4 +1,4 @@
-"""An optimizer step within the backward pass, with a byte of state per logit."""
+"""An optimizer step within the backward pass, with two bytes of state per logit."""
 
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,8 @@ from .adapter import TrainedAdapter
 STATE_NAME = "optimizer_in_backward.safetensors"
 # A code is a third of an octave of the second moment, so the 256 of them are gradients from 5.8e-11 to 360.
 CODES_PER_OCTAVE, LOWEST_OCTAVE = 3, -68
+# How many times the root of the second moment the first can be: with betas of 0.9 and 0.999 it is at most 7.3.
+MOST_OF_ROOT = 8.0
 
 
 class OptimizerInBackward:
@@ -26,12 +28,10 @@ class OptimizerInBackward:
     Moves the logits of each layer as soon as the backward pass has their gradient, and frees it: in no moment are two
     layers' gradients there.
 
-    The rule is RMSprop, Adam without its first moment: `theta -= lr * g / (sqrt(v / (1 - beta2^t)) + epsilon)`, with
-    `v` a moving average of `g^2` for every logit, but by no more than `lr`. Without that limit a mask that was badly
-    drawn moves all logits far at once, where Adam spreads it over ten steps, and a run on a real model diverges. `v`
-    is kept as its logarithm in 8 bits, rounded up or down at random: in 50 steps it fades to a third, and rounded to
-    nearest it would never do so. bfloat16 logits are rounded likewise. Where a gradient is not finite, the layer stays
-    as it is.
+    The rule is AdamW, with both moments in 8 bits: the second as its logarithm, and the first as the root of its share
+    in the root of the second. They are rounded up or down at random: in 50 steps the second fades to a third, and
+    rounded to nearest it would never do so. bfloat16 logits are rounded likewise. Where a gradient is not finite, the
+    layer stays as it is.
 
     Args:
         trainer ([`~transformers.Trainer`]): Whose learning rate, step and arguments count.
@@ -41,6 +41,7 @@ class OptimizerInBackward:
     def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
         self.trainer, self.thetas = trainer, adapter.thetas()
         # As the kernel sees the logits, the members of all groups one after the other.
+        self.first_moments = [torch.zeros_like(_planes(theta), dtype=torch.int8) for theta in self.thetas]
         self.second_moments = [torch.zeros_like(_planes(theta), dtype=torch.uint8) for theta in self.thetas]
         self.updates = [torch.zeros((), device=theta.device) for theta in self.thetas]
         self._norm: torch.Tensor | None = None
@@ -65,11 +66,12 @@ class OptimizerInBackward:
         self._norm = norm if self._norm is None else self._norm + norm.to(self._norm.device)
         args = self.trainer.args
         rate = self.trainer._get_learning_rate()
-        settings = (rate, args.adam_beta2, args.adam_epsilon, 1 - rate * args.weight_decay)
+        settings = (rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon, 1 - rate * args.weight_decay)
         _update_kernel()(
             theta.numel(),
             _planes(theta),
             _planes(gradient),
+            self.first_moments[index],
             self.second_moments[index],
             self.updates[index],
             norm,
@@ -80,8 +82,7 @@ class OptimizerInBackward:
 
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint."""
-        moments = {f"{i}.second_moment": moment for i, moment in enumerate(self.second_moments)}
-        save_file(moments | {f"{i}.updates": count for i, count in enumerate(self.updates)}, folder / STATE_NAME)
+        save_file(self.state(), folder / STATE_NAME)
 
     def load(self, folder: Path) -> None:
         """
@@ -95,8 +96,7 @@ class OptimizerInBackward:
             saved = load_file(path) if path.is_file() else {}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}; resume from an earlier checkpoint.") from error
-        mine = {f"{i}.second_moment": moment for i, moment in enumerate(self.second_moments)}
-        mine |= {f"{i}.updates": count for i, count in enumerate(self.updates)}
+        mine = self.state()
         kinds, known = (
             {name: (value.dtype, value.shape) for name, value in tensors.items()} for tensors in (mine, saved)
         )
@@ -105,10 +105,15 @@ class OptimizerInBackward:
                 f"{path} does not hold the state of these layers; resume with the settings of the checkpoint."
             )
         for name, value in saved.items():
-            if not ((value >= 0) & value.isfinite()).all():
+            if name.endswith("updates") and not (value.isfinite() and value >= 0):
                 raise ValueError(f"{path} has a {name} that no run writes; resume from an earlier checkpoint.")
         for name, value in mine.items():
             value.copy_(saved[name])
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What is kept from step to step, as a checkpoint names it."""
+        kinds = {"first_moment": self.first_moments, "second_moment": self.second_moments, "updates": self.updates}
+        return {f"{i}.{kind}": value for kind, values in kinds.items() for i, value in enumerate(values)}
 
 
 def _planes(theta: torch.Tensor) -> torch.Tensor:
@@ -121,25 +126,36 @@ def _update_kernel() -> Kernel:
     def update(
         theta: torch.Tensor,
         gradient: torch.Tensor,
+        shares: torch.Tensor,
         codes: torch.Tensor,
         updates: torch.Tensor,
         norm: torch.Tensor,
         settings: list[torch.Tensor],
         keys: list[torch.Tensor],
     ) -> None:
-        rate, beta, epsilon, kept = settings
+        rate, beta1, beta2, epsilon, kept = settings
         (words,) = position_words(theta, keys[0], keys[1], 1)
-        finite, g = norm.isfinite(), gradient.float()
-        known = torch.where(codes > 0, torch.exp2(codes.float() / CODES_PER_OCTAVE + LOWEST_OCTAVE), 0)
-        v = beta * known + (1 - beta) * g * g
-        scale = (v / (1 - beta ** (updates + 1))).sqrt() + epsilon
-        moved = kept * theta.float() - rate * (g / scale).clamp(-1, 1)
+        dithers = [(words >> 16 * half & 0xFFFF).float() / 0x10000 for half in (0, 1)]
+        finite, g, t = norm.isfinite(), gradient.float(), updates + 1
+        known_root, share = _root(codes.float()), shares.float() / 127
+        m = beta1 * MOST_OF_ROOT * share * share.abs() * known_root + (1 - beta1) * g
+        v = beta2 * known_root.square() + (1 - beta2) * g.square()
+        step = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + epsilon)
+        moved = kept * theta.float() - rate * step
         if theta.dtype == torch.bfloat16:
             (moved,) = round_at_random([moved], words)
-        dither = (words >> 16 & 0xFFFF).float() / 0x10000
-        new_codes = ((torch.log2(v) - LOWEST_OCTAVE) * CODES_PER_OCTAVE + dither).floor().clamp(0, 255)
+        new_codes = ((torch.log2(v) - LOWEST_OCTAVE) * CODES_PER_OCTAVE + dithers[0]).floor().clamp(0, 255)
+        # Of the second moment as it will be read.
+        size = (m.abs() / (MOST_OF_ROOT * _root(new_codes))).sqrt() * 127
+        new_shares = torch.where(new_codes > 0, m.sign() * (size + dithers[1]).floor().clamp(max=127), 0)
         theta.copy_(torch.where(finite, moved, theta.float()))
+        shares.copy_(torch.where(finite, new_shares, shares.float()))
         codes.copy_(torch.where(finite, new_codes, codes.float()))
         updates.add_(finite)
 
     return Kernel(update, "optimizer in backward")
+
+
+def _root(codes: torch.Tensor) -> torch.Tensor:
+    """The root of a second moment, of which code 0 says that it is 0."""
+    return torch.where(codes > 0, torch.exp2((codes / CODES_PER_OCTAVE + LOWEST_OCTAVE) / 2), 0)

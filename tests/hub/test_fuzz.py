@@ -419,9 +419,7 @@ def kept_state(estimator):
     if estimator.trainer.args.estimator == "residual":
         return {"residuals": list(estimator._residuals)}
     if estimator.trainer.args.estimator == "simple":
-        kept = estimator.in_backward
-        moments = {f"{i}.second_moment": moment for i, moment in enumerate(kept.second_moments)}
-        return moments | {f"{i}.updates": count for i, count in enumerate(kept.updates)}
+        return estimator.in_backward.state()
     return {str(i): value.detach() for i, value in enumerate(estimator.values)}
 
 

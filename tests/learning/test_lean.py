@@ -61,72 +61,83 @@ def test_within_the_backward_pass_the_steps_are_those_after_it(tmp_path, monkeyp
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(within, after, strict=True))
 
 
-def update(theta, gradient, codes, updates, rate=1.0, epsilon=0.0, kept=1.0, seed=1):
-    """One step of the kernel with beta2 = 0.98."""
+def state(shape):
+    return torch.zeros(shape, dtype=torch.int8), torch.zeros(shape, dtype=torch.uint8), torch.zeros(())
+
+
+def update(theta, gradient, shares, codes, updates, rate=1.0, betas=(0.9, 0.98), epsilon=0.0, kept=1.0, seed=1):
+    """One step of the kernel."""
     norm = torch.linalg.vector_norm(gradient)
-    settings = [torch.tensor(value) for value in (rate, 0.98, epsilon, kept)]
+    settings = [torch.tensor(value) for value in (rate, *betas, epsilon, kept)]
     keys = random_keys(seed, 0, theta.device)
-    _update_kernel()(theta.numel(), theta, gradient, codes, updates, norm, settings, keys)
+    _update_kernel()(theta.numel(), theta, gradient, shares, codes, updates, norm, settings, keys)
 
 
+@pytest.mark.parametrize("beta2", [0.98, 0.999])
 @pytest.mark.parametrize("compiles", [False, True])
-def test_the_rounded_moment_follows_the_exact_one(monkeypatch, compiles):
-    """For gradients of 1e-6 to 10, and while they fade to a thousandth."""
+def test_its_steps_are_those_of_adamw_but_for_rounding(monkeypatch, compiles, beta2):
+    """For gradients of 1e-6 to 10 that lean to one side, and while they fade to a thousandth."""
     monkeypatch.setattr(Kernel, "compiles", compiles)
     generator = torch.Generator().manual_seed(0)
     sizes = torch.logspace(-6, 1, 64, dtype=torch.float64).repeat(256, 1)
-    codes, updates = torch.zeros(256, 64, dtype=torch.uint8), torch.zeros(())
-    exact, errors = torch.zeros(256, 64, dtype=torch.float64), []
+    exact = torch.nn.Parameter(torch.zeros(256, 64, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([exact], lr=1.0, betas=(0.9, beta2), eps=1e-12, weight_decay=0.01)
+    (shares, codes, updates), errors, steps = state((256, 64)), [], []
     for t in range(1, 401):
         size = sizes if t <= 200 else sizes / 1000
-        gradient = size * torch.randn(256, 64, generator=generator, dtype=torch.float64)
-        exact = 0.98 * exact + 0.02 * gradient.square()
-        theta = torch.zeros(256, 64)
-        update(theta, gradient.float(), codes, updates, seed=t)
-        step = gradient / (exact / (1 - 0.98**t)).sqrt()
-        # Those that are cut say nothing of the moment.
-        errors.append((-theta.double() / step)[step.abs() < 0.5].log())
+        gradient = size * (torch.randn(256, 64, generator=generator, dtype=torch.float64) + 0.3)
+        theta, before = exact.detach().float(), exact.detach().clone()
+        start = theta.clone()
+        exact.grad = gradient
+        optimizer.step()
+        update(theta, gradient.float(), shares, codes, updates, epsilon=1e-12, kept=0.99, betas=(0.9, beta2), seed=t)
+        steps.append(exact.detach() - before)
+        errors.append((theta - start).double() - steps[-1])
     assert updates == 400
     assert codes.min() > 0
     assert codes.max() < 255
-    for steps, spread in ((errors[:10], 0.2), (errors[100:200], 0.2), (errors[390:], 0.5)):
-        error = torch.cat(steps)
-        assert error.std() < spread
-        assert abs(error.mean()) < 0.1
+    for span, spread in ((slice(0, 10), 0.1), (slice(100, 200), 0.35), (slice(390, 400), 0.35)):
+        error, step = torch.cat(errors[span]), torch.cat(steps[span])
+        assert error.std() < spread * step.std()
+        assert error.mean().abs() < 0.03 * step.abs().mean()
 
 
-def test_one_bad_batch_moves_no_logit_further_than_the_learning_rate():
-    theta, codes, updates = torch.zeros(4, 8), torch.zeros(4, 8, dtype=torch.uint8), torch.zeros(())
+def test_a_bad_batch_moves_logits_no_further_than_adamw_does():
+    (shares, codes, updates), theta = state((4, 8)), torch.zeros(4, 8)
     for t in range(1, 21):
-        update(theta, torch.full((4, 8), 1e-6 * (-1) ** t), codes, updates, rate=0.1, seed=t)
+        update(theta, torch.full((4, 8), 1e-6 * (-1) ** t), shares, codes, updates, rate=0.1, seed=t)
     before = theta.clone()
-    update(theta, torch.full((4, 8), 1e-3), codes, updates, rate=0.1)
-    torch.testing.assert_close(before - theta, torch.full((4, 8), 0.1))
+    update(theta, torch.full((4, 8), 1e-3), shares, codes, updates, rate=0.1)
+    assert (before - theta).min() > 0
+    # (1 - beta1) / (1 - beta1^21) over the root of (1 - beta2) / (1 - beta2^21), times the rate.
+    torch.testing.assert_close(before - theta, torch.full((4, 8), 0.0466), rtol=0.02, atol=0.0)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
     theta, codes, updates = torch.ones(4, 8), torch.full((4, 8), 77, dtype=torch.uint8), torch.ones(())
-    gradient = torch.ones(4, 8)
+    shares, gradient = torch.full((4, 8), -7, dtype=torch.int8), torch.ones(4, 8)
     gradient[2, 3] = torch.nan
-    update(theta, gradient, codes, updates)
+    update(theta, gradient, shares, codes, updates)
     assert theta.eq(1).all()
+    assert shares.eq(-7).all()
     assert codes.eq(77).all()
     assert updates == 1
 
 
 def test_bfloat16_logits_move_by_what_is_right_on_average():
     """By a step that rounding to nearest would lose at every logit."""
-    theta, codes = torch.full((256, 256), 4.0, dtype=torch.bfloat16), torch.zeros(256, 256, dtype=torch.uint8)
-    update(theta, torch.ones(256, 256), codes, torch.zeros(()), rate=0.004)
+    theta = torch.full((256, 256), 4.0, dtype=torch.bfloat16)
+    update(theta, torch.ones(256, 256), *state((256, 256)), rate=0.004)
     assert theta.unique().numel() == 2
     assert (4 - theta.double().mean()).item() == pytest.approx(0.004, rel=0.1)
 
 
 def test_logits_decay_to_the_start():
-    theta, codes = torch.ones(4, 8), torch.zeros(4, 8, dtype=torch.uint8)
-    update(theta, torch.zeros(4, 8), codes, torch.zeros(()), epsilon=1e-8, kept=0.9)
+    (shares, codes, updates), theta = state((4, 8)), torch.ones(4, 8)
+    update(theta, torch.zeros(4, 8), shares, codes, updates, epsilon=1e-8, kept=0.9)
     torch.testing.assert_close(theta, torch.full((4, 8), 0.9))
     assert codes.eq(0).all()
+    assert shares.eq(0).all()
 
 
 @pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
@@ -142,8 +153,8 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, logits_dtype):
     model, resumed = run(tmp_path / "again", str(tmp_path / "run" / "checkpoint-3"))
     assert any(theta.abs().max() > 0 for theta in thetas(expected))
     for mine, theirs in zip(
-        [*thetas(expected), *state.second_moments, *state.updates],
-        [*thetas(model), *resumed.second_moments, *resumed.updates],
+        [*thetas(expected), *state.first_moments, *state.second_moments, *state.updates],
+        [*thetas(model), *resumed.first_moments, *resumed.second_moments, *resumed.updates],
         strict=True,
     ):
         assert torch.equal(mine, theirs)
@@ -182,8 +193,8 @@ def test_a_trainer_that_was_interrupted_within_a_step_resumes_with_the_same_bits
     again.train(resume_from_checkpoint=True)
     one, other = whole.estimator.in_backward, again.estimator.in_backward
     for mine, theirs in zip(
-        [*thetas(whole.model), *one.second_moments, *one.updates],
-        [*thetas(again.model), *other.second_moments, *other.updates],
+        [*thetas(whole.model), *one.first_moments, *one.second_moments, *one.updates],
+        [*thetas(again.model), *other.first_moments, *other.second_moments, *other.updates],
         strict=True,
     ):
         assert torch.equal(mine, theirs)
@@ -196,9 +207,9 @@ def test_a_checkpoint_of_the_other_optimizer_is_refused(tmp_path):
 
     trainer(tmp_path / "plain").train()
     trainer(tmp_path / "lean", optimizer_in_backward=True).train()
-    with pytest.raises(ValueError, match=r"has the optimizer adamw.*, and this run 8-bit RMSprop in backward"):
+    with pytest.raises(ValueError, match=r"has the optimizer adamw.*, and this run 8-bit AdamW in backward"):
         trainer(tmp_path / "a", optimizer_in_backward=True).train(str(tmp_path / "plain" / "checkpoint-1"))
-    with pytest.raises(ValueError, match="has the optimizer 8-bit RMSprop in backward, and this run adamw"):
+    with pytest.raises(ValueError, match="has the optimizer 8-bit AdamW in backward, and this run adamw"):
         trainer(tmp_path / "b").train(str(tmp_path / "lean" / "checkpoint-1"))
     with pytest.raises(ValueError, match=r"has the optimizer adamw.*, and this run adafactor; resume with the same"):
         trainer(tmp_path / "c", optim="adafactor").train(str(tmp_path / "plain" / "checkpoint-1"))
@@ -247,7 +258,7 @@ def test_modules_to_save_have_their_own_optimizer(tmp_path):
     assert all(theta.abs().max() > 0 for theta in thetas(model))
 
 
-def test_it_holds_a_byte_per_logit_and_no_gradient(tmp_path):
+def test_it_holds_two_bytes_per_logit_and_no_gradient(tmp_path):
     gradients, model = Gradients(), masked_llama(logits_dtype="bfloat16")
     trainer = MaskProTrainer(model, lean(tmp_path, max_steps=2), train_dataset=rows(), callbacks=[gradients])
     trainer.train()
@@ -257,9 +268,9 @@ def test_it_holds_a_byte_per_logit_and_no_gradient(tmp_path):
     state = trainer.estimator.in_backward
     weights = sum(theta.numel() for theta in thetas(model))
     held = [*thetas(model), *(layer.maskpro_mask["default"] for layer in trainer.adapter.layers)]
-    held += [*state.second_moments, *state.updates]
+    held += [*state.first_moments, *state.second_moments, *state.updates]
     assert all(not isinstance(value, torch.Tensor) for value in vars(state).values())
-    assert sum(tensor.nbytes for tensor in held) <= 3.3 * weights
+    assert sum(tensor.nbytes for tensor in held) <= 4.3 * weights
 
 
 def test_it_recovers_what_a_random_mask_lost_as_the_usual_optimizer_does(tmp_path):
