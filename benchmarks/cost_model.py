@@ -100,8 +100,8 @@ def residual(logits: int) -> Estimator:
 
 
 def lean(logits: int) -> Estimator:
-    """Beside the logits a byte of moment; it runs with gradient checkpointing."""
-    return Estimator(_name("lean simple", logits), logits + 1 + PACKED, 8, 3 * logits + 2, processes=False)
+    """Beside the logits two moments of a byte; it runs with gradient checkpointing."""
+    return Estimator(_name("lean simple", logits), logits + 2 + PACKED, 8, 3 * logits + 4, processes=False)
 
 
 def simple(logits: int) -> Estimator:

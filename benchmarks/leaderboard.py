@@ -15,6 +15,7 @@ import time
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import protocol
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the results as JSON, not as a table")
     args = parser.parse_args()
     base, elsewhere = protocol.prepare(args.text, args.elsewhere, args.model, args.work)
+    elsewhere.append(protocol.dense_samples(base, args.work))
     held_out = args.work / "held_out.txt"
     described = protocol.describe(args.text, elsewhere, args.model, args.max_tokens)
     rows = protocol.read(args.results, described)
@@ -189,13 +191,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    names = ["method", "perplexity at home", "times dense at home", "times dense elsewhere", "seconds", "steps"]
-    names += ["peak memory, MiB", "bits per weight"]
+    names = ["method", "perplexity at home", "times dense at home", "times dense elsewhere"]
+    names += ["KL divergence elsewhere", "seconds", "steps", "peak memory, MiB", "bits per weight"]
     lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
     for row in sorted(rows, key=lambda row: -row["perplexity"]):
         width = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}"
         cells = [row["method"], f"{row['perplexity']:,.2f}", f"{row['at_home']:,.2f}", f"{row['elsewhere']:,.2f}"]
-        cells += [f"{row['seconds']:.0f}", f"{row['steps']:,}", f"{row['peak_bytes'] / 2**20:,.0f}", width]
+        # Of the dense model there is none.
+        others = [text.get("kl", 0.0) for name, text in row["texts"].items() if name != "held_out.txt"]
+        cells += [f"{fmean(others):,.2f}", f"{row['seconds']:.0f}", f"{row['steps']:,}"]
+        cells += [f"{row['peak_bytes'] / 2**20:,.0f}", width]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

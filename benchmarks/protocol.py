@@ -10,10 +10,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from hf_maskpro.cli.common import load_tokenizer
+import torch
+
+from hf_maskpro.cli.common import load_model, load_tokenizer
 from hf_maskpro.cli.quickstart import KEEP_MEMORY, _topics, write_smollm2
 from hf_maskpro.deploy import new_folder
-from hf_maskpro.starts import start_token_of
+from hf_maskpro.starts import generated_text, start_token_of
 from hf_maskpro.starts.calibration import SAMPLES
 from hf_maskpro.starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
 
@@ -21,6 +23,7 @@ from hf_maskpro.starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
 SEQ_LEN = 512
 # Text that needs no file, since every Python carries it.
 TOPICS = "python-topics.txt"
+SAMPLES_NAME = "dense-samples.txt"
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -75,6 +78,19 @@ def prepare(texts: list[Path], elsewhere: list[Path], model: str | None, work: P
         with new_folder(work / "base") as folder:
             write_smollm2(folder)
     return str(work / "base"), others
+
+
+def dense_samples(base: str, work: Path) -> Path:
+    """A text that the dense model wrote, made unless it is there: plain text and conversations by turns."""
+    path = work / "elsewhere" / SAMPLES_NAME
+    if not path.is_file():
+        model, tokenizer = load_model(base)
+        # Half of them are of the one kind, and then half of the other; a seed that nothing learns from.
+        batches = generated_text(model, tokenizer, 64, SEQ_LEN, seed=0, cache=work / "dense samples")
+        plain, conversations = torch.cat([batch["input_ids"] for batch in batches]).chunk(2)
+        turns = torch.stack([plain, conversations], 1).flatten(0, 1)
+        path.write_text("\n\n".join(tokenizer.batch_decode(turns)), encoding="utf-8")
+    return path
 
 
 def describe(texts: list[Path], elsewhere: list[Path], model: str | None, max_tokens: int) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from shutil import copyfile, rmtree
 
 import pytest
+import torch
 
 import ablations
 import gpu
@@ -72,6 +73,7 @@ def commands(monkeypatch):
     stand_in = CommandLine()
     monkeypatch.setattr(leaderboard, "run", stand_in)
     monkeypatch.setattr(leaderboard, "plot", lambda rows, path: None)
+    monkeypatch.setattr(protocol, "dense_samples", lambda base, work: work / "elsewhere" / protocol.SAMPLES_NAME)
     return stand_in
 
 
@@ -95,6 +97,28 @@ def make(commands, monkeypatch, tmp_path):
         return known
 
     return make
+
+
+def test_what_the_dense_model_writes_is_plain_text_and_conversations_by_turns(monkeypatch, tmp_path):
+    class Tokenizer:
+        def batch_decode(self, rows):
+            return [str(row[0].item()) for row in rows]
+
+    made = []
+
+    def generated_text(model, tokenizer, samples, seq_len, seed, cache):
+        made.append((seq_len, seed, cache))
+        return [{"input_ids": batch} for batch in torch.arange(samples)[:, None].split(8)]
+
+    monkeypatch.setattr(protocol, "load_model", lambda base: (None, Tokenizer()))
+    monkeypatch.setattr(protocol, "generated_text", generated_text)
+    (tmp_path / "elsewhere").mkdir()
+    path = protocol.dense_samples("me/model", tmp_path)
+    assert path.read_text().split() == [str(i) for pair in zip(range(32), range(32, 64), strict=True) for i in pair]
+    # The default is the seed that learners would have.
+    assert made == [(protocol.SEQ_LEN, 0, tmp_path / "dense samples")]
+    assert protocol.dense_samples("me/model", tmp_path) == path
+    assert len(made) == 1
 
 
 def test_an_interrupted_leaderboard_goes_on(make, commands, tmp_path):
@@ -174,17 +198,22 @@ def test_both_columns_come_from_one_command(make, commands, tmp_path, capsys):
     work = tmp_path / "work"
     for arguments in measured:
         given = [pair for pair in pairwise(arguments) if pair[0] in ("--home", "--text")]
-        others = [("--text", str(work / "elsewhere" / name)) for name in ("web.txt", "python-topics.txt")]
+        others = [
+            ("--text", str(work / "elsewhere" / name))
+            for name in ("web.txt", "python-topics.txt", "dense-samples.txt")
+        ]
         assert given == [("--home", str(work / "held_out.txt")), *others]
     assert (work / "elsewhere" / "web.txt").read_text() == "A page of 1,000 words."
     assert "lambda" in (work / "elsewhere" / "python-topics.txt").read_text()
     assert (rows["dense"]["at_home"], rows["dense"]["elsewhere"]) == (1, 1)
     assert (rows["wanda"]["at_home"], rows["wanda"]["elsewhere"]) == (60 / 25, 60 / 20)
-    assert rows["wanda"]["texts"].keys() == {"held_out.txt", "web.txt", "python-topics.txt"}
+    assert rows["wanda"]["texts"].keys() == {"held_out.txt", "web.txt", "python-topics.txt", "dense-samples.txt"}
     assert rows["wanda"]["texts"]["web.txt"] == {
         "perplexity": 60, "dense_perplexity": 25, "ratio": 2.4, "kl": 0.5,
     }  # fmt: skip
-    assert "Elsewhere: the geometric mean over web.txt, python-topics.txt" in rows["wanda"]["protocol"]
+    assert (
+        "Elsewhere: the geometric mean over web.txt, python-topics.txt, dense-samples.txt" in rows["wanda"]["protocol"]
+    )
     printed = capsys.readouterr().out
     assert "| wanda | 60.00 | 2.40 | 3.00 |" in printed
 

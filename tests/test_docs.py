@@ -15,7 +15,7 @@ from math import inf
 from pathlib import Path
 from pkgutil import resolve_name
 from runpy import run_path
-from statistics import median
+from statistics import fmean, median
 from types import SimpleNamespace
 
 import pytest
@@ -46,11 +46,16 @@ COLUMNS = {
     "against dense": lambda row, dense: f"{row['perplexity'] / dense:.2f}",
     "times dense at home": lambda row, dense: f"{row['at_home']:,.2f}",
     "times dense elsewhere": lambda row, dense: f"{row['elsewhere']:,.2f}",
+    "KL divergence elsewhere": lambda row, dense: f"{kl_elsewhere(row):,.2f}",
     "seconds": lambda row, dense: f"{row['seconds']:.0f}",
     "steps": lambda row, dense: f"{row['steps']:,}",
     "peak memory, MiB": lambda row, dense: f"{row['peak_bytes'] / 2**20:,.0f}",
     "bits per weight": lambda row, dense: f"{row['bits_per_weight']:.3f}" if row["bits_per_weight"] else "",
 }
+
+
+def kl_elsewhere(row: dict) -> float:
+    return fmean(text.get("kl", 0.0) for name, text in row["texts"].items() if name != "held_out.txt")
 
 
 def name(path: Path) -> str:
