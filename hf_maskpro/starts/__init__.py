@@ -25,7 +25,6 @@ from ..tuner import (
 from ..tuner.base import listed
 from . import blocks, gblm, magnitude, pruner_zero, random, ria, sparsegpt, swaps, wanda
 from .batches import read_batches, sequences_in, tokens_in
-from .blocks import TOWARDS_DENSE
 from .calibration import generated_text, random_windows, start_token_of
 from .gradients import gradient_norms
 from .sources import fill_masks
@@ -36,6 +35,8 @@ __all__ = ["generated_text", "initialize_masks", "needs_data", "random_windows",
 
 logger = logging.getLogger(__name__)
 
+# How far swaps go from the outputs of a layer's own inputs towards those of the dense model.
+TOWARDS_DENSE = 0.2
 # Swaps of an expert that saw fewer tokens than so many for each of its inputs suit these tokens alone.
 TOKENS_TO_REFINE = 0.25
 

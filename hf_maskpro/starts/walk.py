@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -20,7 +20,7 @@ from ..tuner import MaskProExperts, MaskProExpertWeight, MaskProLayer, evaluatin
 from ..tuner.base import listed
 from ..tuner.experts import has_kernels
 from .batches import sequences_in, tokens_in, without_cache
-from .blocks import TOWARDS_DENSE, Example
+from .blocks import Example
 
 
 logger = logging.getLogger(__name__)
@@ -142,16 +142,11 @@ class _Batch:
                     if inner is not module:
                         self.known.pop(inner, None)
 
-    def example(self, block: nn.Module, index: int, inside: list[MaskProLayer]) -> Example:
+    def example(self, block: nn.Module, index: int) -> Example:
         """What to learn from once the dense output is known; what was remembered of other masks is forgotten."""
         assert self.dense_hidden is not None
         self.known.clear()
-
-        def run(dense: bool) -> torch.Tensor:
-            with _dense(inside) if dense else nullcontext():
-                return self.rows(self.run(block, index, self.hidden))
-
-        return run, TOWARDS_DENSE * (self.rows(self.dense_hidden) - run(True))
+        return lambda: self.rows(self.run(block, index, self.hidden)), self.rows(self.dense_hidden)
 
     def rows(self, inputs: torch.Tensor) -> torch.Tensor:
         return _rows(inputs, self.attention_mask)
@@ -294,7 +289,7 @@ def _walk_blocks(
         if in_order:
             _choose_in_order(block, index, inside, captured, names, choose)
             if learn is not None:
-                learn(inside, [batch.example(block, index, inside) for batch in captured])
+                learn(inside, [batch.example(block, index) for batch in captured])
         else:
             gathered, routed = _gather(block, index, inside, captured, with_gram)
             for layer, inputs in gathered.items():
