@@ -148,7 +148,7 @@ def block_memory(model: Decoder, tokens: int = 8 * 256, calibration: int = 128 *
     """
     Bytes of learning one decoder layer after another, without the other layers' weights: bfloat16 weights and their
     masked copies, logits and two moments in float32, the gradient of the largest linear layer, activations of a batch
-    with a backward pass, and for all of the calibration text what enters the layer, dense and masked, and its target.
+    with a backward pass, and for all of the calibration text what enters the layer, and what is to leave it.
     """
     largest = model.hidden * model.intermediate
     return {
@@ -156,7 +156,7 @@ def block_memory(model: Decoder, tokens: int = 8 * 256, calibration: int = 128 *
         "logits and moments": 12 * model.layer,
         "gradient of one linear layer": (4 + 2 + 2) * largest,
         "activations": 2 * tokens * model.activations,
-        "calibration text": 3 * 2 * calibration * model.hidden,
+        "calibration text": 2 * 2 * calibration * model.hidden,
     }
 
 

@@ -141,10 +141,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the results as JSON, not as a table")
     args = parser.parse_args()
     base, elsewhere = protocol.prepare(args.text, args.elsewhere, args.model, args.work)
-    elsewhere.append(protocol.dense_samples(base, args.work))
+    samples = args.work / "elsewhere" / protocol.SAMPLES_NAME
+    elsewhere.append(samples)
     held_out = args.work / "held_out.txt"
     described = protocol.describe(args.text, elsewhere, args.model, args.max_tokens)
     rows = protocol.read(args.results, described)
+    protocol.write_dense_samples(base, samples, args.work / "dense samples")
 
     def add(method: str, make, budget: float | None = None) -> None:
         same = [row for row in rows if row["method"] == method]
@@ -197,9 +199,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in sorted(rows, key=lambda row: -row["perplexity"]):
         width = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}"
         cells = [row["method"], f"{row['perplexity']:,.2f}", f"{row['at_home']:,.2f}", f"{row['elsewhere']:,.2f}"]
-        # Of the dense model there is none.
-        others = [text.get("kl", 0.0) for name, text in row["texts"].items() if name != "held_out.txt"]
-        cells += [f"{fmean(others):,.2f}", f"{row['seconds']:.0f}", f"{row['steps']:,}"]
+        others = [text for name, text in row["texts"].items() if name != "held_out.txt"]
+        divergence = 0.0 if row["method"] == "dense" else fmean(text["kl"] for text in others)
+        cells += [f"{divergence:,.2f}", f"{row['seconds']:.0f}", f"{row['steps']:,}"]
         cells += [f"{row['peak_bytes'] / 2**20:,.0f}", width]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

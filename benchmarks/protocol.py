@@ -58,7 +58,7 @@ def prepare(texts: list[Path], elsewhere: list[Path], model: str | None, work: P
     Write `calibration.txt`, `held_out.txt` and the texts that count as elsewhere into the working folder; name the
     base model, and those texts.
     """
-    names = ["held_out.txt", TOPICS, *(path.name for path in elsewhere)]
+    names = ["held_out.txt", TOPICS, SAMPLES_NAME, *(path.name for path in elsewhere)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise SystemExit(f"two texts are named {twice[0]}, which their figures go by; rename one.")
     (work / "elsewhere").mkdir(parents=True, exist_ok=True)
@@ -80,17 +80,14 @@ def prepare(texts: list[Path], elsewhere: list[Path], model: str | None, work: P
     return str(work / "base"), others
 
 
-def dense_samples(base: str, work: Path) -> Path:
-    """A text that the dense model wrote, made unless it is there: plain text and conversations by turns."""
-    path = work / "elsewhere" / SAMPLES_NAME
-    if not path.is_file():
-        model, tokenizer = load_model(base)
-        # Half of them are of the one kind, and then half of the other; a seed that nothing learns from.
-        batches = generated_text(model, tokenizer, 64, SEQ_LEN, seed=0, cache=work / "dense samples")
-        plain, conversations = torch.cat([batch["input_ids"] for batch in batches]).chunk(2)
-        turns = torch.stack([plain, conversations], 1).flatten(0, 1)
-        path.write_text("\n\n".join(tokenizer.batch_decode(turns)), encoding="utf-8")
-    return path
+def write_dense_samples(base: str, path: Path, cache: Path) -> None:
+    """Write a text of what the dense model samples, kept in a cache: plain text and conversations by turns."""
+    model, tokenizer = load_model(base)
+    # Half of them are of the one kind, and then half of the other; a seed that nothing learns from.
+    batches = generated_text(model, tokenizer, 64, SEQ_LEN, seed=0, cache=cache)
+    plain, conversations = torch.cat([batch["input_ids"] for batch in batches]).chunk(2)
+    turns = torch.stack([plain, conversations], 1).flatten(0, 1)
+    path.write_text("\n\n".join(tokenizer.batch_decode(turns)), encoding="utf-8")
 
 
 def describe(texts: list[Path], elsewhere: list[Path], model: str | None, max_tokens: int) -> str:

@@ -44,9 +44,10 @@ class CommandLine:
             paths = [value for option, value in pairwise(arguments) if option in ("--home", "--text")]
             value = PERPLEXITIES.get(name, 100.0)
             measured = {"perplexity": value, "protocol": "windows"}
-            figures = {"texts": dict.fromkeys(paths, measured)}
+            figures = {"texts": {path: dict(measured) for path in paths}}
             if "--adapter" in options:
-                measured |= {"dense_perplexity": 25.0, "ratio": value / 25, "kl": 0.5}
+                for number, text in enumerate(figures["texts"].values()):
+                    text |= {"dense_perplexity": 25.0, "ratio": value / 25, "kl": number / 2}
                 figures |= {"at_home": value / 25, "elsewhere": value / 20}
         elif arguments[0] in ("init", "train"):
             folder = Path(options["--output"])
@@ -73,7 +74,7 @@ def commands(monkeypatch):
     stand_in = CommandLine()
     monkeypatch.setattr(leaderboard, "run", stand_in)
     monkeypatch.setattr(leaderboard, "plot", lambda rows, path: None)
-    monkeypatch.setattr(protocol, "dense_samples", lambda base, work: work / "elsewhere" / protocol.SAMPLES_NAME)
+    monkeypatch.setattr(protocol, "write_dense_samples", lambda base, path, cache: path.write_text("said"))
     return stand_in
 
 
@@ -112,13 +113,11 @@ def test_what_the_dense_model_writes_is_plain_text_and_conversations_by_turns(mo
 
     monkeypatch.setattr(protocol, "load_model", lambda base: (None, Tokenizer()))
     monkeypatch.setattr(protocol, "generated_text", generated_text)
-    (tmp_path / "elsewhere").mkdir()
-    path = protocol.dense_samples("me/model", tmp_path)
+    path = tmp_path / protocol.SAMPLES_NAME
+    protocol.write_dense_samples("me/model", path, tmp_path / "cache")
     assert path.read_text().split() == [str(i) for pair in zip(range(32), range(32, 64), strict=True) for i in pair]
     # The default is the seed that learners would have.
-    assert made == [(protocol.SEQ_LEN, 0, tmp_path / "dense samples")]
-    assert protocol.dense_samples("me/model", tmp_path) == path
-    assert len(made) == 1
+    assert made == [(protocol.SEQ_LEN, 0, tmp_path / "cache")]
 
 
 def test_an_interrupted_leaderboard_goes_on(make, commands, tmp_path):
@@ -215,7 +214,9 @@ def test_both_columns_come_from_one_command(make, commands, tmp_path, capsys):
         "Elsewhere: the geometric mean over web.txt, python-topics.txt, dense-samples.txt" in rows["wanda"]["protocol"]
     )
     printed = capsys.readouterr().out
-    assert "| wanda | 60.00 | 2.40 | 3.00 |" in printed
+    # The mean of 0.5, 1 and 1.5; that at home, 0, is left out.
+    assert "| wanda | 60.00 | 2.40 | 3.00 | 1.00 |" in printed
+    assert "| dense | 100.00 | 1.00 | 1.00 | 0.00 |" in printed
 
 
 def test_texts_to_learn_from_are_held_out_in_turns(tmp_path, monkeypatch):
@@ -229,7 +230,7 @@ def test_texts_to_learn_from_are_held_out_in_turns(tmp_path, monkeypatch):
 
 
 def test_texts_of_one_name_are_refused(tmp_path):
-    for named in (["a/web.txt", "b/web.txt"], ["a/held_out.txt"]):
+    for named in (["a/web.txt", "b/web.txt"], ["a/held_out.txt"], ["a/dense-samples.txt"]):
         with pytest.raises(SystemExit, match=f"two texts are named {named[-1][2:]}"):
             protocol.prepare([], [tmp_path / path for path in named], "me/model", tmp_path / "work")
 

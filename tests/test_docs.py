@@ -55,7 +55,9 @@ COLUMNS = {
 
 
 def kl_elsewhere(row: dict) -> float:
-    return fmean(text.get("kl", 0.0) for name, text in row["texts"].items() if name != "held_out.txt")
+    if row["method"] == "dense":
+        return 0.0
+    return fmean(text["kl"] for name, text in row["texts"].items() if name != "held_out.txt")
 
 
 def name(path: Path) -> str:

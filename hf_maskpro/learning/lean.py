@@ -1,6 +1,7 @@
 """An optimizer step within the backward pass, with two bytes of state per logit."""
 
 from functools import cache
+from math import sqrt
 from pathlib import Path
 
 import torch
@@ -19,8 +20,6 @@ from .adapter import TrainedAdapter
 STATE_NAME = "optimizer_in_backward.safetensors"
 # A code is a third of an octave of the second moment, so the 256 of them are gradients from 5.8e-11 to 360.
 CODES_PER_OCTAVE, LOWEST_OCTAVE = 3, -68
-# How many times the root of the second moment the first can be: with betas of 0.9 and 0.999 it is at most 7.3.
-MOST_OF_ROOT = 8.0
 
 
 class OptimizerInBackward:
@@ -44,6 +43,7 @@ class OptimizerInBackward:
         self.first_moments = [torch.zeros_like(_planes(theta), dtype=torch.int8) for theta in self.thetas]
         self.second_moments = [torch.zeros_like(_planes(theta), dtype=torch.uint8) for theta in self.thetas]
         self.updates = [torch.zeros((), device=theta.device) for theta in self.thetas]
+        self._most = most_of_root(trainer.args.adam_beta1, trainer.args.adam_beta2)
         self._norm: torch.Tensor | None = None
 
     def watch(self) -> list[RemovableHandle]:
@@ -66,7 +66,14 @@ class OptimizerInBackward:
         self._norm = norm if self._norm is None else self._norm + norm.to(self._norm.device)
         args = self.trainer.args
         rate = self.trainer._get_learning_rate()
-        settings = (rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon, 1 - rate * args.weight_decay)
+        settings = (
+            rate,
+            args.adam_beta1,
+            args.adam_beta2,
+            args.adam_epsilon,
+            1 - rate * args.weight_decay,
+            self._most,
+        )
         _update_kernel()(
             theta.numel(),
             _planes(theta),
@@ -116,6 +123,22 @@ class OptimizerInBackward:
         return {f"{i}.{kind}": value for kind, values in kinds.items() for i, value in enumerate(values)}
 
 
+def most_of_root(beta1: float, beta2: float) -> float:
+    """
+    How many times the root of the second moment the first can be, by the Cauchy-Schwarz inequality, if that root has
+    been rounded down.
+
+    Raises:
+        `ValueError`: if that has no bound.
+    """
+    if beta1**2 >= beta2:
+        raise ValueError(
+            f"optimizer_in_backward=True keeps the first moment in units of the second's root, and adam_beta1 {beta1} "
+            f"is not below the root of adam_beta2 {beta2}; lower adam_beta1."
+        )
+    return (1 - beta1) / sqrt((1 - beta2) * (1 - beta1**2 / beta2)) * 2 ** (1 / CODES_PER_OCTAVE / 2)
+
+
 def _planes(theta: torch.Tensor) -> torch.Tensor:
     """`[out_features, m, groups]` as it lies in memory, `[m * out_features, groups]`."""
     return theta.detach().transpose(0, 1).flatten(0, 1)
@@ -133,12 +156,12 @@ def _update_kernel() -> Kernel:
         settings: list[torch.Tensor],
         keys: list[torch.Tensor],
     ) -> None:
-        rate, beta1, beta2, epsilon, kept = settings
+        rate, beta1, beta2, epsilon, kept, most = settings
         (words,) = position_words(theta, keys[0], keys[1], 1)
         dithers = [(words >> 16 * half & 0xFFFF).float() / 0x10000 for half in (0, 1)]
         finite, g, t = norm.isfinite(), gradient.float(), updates + 1
         known_root, share = _root(codes.float()), shares.float() / 127
-        m = beta1 * MOST_OF_ROOT * share * share.abs() * known_root + (1 - beta1) * g
+        m = beta1 * most * share * share.abs() * known_root + (1 - beta1) * g
         v = beta2 * known_root.square() + (1 - beta2) * g.square()
         step = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + epsilon)
         moved = kept * theta.float() - rate * step
@@ -146,7 +169,7 @@ def _update_kernel() -> Kernel:
             (moved,) = round_at_random([moved], words)
         new_codes = ((torch.log2(v) - LOWEST_OCTAVE) * CODES_PER_OCTAVE + dithers[0]).floor().clamp(0, 255)
         # Of the second moment as it will be read.
-        size = (m.abs() / (MOST_OF_ROOT * _root(new_codes))).sqrt() * 127
+        size = (m.abs() / (most * _root(new_codes))).sqrt() * 127
         new_shares = torch.where(new_codes > 0, m.sign() * (size + dithers[1]).floor().clamp(max=127), 0)
         theta.copy_(torch.where(finite, moved, theta.float()))
         shares.copy_(torch.where(finite, new_shares, shares.float()))

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from .adapter import TrainedAdapter
 from .estimator import Estimator
-from .lean import OptimizerInBackward
+from .lean import OptimizerInBackward, most_of_root
 
 
 @dataclass
@@ -78,6 +78,7 @@ class Simple(Estimator):
         self.refuse_several_processes(
             "optimizer_in_backward=True", "it steps before gradients are summed; drop it, or run one process"
         )
+        most_of_root(self.trainer.args.adam_beta1, self.trainer.args.adam_beta2)
         if self.trainer.optimizer is not None:
             raise ValueError("optimizer_in_backward=True steps the logits itself; drop optimizers.")
 

@@ -10,7 +10,7 @@ from ..tuner.layer import members_first
 
 
 STEPS, WARMUP, RATE, BETAS = 64, 10, 0.4, (0.9, 0.98)
-# An error of a twentieth, by so many logits: their gradients are far below Adam's own epsilon.
+# The gradient of one logit is far below Adam's own epsilon, which would then set the size of a step.
 EPSILON = 1e-12
 
 # Of the tokens of one batch: a decoder layer's outputs `[tokens, hidden]` under its masks, and what the dense model

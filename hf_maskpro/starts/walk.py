@@ -288,7 +288,7 @@ def _walk_blocks(
         inside = [layer for layer in block.modules() if layer in names]
         if in_order:
             _choose_in_order(block, index, inside, captured, names, choose)
-            if learn is not None:
+            if learn is not None and inside:
                 learn(inside, [batch.example(block, index) for batch in captured])
         else:
             gathered, routed = _gather(block, index, inside, captured, with_gram)

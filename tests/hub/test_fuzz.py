@@ -419,7 +419,9 @@ def kept_state(estimator):
     if estimator.trainer.args.estimator == "residual":
         return {"residuals": list(estimator._residuals)}
     if estimator.trainer.args.estimator == "simple":
-        return estimator.in_backward.state()
+        kept = estimator.in_backward
+        kinds = {"first_moment": kept.first_moments, "second_moment": kept.second_moments, "updates": kept.updates}
+        return {f"{i}.{kind}": value for kind, values in kinds.items() for i, value in enumerate(values)}
     return {str(i): value.detach() for i, value in enumerate(estimator.values)}
 
 

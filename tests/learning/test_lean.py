@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from hf_maskpro import MaskProConfig, MaskProTrainer
-from hf_maskpro.learning.lean import STATE_NAME, OptimizerInBackward, _update_kernel
+from hf_maskpro.learning.lean import STATE_NAME, OptimizerInBackward, _update_kernel, most_of_root
 from hf_maskpro.subset import Kernel, random_keys
 from hf_maskpro.tuner import masked_layers
 
@@ -68,20 +68,20 @@ def state(shape):
 def update(theta, gradient, shares, codes, updates, rate=1.0, betas=(0.9, 0.98), epsilon=0.0, kept=1.0, seed=1):
     """One step of the kernel."""
     norm = torch.linalg.vector_norm(gradient)
-    settings = [torch.tensor(value) for value in (rate, *betas, epsilon, kept)]
+    settings = [torch.tensor(value) for value in (rate, *betas, epsilon, kept, most_of_root(*betas))]
     keys = random_keys(seed, 0, theta.device)
     _update_kernel()(theta.numel(), theta, gradient, shares, codes, updates, norm, settings, keys)
 
 
-@pytest.mark.parametrize("beta2", [0.98, 0.999])
+@pytest.mark.parametrize("betas", [(0.9, 0.98), (0.9, 0.999), (0.0, 0.98), (0.5, 0.9999)])
 @pytest.mark.parametrize("compiles", [False, True])
-def test_its_steps_are_those_of_adamw_but_for_rounding(monkeypatch, compiles, beta2):
+def test_its_steps_are_those_of_adamw_but_for_rounding(monkeypatch, compiles, betas):
     """For gradients of 1e-6 to 10 that lean to one side, and while they fade to a thousandth."""
     monkeypatch.setattr(Kernel, "compiles", compiles)
     generator = torch.Generator().manual_seed(0)
     sizes = torch.logspace(-6, 1, 64, dtype=torch.float64).repeat(256, 1)
     exact = torch.nn.Parameter(torch.zeros(256, 64, dtype=torch.float64))
-    optimizer = torch.optim.AdamW([exact], lr=1.0, betas=(0.9, beta2), eps=1e-12, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([exact], lr=1.0, betas=betas, eps=1e-12, weight_decay=0.01)
     (shares, codes, updates), errors, steps = state((256, 64)), [], []
     for t in range(1, 401):
         size = sizes if t <= 200 else sizes / 1000
@@ -90,7 +90,7 @@ def test_its_steps_are_those_of_adamw_but_for_rounding(monkeypatch, compiles, be
         start = theta.clone()
         exact.grad = gradient
         optimizer.step()
-        update(theta, gradient.float(), shares, codes, updates, epsilon=1e-12, kept=0.99, betas=(0.9, beta2), seed=t)
+        update(theta, gradient.float(), shares, codes, updates, betas=betas, epsilon=1e-12, kept=0.99, seed=t)
         steps.append(exact.detach() - before)
         errors.append((theta - start).double() - steps[-1])
     assert updates == 400
@@ -100,6 +100,26 @@ def test_its_steps_are_those_of_adamw_but_for_rounding(monkeypatch, compiles, be
         error, step = torch.cat(errors[span]), torch.cat(steps[span])
         assert error.std() < spread * step.std()
         assert error.mean().abs() < 0.03 * step.abs().mean()
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.98), (0.9, 0.9999), (0.5, 0.999)])
+def test_a_first_moment_is_as_large_as_can_be(betas):
+    """After gradients that grow as the bound has it, the first moment is still kept whole."""
+    (shares, codes, updates), theta = state((4, 8)), torch.zeros(4, 8)
+    growth = betas[1] / betas[0]
+    for t in range(1, 21):
+        update(theta, torch.full((4, 8), 1e-6 * growth**t), shares, codes, updates, rate=0.0, betas=betas, seed=t)
+    known = most_of_root(*betas) * (shares.double() / 127).square() * torch.exp2((codes.double() / 3 - 68) / 2)
+    first = 0.0
+    for t in range(1, 21):
+        first = betas[0] * first + (1 - betas[0]) * 1e-6 * growth**t
+    torch.testing.assert_close(known, torch.full((4, 8), first, dtype=torch.float64), rtol=0.1, atol=0)
+
+
+def test_betas_without_a_bound_are_refused(tmp_path):
+    args = lean(tmp_path, adam_beta1=0.99, adam_beta2=0.98)
+    with pytest.raises(ValueError, match=r"adam_beta1 0\.99 is not below the root of adam_beta2 0\.98"):
+        MaskProTrainer(masked_llama(), args, train_dataset=rows())
 
 
 def test_a_bad_batch_moves_logits_no_further_than_adamw_does():
@@ -333,7 +353,13 @@ def test_the_other_estimators_refuse_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("0.updates", float("nan")), ("0.updates", -1.0), ("0.second_moment", float("nan"))]
+    ("name", "value"),
+    [
+        ("0.updates", float("nan")),
+        ("0.updates", -1.0),
+        ("0.first_moment", float("nan")),
+        ("0.second_moment", float("nan")),
+    ],
 )
 def test_a_state_that_no_run_writes_is_refused(tmp_path, name, value):
     def trainer():

@@ -15,6 +15,9 @@ from hf_maskpro.tuner.layer import has_memory
 from ..conftest import tiny_gpt2, tiny_llama
 
 
+relative_error = blocks.relative_error
+
+
 def calibration():
     ids = torch.randint(2, 34, (16, 24), generator=torch.Generator().manual_seed(2))
     return [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in ids.split(4)]
@@ -69,6 +72,29 @@ def test_nothing_but_masks_is_left(monkeypatch):
         assert not theta.requires_grad
         assert theta.grad is None
         assert layer._masked_weight is None
+
+
+def test_the_size_of_the_error_is_of_no_account(monkeypatch):
+    """Adam's own epsilon would be most of a step."""
+    masks = []
+    for size in (1.0, 1e-4):
+        monkeypatch.setattr(blocks, "relative_error", lambda *args, size=size: size * relative_error(*args))
+        model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="magnitude+blocks"))
+        torch.manual_seed(1)
+        initialize_masks(model, calibration())
+        masks.append([layer.learned_mask("default") for layer in masked_layers(model).values()])
+    same = torch.cat([one.eq(other).flatten() for one, other in zip(*masks, strict=True)])
+    assert same.float().mean() > 0.99
+
+
+def test_a_decoder_layer_without_masks_is_passed_over():
+    config = MaskProConfig(init_mask="magnitude+blocks", layers_to_transform=[1])
+    model = get_peft_model(tiny_llama(), config)
+    initialize_masks(model, calibration())
+    merged = model.merge_and_unload()
+    learned = [name for name, _ in merged.named_parameters() if "layers.1." in name and "proj" in name]
+    assert len(learned) == 7
+    check_sparsity(merged, 2, 4, learned)
 
 
 def in_file(parameter, path):
