@@ -138,15 +138,19 @@ def main() -> None:
         "--seconds", type=float, default=900, help="time budget of each learner, which decides its steps"
     )
     parser.add_argument("--max-tokens", type=int, default=16_384, help="of each held-out text")
+    parser.add_argument(
+        "--dense-samples", action="store_true", help="text that the dense model writes counts as elsewhere, too"
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON, not as a table")
     args = parser.parse_args()
     base, elsewhere = protocol.prepare(args.text, args.elsewhere, args.model, args.work)
     samples = args.work / "elsewhere" / protocol.SAMPLES_NAME
-    elsewhere.append(samples)
+    elsewhere += [samples] * args.dense_samples
     held_out = args.work / "held_out.txt"
     described = protocol.describe(args.text, elsewhere, args.model, args.max_tokens)
     rows = protocol.read(args.results, described)
-    protocol.write_dense_samples(base, samples, args.work / "dense samples")
+    if args.dense_samples:
+        protocol.write_dense_samples(base, samples, args.work / "dense samples")
 
     def add(method: str, make, budget: float | None = None) -> None:
         same = [row for row in rows if row["method"] == method]

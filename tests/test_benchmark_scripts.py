@@ -191,7 +191,7 @@ def test_results_of_another_protocol_are_not_mixed(make, commands, tmp_path):
 
 
 def test_both_columns_come_from_one_command(make, commands, tmp_path, capsys):
-    rows = make()
+    rows = make("--dense-samples")
     measured = [arguments for arguments in commands.calls if arguments[0] == "eval"]
     assert len(measured) == len(rows)
     work = tmp_path / "work"
@@ -214,6 +214,8 @@ def test_both_columns_come_from_one_command(make, commands, tmp_path, capsys):
         "Elsewhere: the geometric mean over web.txt, python-topics.txt, dense-samples.txt" in rows["wanda"]["protocol"]
     )
     printed = capsys.readouterr().out
+    with pytest.raises(SystemExit, match="was obtained by another protocol"):
+        make()
     # The mean of 0.5, 1 and 1.5; that at home, 0, is left out.
     assert "| wanda | 60.00 | 2.40 | 3.00 | 1.00 |" in printed
     assert "| dense | 100.00 | 1.00 | 1.00 | 0.00 |" in printed

@@ -106,6 +106,16 @@ def test_the_leaderboard_shows_its_file():
     assert shown == [[COLUMNS[heading](row, dense) for heading in headings] for row in rows]
 
 
+def test_the_divergences_are_those_of_the_leaderboard():
+    rows = {row["method"]: row for row in json.loads((DOCS / "assets" / "leaderboard.json").read_text())}
+    part = (DOCS / "leaderboard.md").read_text(encoding="utf-8").split("\n## Divergence ")[1].split("\n## ")[0]
+    shown = [cells(line) for line in part.splitlines() if line.startswith("|")][2:]
+    assert len(shown) == 8
+    for method, at_home, elsewhere in shown:
+        assert at_home == f"{rows[method]['texts']['held_out.txt']['kl']:.2f}"
+        assert elsewhere == f"{kl_elsewhere(rows[method]):.2f}"
+
+
 def test_the_parts_of_ria_are_those_of_their_file():
     """Wanda and RIA themselves, which a cell names, are of other runs."""
     rows = json.loads((DOCS / "assets" / "ria.json").read_text())
