@@ -96,7 +96,7 @@ def test_its_steps_are_those_of_adamw_but_for_rounding(monkeypatch, compiles, be
     assert updates == 400
     assert codes.min() > 0
     assert codes.max() < 255
-    for span, spread in ((slice(0, 10), 0.1), (slice(100, 200), 0.35), (slice(390, 400), 0.35)):
+    for span, spread in ((slice(0, 10), 0.1), (slice(100, 200), 0.35), (slice(390, 400), 0.5)):
         error, step = torch.cat(errors[span]), torch.cat(steps[span])
         assert error.std() < spread * step.std()
         assert error.mean().abs() < 0.03 * step.abs().mean()
