@@ -87,6 +87,8 @@ def write_dense_samples(base: str, path: Path, cache: Path) -> None:
     batches = generated_text(model, tokenizer, 64, SEQ_LEN, seed=0, cache=cache)
     plain, conversations = torch.cat([batch["input_ids"] for batch in batches]).chunk(2)
     turns = torch.stack([plain, conversations], 1).flatten(0, 1)
+    # Every window of a text begins with the start token anyway.
+    turns = turns[:, 0 if start_token_of(tokenizer) is None else 1 :]
     path.write_text("\n\n".join(tokenizer.batch_decode(turns)), encoding="utf-8")
 
 

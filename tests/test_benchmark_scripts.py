@@ -218,7 +218,7 @@ def test_both_columns_come_from_one_command(make, commands, tmp_path, capsys):
         make()
     # The mean of 0.5, 1 and 1.5; that at home, 0, is left out.
     assert "| wanda | 60.00 | 2.40 | 3.00 | 1.00 |" in printed
-    assert "| dense | 100.00 | 1.00 | 1.00 | 0.00 |" in printed
+    assert "| dense | 100.00 | 1.00 | 1.00 |  |" in printed
 
 
 def test_texts_to_learn_from_are_held_out_in_turns(tmp_path, monkeypatch):

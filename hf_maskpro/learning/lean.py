@@ -133,8 +133,8 @@ def most_of_root(beta1: float, beta2: float) -> float:
     """
     if beta1**2 >= beta2:
         raise ValueError(
-            f"optimizer_in_backward=True keeps the first moment in units of the second's root, and adam_beta1 {beta1} "
-            f"is not below the root of adam_beta2 {beta2}; lower adam_beta1."
+            "optimizer_in_backward=True keeps the first moment in units of the second's root, and cannot by "
+            f"adam_beta1 {beta1} and adam_beta2 {beta2}; the square of the first has to be below the second."
         )
     return (1 - beta1) / sqrt((1 - beta2) * (1 - beta1**2 / beta2)) * 2 ** (1 / CODES_PER_OCTAVE / 2)
 

@@ -100,9 +100,11 @@ class Simple(Estimator):
         return {"flipped": self.flipped_groups()}
 
     def settings(self) -> dict[str, Any]:
-        return (
-            {"optimizer": "8-bit AdamW in backward"} if self.trainer.args.optimizer_in_backward else super().settings()
-        )
+        args = self.trainer.args
+        if not args.optimizer_in_backward:
+            return super().settings()
+        # Its first moment is kept in units that depend on these.
+        return {"optimizer": f"8-bit AdamW in backward, betas {args.adam_beta1:g} and {args.adam_beta2:g}"}
 
     def save(self, folder: Path) -> None:
         if self.in_backward is not None:

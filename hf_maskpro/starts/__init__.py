@@ -156,7 +156,7 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
     if by_magnitude:
         count = f"{len(by_magnitude):,} expert{'s' * (len(by_magnitude) > 1)}"
         logger.warning(
-            f"calibration: {count} saw fewer than {FEWEST_TOKENS} tokens, for which their {kept} are kept; pass more "
+            f"calibration: {count} saw fewer than {FEWEST_TOKENS} tokens, for which their {kept} are taken; pass more "
             "text to calibrate them."
         )
     config.start["calibration"] = {

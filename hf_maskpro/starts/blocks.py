@@ -48,7 +48,8 @@ def learn(adapter_name: str, layers: list[MaskProLayer], examples: list[Example]
             for optimizer in optimizers.values():
                 optimizer.param_groups[0]["lr"] = RATE * min((step + 1) / WARMUP, 1 - 0.9 * step / STEPS)
             with torch.enable_grad():
-                relative_error(run(), target).backward(inputs=thetas)
+                # By the width, since in float16 the gradient of a mean over tokens and features would be none.
+                (target.shape[1] * relative_error(run(), target)).backward(inputs=thetas)
         for layer in layers:
             layer.set_initial_mask(adapter_name, layer.learned_mask(adapter_name))
     finally:

@@ -116,9 +116,10 @@ def test_a_first_moment_is_as_large_as_can_be(betas):
     torch.testing.assert_close(known, torch.full((4, 8), first, dtype=torch.float64), rtol=0.1, atol=0)
 
 
-def test_betas_without_a_bound_are_refused(tmp_path):
-    args = lean(tmp_path, adam_beta1=0.99, adam_beta2=0.98)
-    with pytest.raises(ValueError, match=r"adam_beta1 0\.99 is not below the root of adam_beta2 0\.98"):
+@pytest.mark.parametrize("betas", [(0.99, 0.98), (0.0, 0.0)])
+def test_betas_without_a_bound_are_refused(tmp_path, betas):
+    args = lean(tmp_path, adam_beta1=betas[0], adam_beta2=betas[1])
+    with pytest.raises(ValueError, match=rf"adam_beta1 {betas[0]} and adam_beta2 {betas[1]}; the square of the first"):
         MaskProTrainer(masked_llama(), args, train_dataset=rows())
 
 
@@ -229,8 +230,11 @@ def test_a_checkpoint_of_the_other_optimizer_is_refused(tmp_path):
     trainer(tmp_path / "lean", optimizer_in_backward=True).train()
     with pytest.raises(ValueError, match=r"has the optimizer adamw.*, and this run 8-bit AdamW in backward"):
         trainer(tmp_path / "a", optimizer_in_backward=True).train(str(tmp_path / "plain" / "checkpoint-1"))
-    with pytest.raises(ValueError, match="has the optimizer 8-bit AdamW in backward, and this run adamw"):
+    with pytest.raises(ValueError, match=r"has the optimizer 8-bit AdamW.* betas 0\.9 and 0\.98, and this run adamw"):
         trainer(tmp_path / "b").train(str(tmp_path / "lean" / "checkpoint-1"))
+    again = trainer(tmp_path / "d", optimizer_in_backward=True, adam_beta2=0.999)
+    with pytest.raises(ValueError, match=r"betas 0\.9 and 0\.98, and this run .* betas 0\.9 and 0\.999; resume"):
+        again.train(str(tmp_path / "lean" / "checkpoint-1"))
     with pytest.raises(ValueError, match=r"has the optimizer adamw.*, and this run adafactor; resume with the same"):
         trainer(tmp_path / "c", optim="adafactor").train(str(tmp_path / "plain" / "checkpoint-1"))
 
