@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..tuner import MaskProConfig, MaskProLayer, masked_layers
 
@@ -94,6 +95,26 @@ class TrainedAdapter:
             for layer, mode in zip(self.layers, modes, strict=True):
                 layer.choose_mask = None
                 layer.train(mode)
+
+    def prefer_large_weights(self, index: int, gradient: torch.Tensor, strength: float) -> None:
+        """
+        Add to the gradient of a layer's theta, in place, that of a reward for the squares of the kept weights.
+
+        Args:
+            strength (`float`): The norm of what is added, in those of the gradient.
+        """
+        found = self.layers[index].magnitude_gradient(self.name)
+        if isinstance(gradient, DTensor):
+            mesh, placements, size, steps = (
+                gradient.device_mesh,
+                gradient.placements,
+                gradient.shape,
+                gradient.stride(),
+            )
+            found = DTensor.from_local(found, mesh, placements, run_check=False, shape=size, stride=steps)
+        norm, of_reward = (torch.linalg.vector_norm(known, dtype=torch.float32) for known in (gradient, found))
+        # Of weights that are all zero none is large.
+        gradient.sub_(found.mul_(torch.where(of_reward > 0, strength * norm / of_reward, 0).to(found.dtype)))
 
     def mode(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:
         """The weight under the learned mask."""

@@ -38,7 +38,7 @@ class OptimizerInBackward:
     """
 
     def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
-        self.trainer, self.thetas = trainer, adapter.thetas()
+        self.trainer, self.adapter, self.thetas = trainer, adapter, adapter.thetas()
         # As the kernel sees the logits, the members of all groups one after the other.
         self.first_moments = [torch.zeros_like(_planes(theta), dtype=torch.int8) for theta in self.thetas]
         self.second_moments = [torch.zeros_like(_planes(theta), dtype=torch.uint8) for theta in self.thetas]
@@ -65,6 +65,8 @@ class OptimizerInBackward:
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
         self._norm = norm if self._norm is None else self._norm + norm.to(self._norm.device)
         args = self.trainer.args
+        if args.weight_pull:
+            self.adapter.prefer_large_weights(index, gradient, args.weight_pull)
         rate = self.trainer._get_learning_rate()
         settings = (
             rate,

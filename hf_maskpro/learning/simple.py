@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import sqrt
+from math import inf, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,16 @@ class SimpleArguments:
             `adam_epsilon` and `weight_decay`; `optim` is for `modules_to_save` alone. Turns `gradient_checkpointing`
             on unless that is given. With bfloat16 logits a run then adds about 4.1 bytes to a weight. One process, no
             accumulation.
+        weight_pull (`float`, defaults to 0.1):
+            A pull towards large weights, as MaskLLM's (arXiv 2409.17481): to the gradient of each layer's logits that
+            of a reward for the squares of the kept weights is added, so many times as long. Where the text says
+            little, large weights win, and the mask suits other text better. 0 is SIMPLE as published.
     """
 
     optimizer_in_backward: bool = field(
         default=False, metadata={"help": "Move the logits within `simple`'s backward pass: least memory."}
     )
+    weight_pull: float = field(default=0.1, metadata={"help": "`simple`'s preference for large weights."})
 
 
 class Simple(Estimator):
@@ -54,6 +59,8 @@ class Simple(Estimator):
                 "optimizer_in_backward=True steps before the norm of all gradients is known, and max_grad_norm is "
                 f"{args.max_grad_norm}, not 0; drop one of the two."
             )
+        if not 0 <= args.weight_pull < inf:
+            raise ValueError(f"weight_pull is {args.weight_pull}; it cannot be negative or infinite. 0.1 is usual.")
         # Of a run that is measured in epochs the number of steps is not known here.
         steps = args.max_steps if args.max_steps > 0 else 120
         rate = 0.2 * sqrt(120 / steps) if args.learning_rate is None else args.learning_rate
@@ -88,6 +95,14 @@ class Simple(Estimator):
         # It finds no gradient of the logits, and holds their learning rate for the schedule.
         return super().optimizer(default)
 
+    def before_step(self) -> None:
+        if not (pull := self.trainer.args.weight_pull) or self.in_backward is not None:
+            return
+        for index, theta in enumerate(self.adapter.thetas()):
+            # A layer that no batch has reached stays as it is.
+            if theta.grad is not None:
+                self.adapter.prefer_large_weights(index, theta.grad, pull)
+
     def watch(self, optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
         return super().watch(optimizer) + ([] if self.in_backward is None else self.in_backward.watch())
 
@@ -101,10 +116,11 @@ class Simple(Estimator):
 
     def settings(self) -> dict[str, Any]:
         args = self.trainer.args
+        found = super().settings() | {"weight_pull": args.weight_pull}
         if not args.optimizer_in_backward:
-            return super().settings()
+            return found
         # Its first moment is kept in units that depend on these.
-        return {"optimizer": f"8-bit AdamW in backward, betas {args.adam_beta1:g} and {args.adam_beta2:g}"}
+        return found | {"optimizer": f"8-bit AdamW in backward, betas {args.adam_beta1:g} and {args.adam_beta2:g}"}
 
     def save(self, folder: Path) -> None:
         if self.in_backward is not None:

@@ -538,6 +538,15 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         config, packed = self.maskpro_config[adapter_name], self.packed_initial_mask(adapter_name)
         return self.out_in(apply_packed(self.out_in(plain(weight)), packed, config.n, config.m))
 
+    def magnitude_gradient(self, adapter_name: str) -> torch.Tensor:
+        """The gradient of the mean sum of the squares of the kept weights, of theta's rows that are here."""
+        config, whole = self.maskpro_config[adapter_name], self.base_weight.detach()
+        theta, start = rows_here(self.maskpro_theta[adapter_name].detach())
+        here = slice(start, start + len(theta))
+        rows = self.out_in(plain(whole.full_tensor() if isinstance(whole, DTensor) else whole))[here]
+        packed = self.packed_initial_mask(adapter_name)[here]
+        return theta_gradient(theta, packed, logit_scale(config), config.n, rows, rows)
+
     def move_logits(
         self,
         adapter_name: str,

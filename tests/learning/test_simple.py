@@ -1,0 +1,96 @@
+"""`simple`'s pull towards large weights."""
+
+import math
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from hf_maskpro import MaskProConfig, MaskProTrainer
+from hf_maskpro.learning.adapter import TrainedAdapter
+from hf_maskpro.subset import candidates, group_members, mode
+from hf_maskpro.tuner import masked_layers
+
+from ..conftest import tiny_llama
+from .test_trainer import arguments, rows, thetas
+
+
+def large_weights(model) -> float:
+    """In how many groups the learned mask keeps the largest weights, as a share of all."""
+    same = [
+        (layer.learned_mask("default") == mode(group_members(layer.base_weight.abs(), 4), 2)).all(1).float()
+        for layer in masked_layers(model).values()
+    ]
+    return torch.cat([found.flatten() for found in same]).mean().item()
+
+
+def trained(folder, lean=False, **options):
+    torch.manual_seed(7)
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="random", logit_scale=2.0))
+    args = arguments(folder, "simple", max_steps=30, optimizer_in_backward=lean, **options)
+    trainer = MaskProTrainer(model, args, train_dataset=rows())
+    before = large_weights(model)
+    trainer.train()
+    return trainer, before
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_strong_pull_learns_the_magnitude_mask(tmp_path, lean):
+    trainer, before = trained(tmp_path, lean, weight_pull=1000.0)
+    assert before < 0.25
+    assert large_weights(trainer.model) > 0.9
+    assert trainer.config.start["training"]["weight_pull"] == 1000.0
+
+
+def test_a_weak_one_leaves_the_loss_its_say(tmp_path):
+    losses, shares, logits = {}, {}, {}
+    for pull in (0.0, 0.1):
+        trainer, _ = trained(tmp_path, weight_pull=pull)
+        losses[pull], shares[pull] = trainer.evaluate(rows())["eval_loss"], large_weights(trainer.model)
+        logits[pull] = thetas(trainer.model)
+    assert any(not torch.equal(mine, theirs) for mine, theirs in zip(logits[0.0], logits[0.1], strict=True))
+    assert shares[0.0] < shares[0.1] < 0.6
+    assert losses[0.1] < losses[0.0] + 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_as_long_as_said_and_points_to_large_weights(dtype):
+    torch.manual_seed(0)
+    config = MaskProConfig(init_mask="random", logit_scale=2.0, logits_dtype=str(dtype).removeprefix("torch."))
+    model = get_peft_model(tiny_llama(), config)
+    adapter = TrainedAdapter.of(model)
+    theta, layer = adapter.thetas()[0], adapter.layers[0]
+    with torch.no_grad():
+        theta.copy_(torch.randn(theta.shape))
+    leaf = theta.detach().double().requires_grad_(True)
+    logits = leaf + 2 * layer.initial_mask("default")
+    squares = group_members(layer.base_weight.detach(), 4).double().square()
+    sets = candidates(2, 4, torch.device("cpu")).double()
+    chances = torch.einsum("cm,rmg->rcg", sets, logits).softmax(1)
+    reward = torch.einsum("rcg,cm,rmg->", chances, sets, squares)
+    (expected,) = torch.autograd.grad(reward, leaf)
+    gradient = torch.randn(theta.shape, dtype=dtype)
+    moved = gradient.clone()
+    adapter.prefer_large_weights(0, moved, 0.3)
+    added = -0.3 * gradient.double().norm() / expected.norm() * expected
+    exact = dtype == torch.float32
+    torch.testing.assert_close(
+        moved.double(), gradient.double() + added, atol=1e-6 if exact else 1e-2, rtol=1e-5 if exact else 1e-2
+    )
+
+
+def test_of_weights_that_are_zero_none_is_preferred():
+    model = tiny_llama()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    adapter = TrainedAdapter.of(get_peft_model(model, MaskProConfig(init_mask="random")))
+    gradient = torch.randn(adapter.thetas()[0].shape)
+    moved = gradient.clone()
+    adapter.prefer_large_weights(0, moved, 0.3)
+    assert torch.equal(moved, gradient)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_a_pull_that_is_none_is_refused(tmp_path, value):
+    with pytest.raises(ValueError, match=f"weight_pull is {value}"):
+        arguments(tmp_path, "simple", weight_pull=value)
