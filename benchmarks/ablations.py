@@ -31,6 +31,7 @@ BASE: dict[str, Any] = {
     "tokens": None,
     "objective": "language-modeling",
     "weight_decay": 0.0,
+    "weight_pull": 0.3,
     "seed": 0,
 }
 CHANGES: list[dict[str, Any]] = [
@@ -102,6 +103,7 @@ def worker(
         learning_rate=settings["learning_rate"],
         objective=settings["objective"],
         weight_decay=settings["weight_decay"],
+        weight_pull=settings["weight_pull"],
         seed=settings["seed"],
         save_strategy="no",
         logging_steps=steps,

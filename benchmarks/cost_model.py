@@ -99,14 +99,20 @@ def residual(logits: int) -> Estimator:
     return Estimator(_name("residual", logits), logits + PACKED, 2)
 
 
+def _pull(logits: int) -> int:
+    """The reward's gradient is made of weight and logits, both gradients are measured, and one is moved by the other."""
+    return 2 + 7 * logits
+
+
 def lean(logits: int) -> Estimator:
     """Beside the logits two moments of a byte; it runs with gradient checkpointing."""
-    return Estimator(_name("lean simple", logits), logits + 2 + PACKED, 8, 3 * logits + 4, processes=False)
+    moved = 3 * logits + 4 + _pull(logits)
+    return Estimator(_name("lean simple", logits), logits + 2 + PACKED, 8, moved, processes=False)
 
 
 def simple(logits: int) -> Estimator:
     """Logits, two moments and the gradient."""
-    return Estimator(_name("simple", logits), 4 * logits + PACKED, 6, 7 * logits, sends=logits)
+    return Estimator(_name("simple", logits), 4 * logits + PACKED, 6, 7 * logits + _pull(logits), sends=logits)
 
 
 def proxsparse(logits: int) -> Estimator:

@@ -96,25 +96,27 @@ class TrainedAdapter:
                 layer.choose_mask = None
                 layer.train(mode)
 
+    @torch.no_grad()
     def prefer_large_weights(self, index: int, gradient: torch.Tensor, strength: float) -> None:
         """
-        Add to the gradient of a layer's theta, in place, that of a reward for the squares of the kept weights.
+        Subtract from the gradient of a layer's theta, in place, that of a reward for the squares of the kept weights.
 
         Args:
-            strength (`float`): The norm of what is added, in those of the gradient.
+            index (`int`): The layer's.
+            gradient (`torch.Tensor`): That of the loss.
+            strength (`float`): The norm of what is subtracted, as a share of that of the gradient.
         """
         found = self.layers[index].magnitude_gradient(self.name)
         if isinstance(gradient, DTensor):
-            mesh, placements, size, steps = (
-                gradient.device_mesh,
-                gradient.placements,
-                gradient.shape,
-                gradient.stride(),
-            )
+            mesh, placements, size, steps = gradient.device_mesh, gradient.placements, gradient.shape, gradient.stride()
             found = DTensor.from_local(found, mesh, placements, run_check=False, shape=size, stride=steps)
+        if self.layers[index].experts > 1:
+            # One that no token has reached stays as it is.
+            found = found.where(gradient != 0, 0)
         norm, of_reward = (torch.linalg.vector_norm(known, dtype=torch.float32) for known in (gradient, found))
         # Of weights that are all zero none is large.
-        gradient.sub_(found.mul_(torch.where(of_reward > 0, strength * norm / of_reward, 0).to(found.dtype)))
+        share = torch.where(of_reward > 0, strength * norm / of_reward, 0)
+        gradient.addcmul_(found, share.to(found.dtype), value=-1)
 
     def mode(self, index: int, layer: MaskProLayer, weight: torch.Tensor) -> torch.Tensor:
         """The weight under the learned mask."""

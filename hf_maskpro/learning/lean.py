@@ -25,7 +25,7 @@ CODES_PER_OCTAVE, LOWEST_OCTAVE = 3, -68
 class OptimizerInBackward:
     """
     Moves the logits of each layer as soon as the backward pass has their gradient, and frees it: in no moment are two
-    layers' gradients there.
+    layers' gradients there, though beside one that of the pull towards large weights.
 
     The rule is AdamW, with both moments in 8 bits: the second as its logarithm, and the first as the root of its share
     in the root of the second. They are rounded up or down at random: in 50 steps the second fades to a third, and

@@ -27,16 +27,17 @@ class SimpleArguments:
             `adam_epsilon` and `weight_decay`; `optim` is for `modules_to_save` alone. Turns `gradient_checkpointing`
             on unless that is given. With bfloat16 logits a run then adds about 4.1 bytes to a weight. One process, no
             accumulation.
-        weight_pull (`float`, defaults to 0.1):
-            A pull towards large weights, as MaskLLM's (arXiv 2409.17481): to the gradient of each layer's logits that
-            of a reward for the squares of the kept weights is added, so many times as long. Where the text says
-            little, large weights win, and the mask suits other text better. 0 is SIMPLE as published.
+        weight_pull (`float`, *optional*):
+            A pull towards large weights, as MaskLLM's (arXiv 2409.17481): a reward for the squares of the kept weights,
+            whose gradient has this share of the norm of the loss's, in each layer. Where the text says little, large
+            weights win, and the mask suits other text better. Default 0.3, and in runs of more than 60 steps less, by
+            the square root of the ratio: a steady pull adds up, and noise averages out. 0 is SIMPLE as published.
     """
 
     optimizer_in_backward: bool = field(
         default=False, metadata={"help": "Move the logits within `simple`'s backward pass: least memory."}
     )
-    weight_pull: float = field(default=0.1, metadata={"help": "`simple`'s preference for large weights."})
+    weight_pull: float | None = field(default=None, metadata={"help": "`simple`'s preference for large weights."})
 
 
 class Simple(Estimator):
@@ -59,8 +60,8 @@ class Simple(Estimator):
                 "optimizer_in_backward=True steps before the norm of all gradients is known, and max_grad_norm is "
                 f"{args.max_grad_norm}, not 0; drop one of the two."
             )
-        if not 0 <= args.weight_pull < inf:
-            raise ValueError(f"weight_pull is {args.weight_pull}; it cannot be negative or infinite. 0.1 is usual.")
+        if args.weight_pull is not None and not 0 <= args.weight_pull < inf:
+            raise ValueError(f"weight_pull is {args.weight_pull}; it cannot be negative or infinite. 0.3 is usual.")
         # Of a run that is measured in epochs the number of steps is not known here.
         steps = args.max_steps if args.max_steps > 0 else 120
         rate = 0.2 * sqrt(120 / steps) if args.learning_rate is None else args.learning_rate
@@ -72,6 +73,7 @@ class Simple(Estimator):
             # In a short run the rest of the schedule needs steps, too.
             "warmup_steps": args.max_steps // 5 if 0 < args.max_steps < 50 else 10,
             "adam_beta2": 0.98,
+            "weight_pull": 0.3 * min(1, sqrt(60 / steps)),
         } | ({"gradient_checkpointing": True} if args.optimizer_in_backward else {})
 
     def __init__(self, trainer: Trainer, adapter: TrainedAdapter):
@@ -99,7 +101,7 @@ class Simple(Estimator):
         if not (pull := self.trainer.args.weight_pull) or self.in_backward is not None:
             return
         for index, theta in enumerate(self.adapter.thetas()):
-            # A layer that no batch has reached stays as it is.
+            # Of a layer that no batch has reached.
             if theta.grad is not None:
                 self.adapter.prefer_large_weights(index, theta.grad, pull)
 

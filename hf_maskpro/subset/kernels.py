@@ -387,7 +387,7 @@ def theta_gradient(
     """
     m = theta.shape[1]
     as_words = all(_groups_are_words(rows, m) and rows.dtype == torch.bfloat16 for rows in (grad, weight))
-    kernel = _gradient_kernel(n, m, as_words)
-    return kernel(
-        theta.numel() // m, theta, packed, code_table(n, m, theta.device), _number(scale, theta.device), grad, weight
-    )
+    kernel, table = _gradient_kernel(n, m, as_words), code_table(n, m, theta.device)
+    # Parameters and plain tensors would be compiled for one after the other.
+    theta, grad, weight = theta.detach(), grad.detach(), weight.detach()
+    return kernel(theta.numel() // m, theta, packed, table, _number(scale, theta.device), grad, weight)

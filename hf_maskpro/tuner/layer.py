@@ -539,12 +539,13 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         return self.out_in(apply_packed(self.out_in(plain(weight)), packed, config.n, config.m))
 
     def magnitude_gradient(self, adapter_name: str) -> torch.Tensor:
-        """The gradient of the mean sum of the squares of the kept weights, of theta's rows that are here."""
-        config, whole = self.maskpro_config[adapter_name], self.base_weight.detach()
+        """The gradient of the expected sum of squares of the kept weights, of theta's rows in this process."""
+        config, whole = self.maskpro_config[adapter_name], self.base_weight
         theta, start = rows_here(self.maskpro_theta[adapter_name].detach())
         here = slice(start, start + len(theta))
-        rows = self.out_in(plain(whole.full_tensor() if isinstance(whole, DTensor) else whole))[here]
-        packed = self.packed_initial_mask(adapter_name)[here]
+        # What is quantized knows how to dequantize itself until it is detached.
+        values = plain(whole.full_tensor() if isinstance(whole, DTensor) else whole).detach()
+        rows, packed = self.out_in(values)[here], self.packed_initial_mask(adapter_name)[here]
         return theta_gradient(theta, packed, logit_scale(config), config.n, rows, rows)
 
     def move_logits(

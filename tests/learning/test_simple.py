@@ -11,8 +11,8 @@ from hf_maskpro.learning.adapter import TrainedAdapter
 from hf_maskpro.subset import candidates, group_members, mode
 from hf_maskpro.tuner import masked_layers
 
-from ..conftest import tiny_llama
-from .test_trainer import arguments, rows, thetas
+from ..conftest import tiny_llama, tiny_mixtral
+from .test_trainer import arguments, rows
 
 
 def large_weights(model) -> float:
@@ -43,14 +43,54 @@ def test_a_strong_pull_learns_the_magnitude_mask(tmp_path, lean):
 
 
 def test_a_weak_one_leaves_the_loss_its_say(tmp_path):
-    losses, shares, logits = {}, {}, {}
+    losses, shares = {}, {}
     for pull in (0.0, 0.1):
         trainer, _ = trained(tmp_path, weight_pull=pull)
         losses[pull], shares[pull] = trainer.evaluate(rows())["eval_loss"], large_weights(trainer.model)
-        logits[pull] = thetas(trainer.model)
-    assert any(not torch.equal(mine, theirs) for mine, theirs in zip(logits[0.0], logits[0.1], strict=True))
     assert shares[0.0] < shares[0.1] < 0.6
     assert losses[0.1] < losses[0.0] + 0.05
+
+
+def test_within_the_backward_pass_it_is_the_same(tmp_path, monkeypatch):
+    """Of the first step, which either has from the same logits and masks."""
+    given = {}
+    for lean in (False, True):
+        seen = given[lean] = {}
+        preferring = TrainedAdapter.prefer_large_weights
+
+        def note(self, index, gradient, strength, seen=seen, preferring=preferring):
+            preferring(self, index, gradient, strength)
+            seen.setdefault(index, gradient.clone())
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainedAdapter, "prefer_large_weights", note)
+            trained(tmp_path, lean, gradient_checkpointing=False)
+    assert len(given[True]) == 14
+    assert all(torch.equal(given[True][index], gradient) for index, gradient in given[False].items())
+
+
+def test_an_expert_that_no_token_has_reached_stays_as_it_is(tmp_path):
+    model = tiny_mixtral(layers=1)
+    # The router sends all tokens to the first two.
+    model.model.layers[0].mlp.gate.weight.data.zero_()
+    model = get_peft_model(model, MaskProConfig(init_mask="random", logit_scale=2.0))
+    trainer = MaskProTrainer(model, arguments(tmp_path, "simple", max_steps=3), train_dataset=rows())
+    trainer.train()
+    moved = [
+        theta.unflatten(0, (layer.experts, -1)).abs().amax((1, 2, 3)) > 0
+        for layer, theta in zip(trainer.adapter.layers, trainer.adapter.thetas(), strict=True)
+        if layer.experts > 1
+    ]
+    assert moved
+    assert all(experts.sum() == 2 for experts in moved)
+
+
+def test_a_layer_that_no_batch_has_reached_stays_as_it_is(tmp_path):
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="random"))
+    trainer = MaskProTrainer(model, arguments(tmp_path, "simple", max_steps=1), train_dataset=rows())
+    trainer.adapter.thetas()[0].register_post_accumulate_grad_hook(lambda theta: setattr(theta, "grad", None))
+    trainer.train()
+    assert [bool(theta.any()) for theta in trainer.adapter.thetas()] == [False] + [True] * 13
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
