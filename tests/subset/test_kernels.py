@@ -185,6 +185,16 @@ def test_weights_and_gradients(compiled, dtype, n, m):
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
 
 
+def test_parameters_and_tensors_without_a_graph_share_a_compilation(compiler, monkeypatch):
+    """The one is a backward pass, the other the pull towards large weights."""
+    monkeypatch.setattr(compiling, "SMALLEST_COMPILED", 1)
+    theta, packed, weight, _ = layer(2, 4)
+    parameters = torch.nn.Parameter(theta), torch.nn.Parameter(weight)
+    kernels.theta_gradient(parameters[0], packed, 2.0, 2, torch.randn(weight.shape), parameters[1])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        kernels.theta_gradient(theta, packed, 2.0, 2, weight, weight)
+
+
 def test_a_weight_that_does_not_start_on_a_word(compiled):
     _, packed, weight, _ = layer(2, 4, torch.bfloat16)
     shifted = torch.cat([torch.zeros(1, dtype=torch.bfloat16), weight.flatten()])[1:].view(weight.shape)
