@@ -100,7 +100,7 @@ def residual(logits: int) -> Estimator:
 
 
 def _pull(logits: int) -> int:
-    """The reward's gradient is made of weight and logits, both gradients are measured, and one is moved by the other."""
+    """A gradient is made of weight and logits; its norm and that of the loss's are taken, and it is added."""
     return 2 + 7 * logits
 
 

@@ -108,7 +108,8 @@ class TrainedAdapter:
         """
         found = self.layers[index].magnitude_gradient(self.name)
         if isinstance(gradient, DTensor):
-            mesh, placements, size, steps = gradient.device_mesh, gradient.placements, gradient.shape, gradient.stride()
+            mesh, placements = gradient.device_mesh, gradient.placements
+            size, steps = gradient.shape, gradient.stride()
             found = DTensor.from_local(found, mesh, placements, run_check=False, shape=size, stride=steps)
         if self.layers[index].experts > 1:
             # One that no token has reached stays as it is.

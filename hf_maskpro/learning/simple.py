@@ -28,10 +28,11 @@ class SimpleArguments:
             on unless that is given. With bfloat16 logits a run then adds about 4.1 bytes to a weight. One process, no
             accumulation.
         weight_pull (`float`, *optional*):
-            A pull towards large weights, as MaskLLM's (arXiv 2409.17481): a reward for the squares of the kept weights,
-            whose gradient has this share of the norm of the loss's, in each layer. Where the text says little, large
-            weights win, and the mask suits other text better. Default 0.3, and in runs of more than 60 steps less, by
-            the square root of the ratio: a steady pull adds up, and noise averages out. 0 is SIMPLE as published.
+            A pull towards large weights, as MaskLLM's (arXiv 2409.17481): a reward for the squares of the kept
+            weights, whose gradient has this share of the norm of the loss's, in each layer. Where the text says
+            little, large weights win, and the mask suits other text better. Default 0.3, and in runs of more than 60
+            steps less, by the square root of the ratio: a steady pull adds up, and noise averages out. 0 is SIMPLE as
+            published.
     """
 
     optimizer_in_backward: bool = field(
