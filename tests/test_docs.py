@@ -355,9 +355,9 @@ def test_figures_without_a_file_are_repeated_rightly():
         (line,) = (line for line in lines if re.match(rf"\| {start}[^|]* \|", line))
         return cells(line.replace("**", ""))
 
-    *_, elsewhere, home, _ = row("two fifths own text")
+    *_, elsewhere, home, _ = row("from the same, two fifths own text")
     assert f"has {home} times at home and {elsewhere} times elsewhere" in readme
-    assert f"had {home} times the dense perplexity at home and {elsewhere} times elsewhere" in choosing
+    assert f"took a mask to {home} times the dense perplexity at home and {elsewhere} times elsewhere" in choosing
     *_, elsewhere, home = row("language modelling(?!,)")
     assert f"{home} times the dense perplexity at home and {elsewhere} times elsewhere" in choosing
     assert f"mask has {elsewhere} times the dense perplexity" in comparison
