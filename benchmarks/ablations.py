@@ -54,6 +54,7 @@ CHANGES: list[dict[str, Any]] = [
     {"objective": "distillation"},
     {"objective": '{"distillation": 1, "language-modeling": 1}'},
     {"weight_decay": 0.1},
+    {"weight_pull": 0.0},
 ]
 MAX_TOKENS = 16_384
 
