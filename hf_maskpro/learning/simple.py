@@ -30,9 +30,9 @@ class SimpleArguments:
         weight_pull (`float`, *optional*):
             A pull towards large weights, as MaskLLM's (arXiv 2409.17481): a reward for the squares of the kept
             weights, whose gradient has this share of the norm of the loss's, in each layer. Where the text says
-            little, large weights win. Learned from a mixture, masks suit other text better by it. Default 0.3, and in runs of more than 60
-            steps less, by the square root of the ratio: a steady pull adds up, and noise averages out. 0 is SIMPLE as
-            published.
+            little, large weights win. Learned from a mixture, masks suit other text better by it. Default 0.3, and in
+            runs of more than 60 steps less, by the square root of the ratio: a steady pull adds up, and noise averages
+            out. 0 is SIMPLE as published.
     """
 
     optimizer_in_backward: bool = field(
