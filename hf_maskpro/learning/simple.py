@@ -102,7 +102,7 @@ class Simple(Estimator):
         if not (pull := self.trainer.args.weight_pull) or self.in_backward is not None:
             return
         for index, theta in enumerate(self.adapter.thetas()):
-            # Of a layer that no batch has reached.
+            # A layer that no batch has reached has none.
             if theta.grad is not None:
                 self.adapter.prefer_large_weights(index, theta.grad, pull)
 
