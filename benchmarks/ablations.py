@@ -32,6 +32,7 @@ BASE: dict[str, Any] = {
     "objective": "language-modeling",
     "weight_decay": 0.0,
     "weight_pull": 0.3,
+    "curvature": 1.0,
     "seed": 0,
 }
 CHANGES: list[dict[str, Any]] = [
@@ -55,6 +56,7 @@ CHANGES: list[dict[str, Any]] = [
     {"objective": '{"distillation": 1, "language-modeling": 1}'},
     {"weight_decay": 0.1},
     {"weight_pull": 0.0},
+    {"curvature": 0.0},
 ]
 MAX_TOKENS = 16_384
 
@@ -105,6 +107,7 @@ def worker(
         objective=settings["objective"],
         weight_decay=settings["weight_decay"],
         weight_pull=settings["weight_pull"],
+        curvature=settings["curvature"],
         seed=settings["seed"],
         save_strategy="no",
         logging_steps=steps,

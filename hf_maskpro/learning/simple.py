@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainingArguments
 
 from .adapter import TrainedAdapter
-from .estimator import Estimator
+from .estimator import Estimator, TrainingStep
 from .lean import OptimizerInBackward, most_of_root
 
 
@@ -32,13 +33,19 @@ class SimpleArguments:
             weights, whose gradient has this share of the norm of the loss's, in each layer. Where the text says
             little, large weights win. Learned from a mixture, masks suit other text better by it. Default 0.3, and in
             runs of more than 60 steps less, by the square root of the ratio: a steady pull adds up, and noise averages
-            out. 0 is SIMPLE as published.
+            out.
+        curvature (`float`, defaults to 1.0):
+            How much of the loss's curvature counts where a weight is kept or dropped, which is no small step. It is
+            estimated by the squares of the batch's gradients, times how many tokens these are a mean over. SIMPLE as
+            published takes the slope alone, which makes less of kept weights than they are worth, and more of dropped
+            ones; that is 0 here, with a `weight_pull` of 0.
     """
 
     optimizer_in_backward: bool = field(
         default=False, metadata={"help": "Move the logits within `simple`'s backward pass: least memory."}
     )
     weight_pull: float | None = field(default=None, metadata={"help": "`simple`'s preference for large weights."})
+    curvature: float = field(default=1.0, metadata={"help": "How much of the loss's curvature `simple` counts."})
 
 
 class Simple(Estimator):
@@ -63,6 +70,8 @@ class Simple(Estimator):
             )
         if args.weight_pull is not None and not 0 <= args.weight_pull < inf:
             raise ValueError(f"weight_pull is {args.weight_pull}; it cannot be negative or infinite. 0.3 is usual.")
+        if not 0 <= args.curvature < inf:
+            raise ValueError(f"curvature is {args.curvature}; it cannot be negative or infinite. 1 is usual.")
         # Of a run that is measured in epochs the number of steps is not known here.
         steps = args.max_steps if args.max_steps > 0 else 120
         rate = 0.2 * sqrt(120 / steps) if args.learning_rate is None else args.learning_rate
@@ -98,6 +107,29 @@ class Simple(Estimator):
         # It finds no gradient of the logits, and holds their learning rate for the schedule.
         return super().optimizer(default)
 
+    def training_step(
+        self,
+        default: TrainingStep,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        trainer = self.trainer
+        # Where there are no labels it is not known what the loss is a mean over.
+        terms = int((inputs["labels"] != -100).sum()) if "labels" in inputs else 0
+        scaler = trainer.accelerator.scaler
+        scale = trainer.args.curvature * terms * trainer.current_gradient_accumulation_steps
+        # Gradients that were scaled against underflow are squared.
+        self._set_curvature(scale if scaler is None else scale / scaler.get_scale())
+        try:
+            return super().training_step(default, model, inputs, num_items_in_batch)
+        finally:
+            self._set_curvature(0.0)
+
+    def _set_curvature(self, scale: float) -> None:
+        for layer in self.adapter.layers:
+            layer.curvature = scale
+
     def before_step(self) -> None:
         if not (pull := self.trainer.args.weight_pull) or self.in_backward is not None:
             return
@@ -119,7 +151,7 @@ class Simple(Estimator):
 
     def settings(self) -> dict[str, Any]:
         args = self.trainer.args
-        found = super().settings() | {"weight_pull": args.weight_pull}
+        found = super().settings() | {"weight_pull": args.weight_pull, "curvature": args.curvature}
         if not args.optimizer_in_backward:
             return found
         # Its first moment is kept in units that depend on these.

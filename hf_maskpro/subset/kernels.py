@@ -351,7 +351,7 @@ def _members(rows: torch.Tensor, m: int, as_words: bool) -> list[torch.Tensor]:
 
 
 @lru_cache
-def _gradient_kernel(n: int, m: int, as_words: bool) -> Kernel:
+def _gradient_kernel(n: int, m: int, as_words: bool, curved: bool) -> Kernel:
     read = _reader(n, m)
 
     def gradient(
@@ -361,19 +361,30 @@ def _gradient_kernel(n: int, m: int, as_words: bool) -> Kernel:
         scale: torch.Tensor,
         grad: torch.Tensor,
         weight: torch.Tensor,
+        *curvature: torch.Tensor,
     ) -> torch.Tensor:
         initial = read(packed, table, theta.shape[2])
         dtype = work_dtype(n)
-        pairs = zip(_members(grad, m, as_words), _members(weight, m, as_words), strict=True)
-        worth = [(g * w).to(dtype) for g, w in pairs]
+        grads, weights = _members(grad, m, as_words), _members(weight, m, as_words)
+        if curved:
+            masked, rows, columns = curvature
+            halves = zip(grads, weights, _members(masked, m, as_words), columns.view(-1, m).unbind(1), strict=True)
+            grads = [g - rows * column * (kept - w / 2) for g, w, kept, column in halves]
+        worth = [(g * w).to(dtype) for g, w in zip(grads, weights, strict=True)]
         planes = marginal_gradient(weights_of(_planes(initial, theta.unbind(1), scale), n, dtype), worth, n)
         return torch.stack([plane.to(theta.dtype) for plane in planes]).transpose(0, 1)
 
-    return _kernel(gradient, n, m, "marginal gradient")
+    return _kernel(gradient, n, m, "curved marginal gradient" if curved else "marginal gradient")
 
 
 def theta_gradient(
-    theta: torch.Tensor, packed: torch.Tensor, scale: float, n: int, grad: torch.Tensor, weight: torch.Tensor
+    theta: torch.Tensor,
+    packed: torch.Tensor,
+    scale: float,
+    n: int,
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    curvature: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
     SIMPLE's gradient with respect to theta, as [`marginals_backward`] of gradient times weight.
@@ -381,13 +392,18 @@ def theta_gradient(
     Args:
         grad (`torch.Tensor`): Gradient with respect to the masked weight, `[out_features, in_features]`.
         weight (`torch.Tensor`): The dense weight, `[out_features, in_features]`.
+        curvature (`tuple[torch.Tensor, torch.Tensor, torch.Tensor]`, *optional*): The masked weight, and factors of
+            the loss's second derivative with respect to each weight, float32 `[out_features, 1]` and `[in_features]`.
+            With them what keeping a weight is worth is the difference that it makes to second order, not the slope.
 
     Returns:
         `torch.Tensor`: Of theta's shape and dtype.
     """
     m = theta.shape[1]
-    as_words = all(_groups_are_words(rows, m) and rows.dtype == torch.bfloat16 for rows in (grad, weight))
-    kernel, table = _gradient_kernel(n, m, as_words), code_table(n, m, theta.device)
+    matrices = (grad, weight) if curvature is None else (grad, weight, curvature[0])
+    as_words = all(_groups_are_words(rows, m) and rows.dtype == torch.bfloat16 for rows in matrices)
+    kernel, table = _gradient_kernel(n, m, as_words, curvature is not None), code_table(n, m, theta.device)
     # Parameters and plain tensors would be compiled for one after the other.
     theta, grad, weight = theta.detach(), grad.detach(), weight.detach()
-    return kernel(theta.numel() // m, theta, packed, table, _number(scale, theta.device), grad, weight)
+    args = (theta, packed, table, _number(scale, theta.device), grad, weight, *(curvature or ()))
+    return kernel(theta.numel() // m, *args)

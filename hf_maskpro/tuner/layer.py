@@ -74,6 +74,9 @@ class _ApplyMask(torch.autograd.Function):
 
     What keeping a weight is worth, gradient times weight, goes to the logits through the exact marginals of the
     conditional Poisson distribution. The logits are rebuilt from the starting mask rather than kept.
+
+    A slope at a kept weight makes less of it than it is worth, and at a dropped one more, by half the curvature times
+    the square of the weight. Where the layer is told of its curvature, that is made up for.
     """
 
     @staticmethod
@@ -92,9 +95,33 @@ class _ApplyMask(torch.autograd.Function):
             grad_weight = layer.masked(grad, name, ctx.seed)
         if ctx.needs_input_grad[1]:
             config, packed = layer.maskpro_config[name], layer.packed_initial_mask(name)
-            rows = layer.out_in(grad), layer.out_in(plain(weight))
-            grad_theta = theta_gradient(theta, packed, logit_scale(config), config.n, *rows)
+            rows, curvature = (layer.out_in(grad), layer.out_in(plain(weight))), None
+            if layer.curvature > 0:
+                masked = layer.masked(weight, name, ctx.seed)
+                curvature = (layer.out_in(masked), *second_derivatives(rows[0], layer.curvature))
+            grad_theta = theta_gradient(theta, packed, logit_scale(config), config.n, *rows, curvature)
         return grad_weight, grad_theta, None, None, None
+
+
+def second_derivatives(gradient: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Factors of an estimate of a loss's second derivative with respect to each weight: `scale` times the mean square of
+    the gradient, by its row and its column, since a single square is mostly noise. That is the Fisher information if
+    the loss is the mean of as many independent terms, and masks have not taken the model far from its minimum.
+
+    Args:
+        gradient (`torch.Tensor`): With respect to the masked weight, `[out_features, in_features]`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: float32 `[out_features, 1]` and `[in_features]`.
+    """
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    rows, columns = (
+        (torch.linalg.vector_norm(gradient, dim=dim, dtype=dtype).square() / gradient.shape[dim]).float()
+        for dim in (1, 0)
+    )
+    mean = columns.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return scale * rows.unsqueeze(1) / mean, columns
 
 
 def has_memory(theta: torch.Tensor) -> bool:
@@ -240,6 +267,8 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         # While set, masks the weight in train mode, by what it chooses; otherwise by a sample.
         self.choose_mask: Callable[[torch.Tensor], torch.Tensor] | None = None
+        # Times a weight's mean squared gradient it is the loss's second derivative; 0 leaves that out.
+        self.curvature = 0.0
         # While set, the layer applies no mask: calibration looks at what the dense layer sees.
         self.dense = False
         self._dropped: list[tuple[torch.Tensor, torch.Tensor]] = []

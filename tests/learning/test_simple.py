@@ -1,4 +1,4 @@
-"""`simple`'s pull towards large weights."""
+"""`simple`'s pull towards large weights, and its account of curvature."""
 
 import math
 
@@ -9,6 +9,7 @@ from peft import get_peft_model
 from hf_maskpro import MaskProConfig, MaskProTrainer
 from hf_maskpro.learning.adapter import TrainedAdapter
 from hf_maskpro.subset import candidates, group_members, mode
+from hf_maskpro.tuner import layer as tuner_layer
 from hf_maskpro.tuner import masked_layers
 
 from ..conftest import tiny_llama, tiny_mixtral
@@ -134,3 +135,68 @@ def test_of_weights_that_are_zero_none_is_preferred():
 def test_a_pull_that_is_none_is_refused(tmp_path, value):
     with pytest.raises(ValueError, match=f"weight_pull is {value}"):
         arguments(tmp_path, "simple", weight_pull=value)
+
+
+def test_second_derivatives_are_exact_where_rows_and_columns_multiply():
+    rows, columns = torch.randn(6, 1), torch.randn(8)
+    found, by_column = tuner_layer.second_derivatives(rows * columns, 3.0)
+    torch.testing.assert_close(found * by_column, 3 * (rows * columns).square())
+
+
+def test_of_no_gradient_there_is_no_curvature():
+    found, by_column = tuner_layer.second_derivatives(torch.zeros(6, 8), 3.0)
+    assert torch.equal(found * by_column, torch.zeros(6, 8))
+
+
+def test_second_derivatives_are_the_fisher_information():
+    """Of a softmax over four classes, linear in independent features, by 4,096 rows of labels that it drew itself."""
+    torch.manual_seed(0)
+    inputs = torch.randn(4096, 8, dtype=torch.float64) * torch.linspace(0.5, 2, 8, dtype=torch.float64)
+    weight = (torch.randn(4, 8, dtype=torch.float64) / 4).requires_grad_(True)
+    chances = (inputs @ weight.T).softmax(1).detach()
+    exact = torch.einsum("tc,ti->ci", chances * (1 - chances), inputs.square()) / len(inputs)
+    estimates = []
+    for _ in range(400):
+        labels = chances.multinomial(1).flatten()
+        (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(inputs @ weight.T, labels), weight)
+        rows, columns = tuner_layer.second_derivatives(gradient, len(inputs))
+        estimates.append(rows * columns)
+    mean = torch.stack(estimates).mean(0)
+    assert (mean - exact).norm() < 0.15 * exact.norm()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_curvature_is_by_the_tokens_of_a_step(tmp_path, monkeypatch, accumulation):
+    seen, estimate = set(), tuner_layer.second_derivatives
+
+    def note(gradient, scale):
+        seen.add(scale)
+        return estimate(gradient, scale)
+
+    monkeypatch.setattr(tuner_layer, "second_derivatives", note)
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="random"))
+    args = arguments(
+        tmp_path,
+        "simple",
+        max_steps=2,
+        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=8 // accumulation,
+        curvature=0.5,
+    )
+    trainer = MaskProTrainer(model, args, train_dataset=rows(length=12))
+    trainer.train()
+    assert seen == {0.5 * 8 * 12}
+    assert trainer.config.start["training"]["curvature"] == 0.5
+    # A loop of somebody else's has the slope alone.
+    assert {layer.curvature for layer in masked_layers(trainer.model).values()} == {0.0}
+
+
+def test_without_it_nothing_is_estimated(tmp_path, monkeypatch):
+    monkeypatch.delattr(tuner_layer, "second_derivatives")
+    trained(tmp_path, curvature=0.0)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_a_curvature_that_is_none_is_refused(tmp_path, value):
+    with pytest.raises(ValueError, match=f"curvature is {value}"):
+        arguments(tmp_path, "simple", curvature=value)

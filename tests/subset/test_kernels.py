@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from hf_maskpro.subset import (
+    candidates,
     codes_of,
     compiling,
     keep_of,
@@ -183,6 +184,33 @@ def test_weights_and_gradients(compiled, dtype, n, m):
     got = kernels.theta_gradient(theta, packed, 2.0, n, grad, weight)
     assert got.stride() == theta.stride()
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8)])
+def test_with_curvature_its_mean_is_the_gradient_of_the_expected_loss(compiled, dtype, n, m):
+    """Exactly, over all masks of a group, where each weight's own effect is quadratic; the slope alone is not."""
+    if compiled and n != 2:
+        pytest.skip("compiling takes long")
+    theta, packed, weight, logits = layer(n, m, dtype)
+    slope = torch.randn(weight.shape)
+    rows, columns = torch.rand(len(weight), 1) + 0.5, torch.rand(weight.shape[1]) + 0.5
+    sets = candidates(n, m, torch.device("cpu"))
+    leaf = logits.detach().double().requires_grad_(True)
+    chances = torch.einsum("cm,rmg->crg", sets.double(), leaf).softmax(0)
+    expected, mean, by_slope = torch.zeros(()).double(), 0, 0
+    for kept, chance in zip(sets, chances, strict=True):
+        masked = torch.where(kept.bool().repeat(weight.shape[1] // m), weight, 0)
+        loss = slope.double() * masked.double() + rows.double() * columns * masked.double().square() / 2
+        expected = expected + (chance * loss.unflatten(1, (-1, m)).sum(2)).sum()
+        grad = (slope + rows * columns * masked.float()).to(dtype)
+        share = chance.detach().float().unsqueeze(1)
+        mean = mean + share * kernels.theta_gradient(theta, packed, 2.0, n, grad, weight, (masked, rows, columns))
+        by_slope = by_slope + share * kernels.theta_gradient(theta, packed, 2.0, n, grad, weight)
+    (exact,) = torch.autograd.grad(expected, leaf)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(mean.double(), exact, atol=tolerance, rtol=tolerance)
+    assert (by_slope - exact).norm() > 0.1 * exact.norm()
 
 
 def test_parameters_and_tensors_without_a_graph_share_a_compilation(compiler, monkeypatch):
