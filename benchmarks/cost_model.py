@@ -104,15 +104,20 @@ def _pull(logits: int) -> int:
     return 2 + 7 * logits
 
 
+# The gradient is copied to float32, squared, and averaged by rows and by columns; the masked weight is read again.
+_CURVATURE = 6 + 8 + 8 + 2
+
+
 def lean(logits: int) -> Estimator:
     """Beside the logits two moments of a byte; it runs with gradient checkpointing."""
-    moved = 3 * logits + 4 + _pull(logits)
+    moved = 3 * logits + 4 + _pull(logits) + _CURVATURE
     return Estimator(_name("lean simple", logits), logits + 2 + PACKED, 8, moved, processes=False)
 
 
 def simple(logits: int) -> Estimator:
     """Logits, two moments and the gradient."""
-    return Estimator(_name("simple", logits), 4 * logits + PACKED, 6, 7 * logits + _pull(logits), sends=logits)
+    moved = 7 * logits + _pull(logits) + _CURVATURE
+    return Estimator(_name("simple", logits), 4 * logits + PACKED, 6, moved, sends=logits)
 
 
 def proxsparse(logits: int) -> Estimator:

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from .adapter import TrainedAdapter
 from .estimator import Estimator, TrainingStep
 from .lean import OptimizerInBackward, most_of_root
+from .objectives import objective_weights
 
 
 @dataclass
@@ -36,9 +37,10 @@ class SimpleArguments:
             out.
         curvature (`float`, defaults to 1.0):
             How much of the loss's curvature counts where a weight is kept or dropped, which is no small step. It is
-            estimated by the squares of the batch's gradients, times how many tokens these are a mean over. SIMPLE as
+            estimated by the squares of the batch's gradients, times how many labels these are a mean over. SIMPLE as
             published takes the slope alone, which makes less of kept weights than they are worth, and more of dropped
-            ones; that is 0 here, with a `weight_pull` of 0.
+            ones; that is 0 here, with a `weight_pull` of 0. So it is with `objective="distillation"` alone, and where
+            batches have no labels.
     """
 
     optimizer_in_backward: bool = field(
@@ -114,17 +116,23 @@ class Simple(Estimator):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        trainer = self.trainer
-        # Where there are no labels it is not known what the loss is a mean over.
-        terms = int((inputs["labels"] != -100).sum()) if "labels" in inputs else 0
-        scaler = trainer.accelerator.scaler
-        scale = trainer.args.curvature * terms * trainer.current_gradient_accumulation_steps
-        # Gradients that were scaled against underflow are squared.
-        self._set_curvature(scale if scaler is None else scale / scaler.get_scale())
+        self._set_curvature(self._curvature(inputs.get("labels")))
         try:
             return super().training_step(default, model, inputs, num_items_in_batch)
         finally:
             self._set_curvature(0.0)
+
+    def _curvature(self, labels: Any) -> float:
+        """What makes a second derivative of a micro-batch's mean squared gradient."""
+        args = self.trainer.args
+        # The gradient of a divergence has none of the noise of labels that it takes; without labels it is not known
+        # what the loss is a mean over.
+        weight = objective_weights(args.objective).get("language-modeling")
+        if not args.curvature or weight is None or not isinstance(labels, torch.Tensor):
+            return 0.0
+        terms = (labels != -100).sum().item() * self.trainer.current_gradient_accumulation_steps
+        # A loss that is multiplied by a number has its gradient's square multiplied by the square of that.
+        return args.curvature * terms / weight
 
     def _set_curvature(self, scale: float) -> None:
         for layer in self.adapter.layers:

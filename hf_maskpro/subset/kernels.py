@@ -387,14 +387,14 @@ def theta_gradient(
     curvature: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
-    SIMPLE's gradient with respect to theta, as [`marginals_backward`] of gradient times weight.
+    SIMPLE's gradient with respect to theta, as [`marginals_backward`] of what keeping each weight is worth.
 
     Args:
         grad (`torch.Tensor`): Gradient with respect to the masked weight, `[out_features, in_features]`.
         weight (`torch.Tensor`): The dense weight, `[out_features, in_features]`.
         curvature (`tuple[torch.Tensor, torch.Tensor, torch.Tensor]`, *optional*): The masked weight, and factors of
             the loss's second derivative with respect to each weight, float32 `[out_features, 1]` and `[in_features]`.
-            With them what keeping a weight is worth is the difference that it makes to second order, not the slope.
+            With them that is the difference to second order, and without them the slope, gradient times weight.
 
     Returns:
         `torch.Tensor`: Of theta's shape and dtype.

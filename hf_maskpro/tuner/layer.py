@@ -72,22 +72,24 @@ class _ApplyMask(torch.autograd.Function):
     """
     The weight with its dropped entries selected to +0; backward is SIMPLE.
 
-    What keeping a weight is worth, gradient times weight, goes to the logits through the exact marginals of the
-    conditional Poisson distribution. The logits are rebuilt from the starting mask rather than kept.
+    What keeping a weight is worth, to first order gradient times weight, goes to the logits through the exact
+    marginals of the conditional Poisson distribution. The logits are rebuilt from the starting mask rather than kept.
 
-    A slope at a kept weight makes less of it than it is worth, and at a dropped one more, by half the curvature times
-    the square of the weight. Where the layer is told of its curvature, that is made up for.
+    A slope at a kept weight makes less of it than it is worth, and at a dropped one more, by half the loss's curvature
+    times the square of the weight. Where the layer is told how to estimate that, it is made up for.
     """
 
     @staticmethod
     def forward(ctx, weight, theta, layer, adapter_name, seed):
-        ctx.layer, ctx.adapter_name, ctx.seed = layer, adapter_name, seed
-        ctx.save_for_backward(weight, theta)
-        return layer.masked(weight, adapter_name, seed)
+        ctx.layer, ctx.adapter_name, ctx.seed, ctx.curvature = layer, adapter_name, seed, layer.curvature
+        masked = layer.masked(weight, adapter_name, seed)
+        # The product that it goes into keeps it as well.
+        ctx.save_for_backward(weight, theta, *[masked] * (ctx.curvature > 0))
+        return masked
 
     @staticmethod
     def backward(ctx, grad):
-        weight, theta = ctx.saved_tensors
+        weight, theta, *masked = ctx.saved_tensors
         layer, name = ctx.layer, ctx.adapter_name
         grad_weight = grad_theta = None
         if ctx.needs_input_grad[0]:
@@ -96,9 +98,8 @@ class _ApplyMask(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             config, packed = layer.maskpro_config[name], layer.packed_initial_mask(name)
             rows, curvature = (layer.out_in(grad), layer.out_in(plain(weight))), None
-            if layer.curvature > 0:
-                masked = layer.masked(weight, name, ctx.seed)
-                curvature = (layer.out_in(masked), *second_derivatives(rows[0], layer.curvature))
+            if masked:
+                curvature = (layer.out_in(masked[0]), *second_derivatives(rows[0], ctx.curvature))
             grad_theta = theta_gradient(theta, packed, logit_scale(config), config.n, *rows, curvature)
         return grad_weight, grad_theta, None, None, None
 
@@ -107,21 +108,19 @@ def second_derivatives(gradient: torch.Tensor, scale: float) -> tuple[torch.Tens
     """
     Factors of an estimate of a loss's second derivative with respect to each weight: `scale` times the mean square of
     the gradient, by its row and its column, since a single square is mostly noise. That is the Fisher information if
-    the loss is the mean of as many independent terms, and masks have not taken the model far from its minimum.
+    the loss is the mean of as many independent negative log-likelihoods, and not far from its minimum: the mean
+    gradient's own square comes on top, `scale` times.
 
     Args:
-        gradient (`torch.Tensor`): With respect to the masked weight, `[out_features, in_features]`.
+        gradient (`torch.Tensor`): With respect to the masked weight, `[out_features, in_features]`. Experts in one
+            parameter have columns in common.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: float32 `[out_features, 1]` and `[in_features]`.
     """
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    rows, columns = (
-        (torch.linalg.vector_norm(gradient, dim=dim, dtype=dtype).square() / gradient.shape[dim]).float()
-        for dim in (1, 0)
-    )
-    mean = columns.mean().clamp(min=torch.finfo(torch.float32).tiny)
-    return scale * rows.unsqueeze(1) / mean, columns
+    squares = gradient.to(torch.float32, copy=True).square_()
+    rows, columns = squares.mean(1, keepdim=True), squares.mean(0)
+    return scale * rows / columns.mean().clamp(min=torch.finfo(torch.float32).tiny), columns
 
 
 def has_memory(theta: torch.Tensor) -> bool:

@@ -8,9 +8,10 @@ from peft import get_peft_model
 
 from hf_maskpro import MaskProConfig, MaskProTrainer
 from hf_maskpro.learning.adapter import TrainedAdapter
-from hf_maskpro.subset import candidates, group_members, mode
+from hf_maskpro.subset import candidates, group_members, marginals_backward, mode
 from hf_maskpro.tuner import layer as tuner_layer
 from hf_maskpro.tuner import masked_layers
+from hf_maskpro.tuner.linear import MaskProLinear
 
 from ..conftest import tiny_llama, tiny_mixtral
 from .test_trainer import arguments, rows
@@ -165,8 +166,8 @@ def test_second_derivatives_are_the_fisher_information():
     assert (mean - exact).norm() < 0.15 * exact.norm()
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_curvature_is_by_the_tokens_of_a_step(tmp_path, monkeypatch, accumulation):
+def noted(monkeypatch) -> set[float]:
+    """What second derivatives are scaled by."""
     seen, estimate = set(), tuner_layer.second_derivatives
 
     def note(gradient, scale):
@@ -174,6 +175,15 @@ def test_the_curvature_is_by_the_tokens_of_a_step(tmp_path, monkeypatch, accumul
         return estimate(gradient, scale)
 
     monkeypatch.setattr(tuner_layer, "second_derivatives", note)
+    return seen
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_curvature_is_by_the_labels_of_a_step(tmp_path, monkeypatch, accumulation):
+    seen = noted(monkeypatch)
+    data = rows(length=12)
+    for row in data:
+        row["labels"][:4] = -100
     model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="random"))
     args = arguments(
         tmp_path,
@@ -183,12 +193,79 @@ def test_the_curvature_is_by_the_tokens_of_a_step(tmp_path, monkeypatch, accumul
         per_device_train_batch_size=8 // accumulation,
         curvature=0.5,
     )
-    trainer = MaskProTrainer(model, args, train_dataset=rows(length=12))
+    trainer = MaskProTrainer(model, args, train_dataset=data)
     trainer.train()
-    assert seen == {0.5 * 8 * 12}
+    assert seen == {0.5 * 8 * 8}
     assert trainer.config.start["training"]["curvature"] == 0.5
     # A loop of somebody else's has the slope alone.
     assert {layer.curvature for layer in masked_layers(trainer.model).values()} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("objective", "scale"),
+    [
+        ({"language-modeling": 1.0, "distillation": 1.0}, 8 * 12),
+        # The square of the gradient is a hundred times as large, and the curvature ten.
+        ({"language-modeling": 10.0, "distillation": 10.0}, 8 * 12 / 10),
+        ("distillation", None),
+    ],
+)
+def test_the_curvature_is_that_of_the_objective(tmp_path, monkeypatch, objective, scale):
+    seen = noted(monkeypatch)
+    trained(tmp_path, objective=objective)
+    assert seen == ({scale} if scale else set())
+
+
+@pytest.mark.parametrize("labels", [None, [{"boxes": 1}]])
+def test_without_labels_the_slope_alone_counts(tmp_path, labels):
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="random"))
+    trainer = MaskProTrainer(model, arguments(tmp_path, "simple", max_steps=1), train_dataset=rows())
+    seen = []
+    step = lambda *_: seen.extend(layer.curvature for layer in trainer.adapter.layers)  # noqa: E731
+    trainer.estimator.training_step(step, model, {"labels": labels}, None)
+    assert set(seen) == {0.0}
+
+
+def test_after_a_step_that_fails_the_slope_alone_counts(tmp_path):
+    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="random"))
+    trainer = MaskProTrainer(model, arguments(tmp_path, "simple", max_steps=1), train_dataset=rows())
+
+    trainer.current_gradient_accumulation_steps = 1
+
+    def step(*_):
+        assert {layer.curvature for layer in trainer.adapter.layers} == {3.0}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.estimator.training_step(step, model, {"labels": torch.tensor([[1, 2, 3, -100]])}, None)
+    assert {layer.curvature for layer in trainer.adapter.layers} == {0.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_layer_goes_by_the_mask_that_it_has_sampled(dtype):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(16, 8, bias=False, dtype=dtype)
+    layer = MaskProLinear(linear, "default", MaskProConfig(init_mask="random", logit_scale=1.0))
+    layer.train()
+    theta = layer.maskpro_theta["default"]
+    theta.requires_grad_(True)
+    layer.curvature = 3.0
+    inputs = torch.randn(5, 16, dtype=dtype)
+    seed = 7
+    layer._seed = lambda: seed
+    outputs = layer(inputs)
+    outputs.square().sum().backward()
+    masked = layer.masked(linear.weight, "default", seed).detach()
+    assert not torch.equal(masked, layer.masked(linear.weight, "default").detach())
+    gradient = (2 * outputs.detach()).T @ inputs
+    squares = gradient.float().square()
+    second = 3 * squares.mean(1, keepdim=True) * squares.mean(0) / squares.mean()
+    slope = gradient.float() - second * (masked.float() - linear.weight.detach().float() / 2)
+    worth = group_members(slope * linear.weight.detach().float(), 4)
+    logits = theta.detach() + layer.initial_mask("default")
+    expected = marginals_backward(logits, 2, worth)
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(theta.grad, expected, atol=tolerance * expected.abs().max().item(), rtol=tolerance)
 
 
 def test_without_it_nothing_is_estimated(tmp_path, monkeypatch):
