@@ -17,6 +17,11 @@ from .lean import OptimizerInBackward, most_of_root
 from .objectives import objective_weights
 
 
+# The square of the mean gradient is in the estimate of the curvature too, as many times as there are terms. With these
+# it is nearly as large as what is estimated, and with more it would rule.
+MOST_TERMS = 1024
+
+
 @dataclass
 class SimpleArguments:
     """
@@ -37,7 +42,7 @@ class SimpleArguments:
             out.
         curvature (`float`, defaults to 1.0):
             How much of the loss's curvature counts where a weight is kept or dropped, which is no small step. It is
-            estimated by the squares of the batch's gradients, times how many labels these are a mean over. SIMPLE as
+            estimated by the squares of the batch's gradients, times its number of labels, up to 1,024. SIMPLE as
             published takes the slope alone, which makes less of kept weights than they are worth, and more of dropped
             ones; that is 0 here, with a `weight_pull` of 0. So it is with `objective="distillation"` alone, and where
             batches have no labels.
@@ -130,7 +135,7 @@ class Simple(Estimator):
         weight = objective_weights(args.objective).get("language-modeling")
         if not args.curvature or weight is None or not isinstance(labels, torch.Tensor):
             return 0.0
-        terms = (labels != -100).sum().item() * self.trainer.current_gradient_accumulation_steps
+        terms = min((labels != -100).sum().item(), MOST_TERMS) * self.trainer.current_gradient_accumulation_steps
         # A loss that is multiplied by a number has its gradient's square multiplied by the square of that.
         return args.curvature * terms / weight
 

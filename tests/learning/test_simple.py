@@ -7,6 +7,7 @@ import torch
 from peft import get_peft_model
 
 from hf_maskpro import MaskProConfig, MaskProTrainer
+from hf_maskpro.learning import simple
 from hf_maskpro.learning.adapter import TrainedAdapter
 from hf_maskpro.subset import candidates, group_members, marginals_backward, mode
 from hf_maskpro.tuner import layer as tuner_layer
@@ -199,6 +200,13 @@ def test_the_curvature_is_by_the_labels_of_a_step(tmp_path, monkeypatch, accumul
     assert trainer.config.start["training"]["curvature"] == 0.5
     # A loop of somebody else's has the slope alone.
     assert {layer.curvature for layer in masked_layers(trainer.model).values()} == {0.0}
+
+
+def test_the_curvature_is_by_no_more_labels_than_tell_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(simple, "MOST_TERMS", 50)
+    seen = noted(monkeypatch)
+    trained(tmp_path)
+    assert seen == {50}
 
 
 @pytest.mark.parametrize(

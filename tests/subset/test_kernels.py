@@ -214,7 +214,7 @@ def test_with_curvature_its_mean_is_the_gradient_of_the_expected_loss(compiled, 
 
 
 def test_parameters_and_tensors_without_a_graph_share_a_compilation(compiler, monkeypatch):
-    """The one is a backward pass, the other the pull towards large weights."""
+    """The one is a backward pass by the slope alone, the other the pull towards large weights."""
     monkeypatch.setattr(compiling, "SMALLEST_COMPILED", 1)
     theta, packed, weight, _ = layer(2, 4)
     parameters = torch.nn.Parameter(theta), torch.nn.Parameter(weight)
