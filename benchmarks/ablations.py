@@ -171,7 +171,7 @@ def main() -> None:
     rows = protocol.read(args.results, described)
     for change in changes:
         settings = BASE | change
-        if any(row["steps"] == args.steps and all(row[k] == v for k, v in settings.items()) for row in rows):
+        if any(row["steps"] == args.steps and all(row.get(k) == v for k, v in settings.items()) for row in rows):
             continue
         start = protocol.start(base, settings["start"], args.work)
         with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ from .objectives import objective_weights
 
 
 # The square of the mean gradient is in the estimate of the curvature too, as many times as there are terms. With these
-# it is nearly as large as what is estimated, and with more it would rule.
+# it is nearly as large as what is estimated, on SmolLM2-135M, and with more it would rule.
 MOST_TERMS = 1024
 
 
@@ -57,8 +57,9 @@ class SimpleArguments:
 
 class Simple(Estimator):
     """
-    The layers do all of it: in train mode they sample masks, and their backward sends gradient times weight through
-    the exact marginals to the logits. What is its own are the settings of the optimizer, and when it steps.
+    The layers do all of it: in train mode they sample masks, and their backward sends what keeping a weight is worth
+    through the exact marginals to the logits. What is its own are the settings of the optimizer, when it steps, the
+    pull towards large weights, and what the curvature is estimated by.
     """
 
     Arguments = SimpleArguments
@@ -132,12 +133,12 @@ class Simple(Estimator):
         args = self.trainer.args
         # The gradient of a divergence has none of the noise of labels that it takes; without labels it is not known
         # what the loss is a mean over.
-        weight = objective_weights(args.objective).get("language-modeling")
-        if not args.curvature or weight is None or not isinstance(labels, torch.Tensor):
+        weights = objective_weights(args.objective)
+        if not args.curvature or "language-modeling" not in weights or not isinstance(labels, torch.Tensor):
             return 0.0
         terms = min((labels != -100).sum().item(), MOST_TERMS) * self.trainer.current_gradient_accumulation_steps
         # A loss that is multiplied by a number has its gradient's square multiplied by the square of that.
-        return args.curvature * terms / weight
+        return args.curvature * terms / sum(weights.values())
 
     def _set_curvature(self, scale: float) -> None:
         for layer in self.adapter.layers:

@@ -404,6 +404,5 @@ def theta_gradient(
     as_words = all(_groups_are_words(rows, m) and rows.dtype == torch.bfloat16 for rows in matrices)
     kernel, table = _gradient_kernel(n, m, as_words, curvature is not None), code_table(n, m, theta.device)
     # Parameters and plain tensors would be compiled for one after the other.
-    theta, grad, weight = theta.detach(), grad.detach(), weight.detach()
-    args = (theta, packed, table, _number(scale, theta.device), grad, weight, *(curvature or ()))
-    return kernel(theta.numel() // m, *args)
+    theta, grad, weight, *bent = (each.detach() for each in (theta, grad, weight, *(curvature or ())))
+    return kernel(theta.numel() // m, theta, packed, table, _number(scale, theta.device), grad, weight, *bent)

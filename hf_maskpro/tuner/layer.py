@@ -83,7 +83,7 @@ class _ApplyMask(torch.autograd.Function):
     def forward(ctx, weight, theta, layer, adapter_name, seed):
         ctx.layer, ctx.adapter_name, ctx.seed, ctx.curvature = layer, adapter_name, seed, layer.curvature
         masked = layer.masked(weight, adapter_name, seed)
-        # The product that it goes into keeps it as well.
+        # The product that it goes into keeps it as well, unless it is cast for that.
         ctx.save_for_backward(weight, theta, *[masked] * (ctx.curvature > 0))
         return masked
 

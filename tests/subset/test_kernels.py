@@ -193,6 +193,7 @@ def test_with_curvature_its_mean_is_the_gradient_of_the_expected_loss(compiled, 
     if compiled and n != 2:
         pytest.skip("compiling takes long")
     theta, packed, weight, logits = layer(n, m, dtype)
+    torch.manual_seed(0)
     slope = torch.randn(weight.shape)
     rows, columns = torch.rand(len(weight), 1) + 0.5, torch.rand(weight.shape[1]) + 0.5
     sets = candidates(n, m, torch.device("cpu"))
@@ -219,8 +220,13 @@ def test_parameters_and_tensors_without_a_graph_share_a_compilation(compiler, mo
     theta, packed, weight, _ = layer(2, 4)
     parameters = torch.nn.Parameter(theta), torch.nn.Parameter(weight)
     kernels.theta_gradient(parameters[0], packed, 2.0, 2, torch.randn(weight.shape), parameters[1])
+    factors = torch.ones(len(weight), 1), torch.ones(weight.shape[1])
+    masked = kernels.apply_packed(weight, packed, 2, 4)
+    kernels.theta_gradient(theta, packed, 2.0, 2, weight, weight, (masked, *factors))
     with torch._dynamo.config.patch(error_on_recompile=True):
         kernels.theta_gradient(theta, packed, 2.0, 2, weight, weight)
+        # As an output that was kept for the backward pass.
+        kernels.theta_gradient(theta, packed, 2.0, 2, weight, weight, (masked.requires_grad_(True), *factors))
 
 
 def test_a_weight_that_does_not_start_on_a_word(compiled):
