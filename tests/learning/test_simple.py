@@ -229,7 +229,10 @@ def test_without_labels_the_slope_alone_counts(tmp_path, labels):
     model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="random"))
     trainer = MaskProTrainer(model, arguments(tmp_path, "simple", max_steps=1), train_dataset=rows())
     seen = []
-    step = lambda *_: seen.extend(layer.curvature for layer in trainer.adapter.layers)  # noqa: E731
+
+    def step(*_):
+        seen.extend(layer.curvature for layer in trainer.adapter.layers)
+
     trainer.estimator.training_step(step, model, {"labels": labels}, None)
     assert set(seen) == {0.0}
 
@@ -237,7 +240,6 @@ def test_without_labels_the_slope_alone_counts(tmp_path, labels):
 def test_after_a_step_that_fails_the_slope_alone_counts(tmp_path):
     model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="random"))
     trainer = MaskProTrainer(model, arguments(tmp_path, "simple", max_steps=1), train_dataset=rows())
-
     trainer.current_gradient_accumulation_steps = 1
 
     def step(*_):
