@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 import protocol
 from hf_maskpro import MaskProTrainer, MaskProTrainingArguments, perplexity
-from hf_maskpro.cli.common import load_adapter, load_model
+from hf_maskpro.cli.common import load_adapter, load_to_run
 from hf_maskpro.evaluation import against_dense, windows
 
 
@@ -85,7 +85,7 @@ def worker(
     result: Path,
 ) -> None:
     """One run, in this process; writes its row."""
-    model, tokenizer = load_model(base)
+    model, tokenizer = load_to_run(base)
     masked = load_adapter(model, start, is_trainable=True)
     masked.peft_config["default"].logit_scale = settings["logit_scale"]
     calibration = (work / "calibration.txt").read_text(encoding="utf-8")

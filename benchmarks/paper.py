@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 import protocol
 from hf_maskpro import MaskProTrainer, MaskProTrainingArguments, perplexity
-from hf_maskpro.cli.common import load_adapter, load_model
+from hf_maskpro.cli.common import load_adapter, load_to_run
 from hf_maskpro.evaluation import windows
 
 
@@ -45,7 +45,7 @@ class Measure(TrainerCallback):
 
 def worker(settings: dict[str, Any], every: int, base: str, work: Path) -> dict[str, Any]:
     """One run, in this process."""
-    model, tokenizer = load_model(base)
+    model, tokenizer = load_to_run(base)
     masked = load_adapter(model, str(work / "starts" / START), is_trainable=True)
     held_out = (work / "held_out.txt").read_text(encoding="utf-8")
     ids = windows(tokenizer, (work / "calibration.txt").read_text(encoding="utf-8"), protocol.SEQ_LEN)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_maskpro.cli.common import load_model, load_tokenizer
+from hf_maskpro.cli.common import load_to_run, load_tokenizer
 from hf_maskpro.cli.quickstart import KEEP_MEMORY, _topics, write_smollm2
 from hf_maskpro.deploy import new_folder
 from hf_maskpro.starts import generated_text, start_token_of
@@ -82,7 +82,7 @@ def prepare(texts: list[Path], elsewhere: list[Path], model: str | None, work: P
 
 def write_dense_samples(base: str, path: Path, cache: Path) -> None:
     """Write a text of what the dense model samples, kept in a cache: plain text and conversations by turns."""
-    model, tokenizer = load_model(base)
+    model, tokenizer = load_to_run(base)
     # Half of them are of the one kind, and then half of the other; a seed that nothing learns from.
     batches = generated_text(model, tokenizer, 64, SEQ_LEN, seed=0, cache=cache)
     plain, conversations = torch.cat([batch["input_ids"] for batch in batches]).chunk(2)

@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 import protocol
 from hf_maskpro import MaskProConfig, initialize_masks, perplexity, starts
-from hf_maskpro.cli.common import load_model
+from hf_maskpro.cli.common import load_to_run
 from hf_maskpro.starts import Calibration, random_windows
 
 
@@ -51,7 +51,7 @@ def main() -> None:
         row = {"balance": balance, "power": power, "seed": seed, "protocol": described}
         known = [other for other in rows if other | row == other]
         if not known:
-            model, tokenizer = load_model(base)
+            model, tokenizer = load_to_run(base)
             ids = tokenizer(calibration, return_tensors="pt", verbose=False).input_ids[0]
             masked = get_peft_model(model, MaskProConfig(init_mask="ria"))
             starts._SCORES["ria"] = lambda w, c, balance=balance, power=power: scores(w, c, balance, power)

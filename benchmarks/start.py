@@ -20,7 +20,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaModel, PreTrainedModel
 
 from hf_maskpro import MaskProConfig, initialize_masks
-from hf_maskpro.cli.common import load_model
+from hf_maskpro.cli.common import load_to_run
 from hf_maskpro.cli.quickstart import write_smollm2
 from hf_maskpro.evaluation import windows
 from hf_maskpro.starts import random_windows, start_token_of
@@ -43,7 +43,7 @@ def main() -> None:
         batches = random_windows(torch.randint(base.config.vocab_size, (16 * SAMPLES * SEQ_LEN,)))
     else:
         with tempfile.TemporaryDirectory() as folder:
-            base, tokenizer = load_model(args.model or write_smollm2(Path(folder)))
+            base, tokenizer = load_to_run(args.model or write_smollm2(Path(folder)))
         ids = windows(tokenizer, args.text.read_text(encoding="utf-8"), SEQ_LEN)
         batches = random_windows(ids, SAMPLES, SEQ_LEN, 0, start_token_of(tokenizer))
     batches = [{key: value.to(base.device) for key, value in batch.items()} for batch in batches]

@@ -13,7 +13,7 @@ from peft import get_peft_model
 
 import protocol
 from hf_maskpro import MaskProConfig, initialize_masks, starts
-from hf_maskpro.cli.common import load_model
+from hf_maskpro.cli.common import load_to_run
 from hf_maskpro.evaluation import against_dense, windows
 from hf_maskpro.starts import random_windows, start_token_of
 
@@ -35,7 +35,7 @@ def main() -> None:
     calibration = (args.work / "calibration.txt").read_text(encoding="utf-8")
     rows: list[dict[str, Any]] = []
     for walk.SHRINKAGE, starts.TOWARDS_DENSE in [(a, b) for a in args.shrinkage for b in args.towards]:
-        model, tokenizer = load_model(base)
+        model, tokenizer = load_to_run(base)
         start = start_token_of(tokenizer)
         ids = windows(tokenizer, calibration, protocol.CALIBRATION_SEQ_LEN)
         model = get_peft_model(model, MaskProConfig(init_mask="sparsegpt+swaps"))

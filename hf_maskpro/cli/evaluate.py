@@ -137,7 +137,7 @@ def evaluate(
         adapter_folder(adapter, revision, subfolder)
     from .. import evaluation
     from ..tuner import saved_config
-    from .common import load_adapter, load_config, load_model, load_tokenizer, read_by_others, read_sources
+    from .common import load_adapter, load_config, load_to_run, load_tokenizer, read_by_others, read_sources
 
     texts = read_sources(paths, dataset, max_tokens or float("inf"), split="test")
     names = tasks.split(",") if tasks is not None else []
@@ -157,7 +157,7 @@ def evaluate(
             path: f"{path}, {evaluation.protocol(tokenizer, content, seq_len, max_tokens, stride, start_token)}"
             for path, content in texts.items()
         }
-        loaded, _ = load_model(base, file)
+        loaded, _ = load_to_run(base, file)
         if mask is not None:
             loaded = load_adapter(loaded, adapter_folder(mask, revision, subfolder))
         figures: dict[str, Any] = {"model": base, "adapter": mask}

@@ -98,7 +98,9 @@ def init(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         typer.Option(
-            metavar="DTYPE", help="Of the model: auto is its own; float32 or bfloat16.", rich_help_panel=FILES
+            metavar="DTYPE",
+            help="Of the model: auto is its own, or float32 on a CPU without instructions for it; float32 or bfloat16.",
+            rich_help_panel=FILES,
         ),
     ] = "auto",
     gguf_file: GgufFile = None,
@@ -140,7 +142,7 @@ def init(
         calibration_batches,
         check_layers,
         load_config,
-        load_model,
+        load_to_run,
         load_tokenizer,
         mixture_name,
         read_sources,
@@ -169,7 +171,7 @@ def init(
     pieces = windows_of_each(tokenizer, contents, seq_len, tokens, start_token, chat)
     if with_data:
         check_length(load_config(model, gguf_file), seq_len)
-    base, _ = load_model(model, gguf_file, dtype)
+    base, _ = load_to_run(model, gguf_file, dtype)
     check_layers(base, layers, left)
     torch.manual_seed(seed)
     batches: list[dict[str, torch.Tensor]] = []

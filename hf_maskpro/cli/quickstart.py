@@ -203,9 +203,9 @@ def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str
 
 def _answers(base: str, adapters: dict[str, Path]) -> dict[str, list[str]]:
     """What the dense model and masks over it answer, as far as they come; nothing of one without chat."""
-    from .common import load_adapter, load_model
+    from .common import load_adapter, load_to_run
 
-    model, tokenizer = load_model(base)
+    model, tokenizer = load_to_run(base)
     if tokenizer.chat_template is None:
         return {}
 
@@ -222,9 +222,9 @@ def _answers(base: str, adapters: dict[str, Path]) -> dict[str, list[str]]:
 
 def _conversations(base: str) -> str:
     """Questions and what the dense model answers to them, by its chat template; nothing of one without chat."""
-    from .common import load_model
+    from .common import load_to_run
 
-    model, tokenizer = load_model(base)
+    model, tokenizer = load_to_run(base)
     if tokenizer.chat_template is None:
         return ""
     console.rule("conversations")

@@ -4,6 +4,7 @@ import json
 import resource
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..starts import start_token_of
 from ..starts.calibration import SAMPLES
 from ..starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
 from ..tuner import MaskProConfig, masked_layers
-from .common import calibrate, load_adapter, load_model, read_text
+from .common import calibrate, load_adapter, load_to_run, read_text
 from .verb import one_line_errors
 
 
@@ -156,7 +157,9 @@ def quickstart_row(
     output: Annotated[Path | None, typer.Option()] = None,
 ) -> None:
     """Run one method, and write its row and the adapter."""
-    model, tokenizer = load_model(base)
+    # What the quickstart says itself.
+    with warnings.catch_warnings(action="ignore"):
+        model, tokenizer = load_to_run(base)
     text, other = read_text(held_out), read_text(elsewhere)
     contents = [read_text(path) for path in calibration]
 

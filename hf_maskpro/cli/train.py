@@ -183,7 +183,9 @@ def train(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         typer.Option(
-            metavar="DTYPE", help="Of the model: auto is its own; float32 or bfloat16.", rich_help_panel=LEARNING
+            metavar="DTYPE",
+            help="Of the model: auto is its own, or float32 on a CPU without instructions for it; float32 or bfloat16.",
+            rich_help_panel=LEARNING,
         ),
     ] = "auto",
     seed: Seed = 42,
@@ -312,7 +314,7 @@ def train(
         check_layers,
         load_adapter,
         load_config,
-        load_model,
+        load_to_run,
         load_tokenizer,
         mixture_name,
         read_sources,
@@ -394,7 +396,7 @@ def train(
     check_length(base_config, seq_len)
     for ids in pieces:
         check_tokens(base_config, ids)
-    base, _ = load_model(model, gguf_file, dtype)
+    base, _ = load_to_run(model, gguf_file, dtype)
     check_layers(base, layers, left)
     if self_generated:
         cache = _beside(output, "{}.generated")

@@ -27,6 +27,7 @@ from .kernels import (
     theta_gradient,
 )
 from .marginals import marginals, marginals_backward
+from .native import multiplies_in
 
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "mode",
     "mode_and_apply",
     "mode_codes",
+    "multiplies_in",
     "pack",
     "pack_codes",
     "packed_width",

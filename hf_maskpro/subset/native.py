@@ -1,4 +1,4 @@
-"""C++ for the CPU at hand, compiled at first use."""
+"""What the CPU at hand can do, and C++ for it, compiled at first use."""
 
 import ctypes
 import os
@@ -7,6 +7,8 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+
+import torch
 
 
 def compiled(source: Path, job: str) -> ctypes.CDLL:
@@ -53,3 +55,15 @@ def compiled_or_none(source: Path, job: str) -> ctypes.CDLL | None:
     except ValueError as error:
         warnings.warn(f"plain torch takes several times as long: {error}", stacklevel=3)
         return None
+
+
+def multiplies_in(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products in a dtype; without, they take many times as long as float32."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    # What torch has besides is plain loops.
+    if not torch.backends.mkldnn.is_available():
+        return False
+    is_bfloat16 = dtype == torch.bfloat16
+    operators = torch.ops.mkldnn
+    return bool(operators._is_mkldnn_bf16_supported() if is_bfloat16 else operators._is_mkldnn_fp16_supported())

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from ..subset import mode_codes, pack_codes, unpack_codes
+from ..subset import mode_codes, multiplies_in, pack_codes, unpack_codes
 from .base import cached_commit, check_base, check_masks, is_laid_out_for_cpus, listed, masks_digest, plain, weight_of
 from .calls import Findings, tiny_passes, watching, without_hooks
 from .config import MaskProConfig
@@ -429,7 +429,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def check_calls(model: nn.Module, run: Callable[[], Any]) -> None:
     """
     Look at one forward pass, in the mode that the model is in, whether every masked layer sees its mask. Those that it
-    does not reach are named in a warning.
+    does not reach are named in a warning, and so is a dtype that this CPU has no instructions for.
 
     Args:
         model (`torch.nn.Module`): A model with a mask adapter.
@@ -439,6 +439,12 @@ def check_calls(model: nn.Module, run: Callable[[], Any]) -> None:
         `ValueError`: if the weight of a layer is used without calling the layer, or its outputs under a mask are not
             those of the merged weight.
     """
+    weight = next(module for module in model.modules() if isinstance(module, MaskProLayer)).base_weight
+    if weight.device.type == "cpu" and not multiplies_in(weight.dtype):
+        logger.warning_once(
+            f"this CPU has no instructions for {weight.dtype}; load the model with dtype='float32', which runs many "
+            "times faster here."
+        )
     with watching(model) as findings:
         run()
     _check_findings(findings)

@@ -1,6 +1,10 @@
-import pytest
+import platform
+from pathlib import Path
 
-from hf_maskpro.subset.native import compiled
+import pytest
+import torch
+
+from hf_maskpro.subset.native import compiled, multiplies_in
 
 
 @pytest.fixture
@@ -50,3 +54,15 @@ def test_a_compiler_that_cannot_be_run(source, monkeypatch):
     monkeypatch.setenv("CXX", str(source))
     with pytest.raises(ValueError, match=r"^answers cannot be compiled here: .*Permission denied"):
         compiled(source, "answers")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="reads flags of x86")
+def test_products_in_bfloat16_take_avx512():
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    assert multiplies_in(torch.bfloat16) == ({"avx512bw", "avx512vl", "avx512dq"} <= flags)
+    assert multiplies_in(torch.float32)
+
+
+def test_without_mkldnn_there_are_plain_loops(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert [multiplies_in(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)] == [False, False, True]

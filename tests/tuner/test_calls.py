@@ -15,6 +15,7 @@ from transformers import FalconMambaConfig, FalconMambaForCausalLM, WavLMConfig,
 from hf_maskpro import MaskProConfig, initialize_masks
 from hf_maskpro.tuner import MaskProLayer, masked_layers
 from hf_maskpro.tuner.calls import tiny_inputs
+from hf_maskpro.tuner.model import logger
 
 from ..architectures.table import ARCHITECTURES
 from ..conftest import tiny_gpt2, tiny_llama, tiny_mixtral
@@ -383,6 +384,17 @@ def test_what_the_first_batch_does_not_reach_is_told_each_time(used, other, capl
         caplog.clear()
         initialize_masks(model, [{"x": torch.ones(2, 16)}])
         assert caplog.text.count(f"the first batch does not reach {other}:") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_dtype_without_instructions_is_told(dtype, caplog, monkeypatch):
+    monkeypatch.setattr("hf_maskpro.tuner.model.multiplies_in", lambda known: known == torch.float32)
+    logger.warning_once.cache_clear()
+    model = get_peft_model(Partly("first").to(dtype), MaskProConfig(target_modules=["first"]))
+    for _ in range(2):
+        initialize_masks(model, [{"x": torch.ones(2, 16, dtype=dtype)}])
+    told = "this CPU has no instructions for torch.bfloat16; load the model with dtype='float32'"
+    assert caplog.text.count(told) == (dtype == torch.bfloat16)
 
 
 @pytest.mark.filterwarnings("error:global module forward hook")
