@@ -184,7 +184,7 @@ def train(
         Literal["auto", "float32", "bfloat16"],
         typer.Option(
             metavar="DTYPE",
-            help="Of the model: auto is its own, or float32 on a CPU without instructions for it; float32 or bfloat16.",
+            help="Of the model: auto is its own, or float32 on a CPU that has no instructions for it.",
             rich_help_panel=LEARNING,
         ),
     ] = "auto",
