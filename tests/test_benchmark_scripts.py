@@ -111,7 +111,7 @@ def test_what_the_dense_model_writes_is_plain_text_and_conversations_by_turns(mo
         made.append((seq_len, seed, cache))
         return [{"input_ids": batch} for batch in torch.arange(samples)[:, None].split(8)]
 
-    monkeypatch.setattr(protocol, "load_model", lambda base: (None, Tokenizer()))
+    monkeypatch.setattr(protocol, "load_to_run", lambda base: (None, Tokenizer()))
     monkeypatch.setattr(protocol, "generated_text", generated_text)
     path = tmp_path / protocol.SAMPLES_NAME
     protocol.write_dense_samples("me/model", path, tmp_path / "cache")

@@ -37,6 +37,10 @@ ELSEWHERE_CHARACTERS = 50_000
 HELD_OUT_EVERY = 8
 # What merging and three models' answers take.
 ENDING_SECONDS = 40
+# Wanda's mask and the best start take about so many times as long as the dense row. Should that be more than half of
+# the time, both see fewer windows.
+CALIBRATION_RATIO = 7
+FEWER = 4
 # The best start takes about so many times as long as Wanda's. It has half of the time at most, should it be more.
 START_RATIO = 3
 # What residual has to learn from Wanda's mask, a quarter of the time at most, and what its row takes in all.
@@ -151,6 +155,8 @@ def _story(
 
 def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str, end: float) -> dict[str, Any]:
     """Run everything, until that moment of the clock."""
+    from ..starts.calibration import SAMPLES
+
     base = model
     if base is None:
         console.print("Writing SmolLM2-135M-Instruct as a plain bfloat16 checkpoint ...")
@@ -158,10 +164,16 @@ def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str
     for name, content in texts.items():
         (output / f"{name}.txt").write_text(content, encoding="utf-8")
     # The first figure is there before the model answers, which takes longer.
+    begun = time.perf_counter()
     rows = [_run(output, base, "dense")]
+    samples = SAMPLES
+    if CALIBRATION_RATIO * (time.perf_counter() - begun) > (end - time.perf_counter()) / 2:
+        samples //= FEWER
+        console.print(f"Masks from data see {samples} windows, and not {SAMPLES}, so that time is left to learn.")
+    calibrated = ["--samples", str(samples)]
     if conversations := _conversations(base):
         (output / "conversations.txt").write_text(conversations, encoding="utf-8")
-    rows += [_run(output, base, method) for method in ("magnitude", "wanda")]
+    rows += [_run(output, base, method, calibrated) for method in ("magnitude", "wanda")]
     end -= ENDING_SECONDS
     start = "wanda"
     compiles = shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]) is not None
@@ -179,7 +191,7 @@ def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str
     elif seconds < (left := max(0, end - time.perf_counter())) / 2:
         start = "sparsegpt+swaps"
         console.print(f"{start}: about {seconds:.0f} seconds.")
-        rows.append(_run(output, base, start))
+        rows.append(_run(output, base, start, calibrated))
     else:
         console.print(
             f"sparsegpt+swaps would take about {seconds:.0f} of the {left:.0f} seconds that are left: the start is "
@@ -198,7 +210,8 @@ def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str
     )
     name = "SmolLM2-135M-Instruct (GGUF Q4_1, dequantized)" if model is None else model
     answers = _answers(base, {method: output / method for method in ("magnitude", learner)})
-    return {"model": name, "rows": rows, "learner": learner, "start": start, "answers": answers}
+    told = {"model": name, "rows": rows, "learner": learner, "start": start, "answers": answers}
+    return told | {"calibration_windows": samples}
 
 
 def _answers(base: str, adapters: dict[str, Path]) -> dict[str, list[str]]:

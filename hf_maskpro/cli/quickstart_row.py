@@ -154,6 +154,7 @@ def quickstart_row(
     seconds: Annotated[float | None, typer.Option()] = None,
     deadline: Annotated[float, typer.Option()] = 0.0,
     start: Annotated[Path | None, typer.Option()] = None,
+    samples: Annotated[int, typer.Option()] = SAMPLES,
     output: Annotated[Path | None, typer.Option()] = None,
 ) -> None:
     """Run one method, and write its row and the adapter."""
@@ -174,7 +175,7 @@ def quickstart_row(
         masked: Any = model
     elif method in ("magnitude", "wanda", "sparsegpt+swaps"):
         masked = get_peft_model(model, MaskProConfig(init_mask=method))
-        batches = [{"input_ids": batch} for batch in mixed(CALIBRATION_SEQ_LEN)[:SAMPLES].split(8)]
+        batches = [{"input_ids": batch} for batch in mixed(CALIBRATION_SEQ_LEN)[:samples].split(8)]
         name = " and ".join(path.name for path in calibration)
         calibrate(masked, batches, name, 0, start_token_of(tokenizer))
     else:

@@ -528,7 +528,7 @@ class TestBadInput:
         assert sorted(output.rglob("*")) == before
 
     def test_windows_longer_than_the_positions(self, checkpoint, text, tmp_path, monkeypatch):
-        monkeypatch.setattr("hf_maskpro.cli.common.load_model", None)
+        monkeypatch.setattr("hf_maskpro.cli.common.load_to_run", None)
         tiny_gpt2().save_pretrained(tmp_path / "gpt2")
         AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "gpt2")
         given = ["--model", tmp_path / "gpt2", "--text", text]

@@ -129,6 +129,8 @@ def test_a_lesser_start_is_named_with_its_reason(tmp_path, rows, monkeypatch, ca
     monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **_: None)
     told = quickstart._rows(tmp_path, "base", {}, "simple", time.perf_counter() + 60 * minutes)
     assert (told["start"], rows["simple"][1]) == ("wanda", str(tmp_path / "wanda"))
+    assert told["calibration_windows"] == (128 if minutes else 32)
+    assert rows["wanda"] == ["--samples", str(told["calibration_windows"])]
     assert line in " ".join(capsys.readouterr().out.split())
 
 
@@ -179,7 +181,7 @@ def test_an_answer_that_was_cut_is_not_learned_as_whole(talker, monkeypatch):
         return torch.cat([input_ids, answers], 1)
 
     monkeypatch.setattr(model, "generate", generate)
-    monkeypatch.setattr("hf_maskpro.cli.common.load_model", lambda base: (model, tokenizer))
+    monkeypatch.setattr("hf_maskpro.cli.common.load_to_run", lambda base: (model, tokenizer))
     monkeypatch.setattr(quickstart, "LEARNED_FROM", ["a", "b", "c"])
     first, second, third = quickstart._conversations("base").split("<user>")[1:]
     assert first == f"a<unk><assistant>{' '.join(words)}<unk>"
@@ -277,6 +279,15 @@ def test_a_row_is_calibrated_on_pieces_of_a_text(talker, paragraphs, tmp_path, m
     got = [tuple(ids) for batch in seen for ids in batch["input_ids"].tolist()]
     assert got
     assert set(got) <= whole
+
+
+def test_a_row_sees_so_many_windows(talker, paragraphs, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(quickstart_row, "calibrate", lambda masked, batches, *_: seen.extend(batches))
+    monkeypatch.setattr(quickstart_row, "perplexity", lambda *_: 1.0)
+    texts = [paragraphs, paragraphs]
+    quickstart_row.quickstart_row("wanda", str(talker), [paragraphs], *texts, tmp_path / "row.json", samples=3)
+    assert torch.cat([batch["input_ids"] for batch in seen]).shape == (3, 256)
 
 
 def test_a_learner_says_that_its_time_is_short(checkpoint, ids, tmp_path, monkeypatch, capsys):
