@@ -3,7 +3,6 @@
 import ast
 import builtins
 import json
-import os
 import re
 import runpy
 import shlex
@@ -28,7 +27,7 @@ from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.main import get_command
 
-from hf_maskpro import MaskProConfig, MaskProTrainingArguments, check_sparsity
+from hf_maskpro import MaskProConfig, MaskProTrainingArguments, check_sparsity, packed
 from hf_maskpro.cli import app
 from hf_maskpro.cli.training_options import training_fields
 
@@ -70,8 +69,10 @@ ONLY_READ = {
     "TorchAoConfig(": "needs a GPU",
     "BitsAndBytesConfig(": "needs bitsandbytes",
 }
-if shutil.which(os.environ.get("CXX", "g++")) is None:
-    ONLY_READ['model="packed"'] = "needs a compiler"
+try:
+    packed._library()
+except ValueError as error:
+    ONLY_READ['model="packed"'] = str(error)
 # How lines begin that are not run either, and why.
 OF_OTHERS = {
     "hf-maskpro VERB": "says what a command looks like",

@@ -29,7 +29,7 @@ from ..deploy import new_folder
 from ..evaluation import windows
 from ..learning.dataset import dataset_by_name
 from ..starts import initialize_masks, needs_data, random_windows
-from ..subset import multiplies_in
+from ..subset.native import multiplies_in
 from ..tuner import RULES, split_init_mask
 from ..tuner.experts import expert_parameters
 from .inputs import check_model, read_text
@@ -63,16 +63,17 @@ def load_model(
 def load_to_run(
     model: str, gguf_file: str | None = None, dtype: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """[`load_model`], but where it is to run on a CPU that has no instructions for its own dtype, in float32."""
-    if dtype == "auto" and not torch.cuda.is_available():
-        config = load_config(model, gguf_file)
-        own = torch.bfloat16 if gguf_file else config.dtype
-        # What is quantized has products of its own.
-        is_plain = own is not None and getattr(config, "quantization_config", None) is None
-        if is_plain and not multiplies_in(own):
-            dtype = "float32"
-            warnings.warn(f"this CPU has no instructions for {own}; the model runs in float32", stacklevel=2)
-    return load_model(model, gguf_file, dtype)
+    """[`load_model`], but in float32 where it is to run on a CPU that has no instructions for its own dtype."""
+    loaded, tokenizer = load_model(model, gguf_file, dtype)
+    # What is quantized keeps what its kernels take.
+    is_plain = not getattr(loaded, "is_quantized", False)
+    if dtype == "auto" and loaded.device.type == "cpu" and is_plain and not multiplies_in(loaded.dtype):
+        own = loaded.dtype
+        warnings.warn(
+            f"this CPU has no instructions for {own}; without --dtype the model runs in float32", stacklevel=1
+        )
+        loaded = loaded.float()
+    return loaded, tokenizer
 
 
 def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:

@@ -15,7 +15,7 @@ from .inputs import (
     check_on_hub,
     check_texts,
 )
-from .options import EVALUATION, FILES, TEXT, GgufFile, Json, Revision, StartToken, Subfolder
+from .options import EVALUATION, FILES, TEXT, Dtype, GgufFile, Json, Revision, StartToken, Subfolder
 from .output import console, short_names, show
 
 
@@ -100,6 +100,7 @@ def evaluate(
     record: Annotated[
         bool, typer.Option("--record", help="Put the results into the adapter's card.", rich_help_panel=FILES)
     ] = False,
+    dtype: Dtype = "auto",
     gguf_file: GgufFile = None,
     as_json: Json = False,
 ) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def evaluate(
             path: f"{path}, {evaluation.protocol(tokenizer, content, seq_len, max_tokens, stride, start_token)}"
             for path, content in texts.items()
         }
-        loaded, _ = load_to_run(base, file)
+        loaded, _ = load_to_run(base, file, dtype)
         if mask is not None:
             loaded = load_adapter(loaded, adapter_folder(mask, revision, subfolder))
         figures: dict[str, Any] = {"model": base, "adapter": mask}

@@ -1,6 +1,6 @@
 """The verb that makes a one-shot mask."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -16,11 +16,11 @@ from .inputs import (
 )
 from .inputs import init_mask as source_or_rule
 from .options import (
-    FILES,
     MASK,
     TEXT,
     Chat,
     Dataset,
+    Dtype,
     ExcludeModules,
     GgufFile,
     Json,
@@ -95,14 +95,7 @@ def init(
     start_token: StartToken = True,
     chat: Chat = False,
     seed: Seed = 42,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"],
-        typer.Option(
-            metavar="DTYPE",
-            help="Of the model: auto is its own, or float32 on a CPU that has no instructions for it.",
-            rich_help_panel=FILES,
-        ),
-    ] = "auto",
+    dtype: Dtype = "auto",
     gguf_file: GgufFile = None,
     overwrite: Overwrite = False,
     as_json: Json = False,

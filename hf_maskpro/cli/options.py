@@ -55,6 +55,14 @@ GgufFile = Annotated[
         rich_help_panel=FILES,
     ),
 ]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    typer.Option(
+        metavar="DTYPE",
+        help="auto is the model's own, or float32 where the CPU has no instructions for that; float32; bfloat16.",
+        rich_help_panel=FILES,
+    ),
+]
 Revision = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Branch, tag or commit of the adapter's repository.", rich_help_panel=FILES),

@@ -31,6 +31,7 @@ from .options import (
     TEXT,
     Chat,
     Dataset,
+    Dtype,
     ExcludeModules,
     GgufFile,
     Json,
@@ -180,14 +181,7 @@ def train(
         Literal["float32", "bfloat16"] | None,
         typer.Option(metavar="DTYPE", help="Of what is learned: float32 or bfloat16.", rich_help_panel=LEARNING),
     ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"],
-        typer.Option(
-            metavar="DTYPE",
-            help="Of the model: auto is its own, or float32 on a CPU that has no instructions for it.",
-            rich_help_panel=LEARNING,
-        ),
-    ] = "auto",
+    dtype: Dtype = "auto",
     seed: Seed = 42,
     eval_text: Annotated[
         Path | None,

@@ -27,7 +27,6 @@ from .kernels import (
     theta_gradient,
 )
 from .marginals import marginals, marginals_backward
-from .native import multiplies_in
 
 
 __all__ = [
@@ -47,7 +46,6 @@ __all__ = [
     "mode",
     "mode_and_apply",
     "mode_codes",
-    "multiplies_in",
     "pack",
     "pack_codes",
     "packed_width",

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from ..subset import mode_codes, multiplies_in, pack_codes, unpack_codes
+from ..subset import mode_codes, pack_codes, unpack_codes
+from ..subset.native import multiplies_in
 from .base import cached_commit, check_base, check_masks, is_laid_out_for_cpus, listed, masks_digest, plain, weight_of
 from .calls import Findings, tiny_passes, watching, without_hooks
 from .config import MaskProConfig

@@ -22,7 +22,7 @@ from hf_maskpro.evaluation import windows
 from hf_maskpro.learning import MaskProTrainer
 from hf_maskpro.starts import random_windows
 
-from ..conftest import save_tiny_model, tiny_gpt2
+from ..conftest import save_tiny_model, tiny_gpt2, tiny_llama
 from ..starts.test_sources import by_parameter, maskllm, masks_of
 
 
@@ -572,28 +572,39 @@ class TestBadInput:
         assert not (tmp_path / "out").exists()
 
 
-def test_a_model_runs_in_a_dtype_that_the_cpu_has_instructions_for(text, tmp_path, monkeypatch):
+@pytest.fixture
+def without_bfloat16(monkeypatch):
+    """A CPU that has no instructions for it."""
     monkeypatch.setattr("hf_maskpro.cli.common.multiplies_in", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("without_bfloat16")
+def test_a_model_runs_in_a_dtype_that_the_cpu_has_instructions_for(text, tmp_path):
     base = tmp_path / "base"
     save_tiny_model(base, dtype=torch.bfloat16)
-    assert load_to_run(str(base))[0].dtype == torch.float32
-    assert load_to_run(str(base), dtype="bfloat16")[0].dtype == torch.bfloat16
+    config = json.loads((base / "config.json").read_text())
+    del config["dtype"]
     given = ["--model", base, "--text", text, "--seq-len", 16]
-    told = "warning: this CPU has no instructions for torch.bfloat16; the model runs in float32"
+    told = "warning: this CPU has no instructions for torch.bfloat16; without --dtype the model runs in float32"
     for verb in (["init", "--method", "wanda"], ["train", "--max-steps", 1, "--init-mask", "magnitude"]):
         assert run(*verb, *given, "--output", tmp_path / verb[0]).stderr.count(told) == 1
-    assert run("eval", "--adapter", tmp_path / "train", *given).stderr.count(told) == 1
+    evaluated = ["eval", "--adapter", tmp_path / "train", *given]
+    assert run(*evaluated).stderr.count(told) == 1
+    assert "no instructions" not in run(*evaluated, "--dtype", "bfloat16").stderr
     # What is written is the checkpoint's own.
     run("merge", "--model", base, "--adapter", tmp_path / "train", "--output", tmp_path / "merged")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
+    # A config need not say it.
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="no instructions for torch.bfloat16"):
+        assert load_to_run(str(base))[0].dtype == torch.float32
 
 
-def test_a_quantized_model_runs_in_what_it_was_made_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_maskpro.cli.common.multiplies_in", lambda dtype: dtype == torch.float32)
-    monkeypatch.setattr("hf_maskpro.cli.common.load_model", lambda *given: given[-1])
-    save_tiny_model(tmp_path, dtype=torch.bfloat16)
-    assert load_to_run(str(tmp_path)) == "float32"
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert load_to_run(str(tmp_path)) == "auto"
+@pytest.mark.usefixtures("without_bfloat16")
+def test_a_quantized_model_runs_in_what_it_was_made_for(monkeypatch):
+    loaded = tiny_llama(dtype=torch.bfloat16)
+    loaded.is_quantized = True
+    monkeypatch.setattr("hf_maskpro.cli.common.load_model", lambda *_: (loaded, None))
+    assert load_to_run("base") == (loaded, None)
+    assert loaded.dtype == torch.bfloat16

@@ -1,6 +1,3 @@
-import platform
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -56,11 +53,15 @@ def test_a_compiler_that_cannot_be_run(source, monkeypatch):
         compiled(source, "answers")
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="reads flags of x86")
-def test_products_in_bfloat16_take_avx512():
-    flags = set(Path("/proc/cpuinfo").read_text().split())
-    assert multiplies_in(torch.bfloat16) == ({"avx512bw", "avx512vl", "avx512dq"} <= flags)
-    assert multiplies_in(torch.float32)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_goes_by_the_instructions_of_the_cpu(dtype, monkeypatch):
+    known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for has in (False, True):
+        for other, name in known.items():
+            monkeypatch.setattr(torch.ops.mkldnn, name, lambda has=has, other=other: has == (other == dtype))
+        assert multiplies_in(dtype) == has
+        assert multiplies_in(torch.float32)
 
 
 def test_without_mkldnn_there_are_plain_loops(monkeypatch):
