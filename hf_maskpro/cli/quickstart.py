@@ -42,7 +42,7 @@ ENDING_SECONDS = 40
 CALIBRATION_RATIO = 7
 FEWER = 4
 # The best start takes about so many times as long as Wanda's. It has half of the time at most, should it be more.
-START_RATIO = 3
+START_RATIO = 2.5
 # What residual has to learn from Wanda's mask, a quarter of the time at most, and what its row takes in all.
 RESIDUAL_SECONDS, RESIDUAL_ROW = 60, 100
 # glibc gives large blocks back to the system at every step and fetches them again: a quarter of a step on a CPU.

@@ -92,7 +92,7 @@ def test_the_story_is_told_to_its_end_and_again(talker, paragraphs, rows, monkey
     assert seen == ["dense"]
     first, rest = printed.split("conversations", 1)
     assert "Then sparsegpt+swaps" in first
-    assert f"sparsegpt+swaps: about {quickstart.START_RATIO} seconds" in rest
+    assert f"sparsegpt+swaps: about {quickstart.START_RATIO:.0f} seconds" in rest
     assert "simple, from the mask of sparsegpt+swaps: about" in rest
     assert "residual started from Wanda's mask, and simple from the best" in rest
     assert "What is the capital of France?" in rest
@@ -116,7 +116,7 @@ def test_the_story_is_told_to_its_end_and_again(talker, paragraphs, rows, monkey
 @pytest.mark.parametrize(
     ("minutes", "compiler", "line"),
     [
-        (0, sys.executable, f"about {quickstart.START_RATIO} of the 0 seconds that are left: the start is"),
+        (0, sys.executable, f"about {quickstart.START_RATIO:.0f} of the 0 seconds that are left: the start is"),
         (10, "no-cxx", "no C++"),
         (10, "", "no C++"),
     ],
