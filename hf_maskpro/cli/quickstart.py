@@ -37,10 +37,6 @@ ELSEWHERE_CHARACTERS = 50_000
 HELD_OUT_EVERY = 8
 # What merging and three models' answers take.
 ENDING_SECONDS = 40
-# Wanda's mask and the best start take about so many times as long as the dense row. Should that be more than half of
-# the time, both see fewer windows.
-CALIBRATION_RATIO = 7
-FEWER = 4
 # The best start takes about so many times as long as Wanda's. It has half of the time at most, should it be more.
 START_RATIO = 2.5
 # What residual has to learn from Wanda's mask, a quarter of the time at most, and what its row takes in all.
@@ -102,7 +98,7 @@ def quickstart(
     }
     try:
         windows(tokenizer, texts["calibration"], CALIBRATION_SEQ_LEN)
-        measured = protocol(tokenizer, texts["held_out"], SEQ_LEN, MAX_TOKENS)
+        measured = protocol(tokenizer, texts["held_out"], SEQ_LEN, _sizes()[0])
     except ValueError as error:
         raise ValueError(
             f"{text} has {len(pieces)} paragraphs, of which every eighth is held out: too little for {SEQ_LEN} tokens "
@@ -136,7 +132,8 @@ def _story(
         results = _rows(output, model, texts, estimator, begun + 60 * minutes)
         results |= {
             "protocol": f"at home {output / 'held_out.txt'}, elsewhere {output / 'elsewhere.txt'}, {measured} of "
-            f"each; calibrated and trained on {output / 'calibration.txt'} and the model's answers. Elsewhere are "
+            f"each; calibrated on {_sizes()[1]} windows and trained on {output / 'calibration.txt'} and the model's "
+            "answers. Elsewhere are "
             "docstrings of Python: to a text about Python they are near, and may flatter",
             "seconds": time.perf_counter() - begun,
             "versions": {name: version(name) for name in ("torch", "transformers", "peft")}
@@ -155,8 +152,6 @@ def _story(
 
 def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str, end: float) -> dict[str, Any]:
     """Run everything, until that moment of the clock."""
-    from ..starts.calibration import SAMPLES
-
     base = model
     if base is None:
         console.print("Writing SmolLM2-135M-Instruct as a plain bfloat16 checkpoint ...")
@@ -164,16 +159,10 @@ def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str
     for name, content in texts.items():
         (output / f"{name}.txt").write_text(content, encoding="utf-8")
     # The first figure is there before the model answers, which takes longer.
-    begun = time.perf_counter()
     rows = [_run(output, base, "dense")]
-    samples = SAMPLES
-    if CALIBRATION_RATIO * (time.perf_counter() - begun) > (end - time.perf_counter()) / 2:
-        samples //= FEWER
-        console.print(f"Masks from data see {samples} windows, and not {SAMPLES}, so that time is left to learn.")
-    calibrated = ["--samples", str(samples)]
     if conversations := _conversations(base):
         (output / "conversations.txt").write_text(conversations, encoding="utf-8")
-    rows += [_run(output, base, method, calibrated) for method in ("magnitude", "wanda")]
+    rows += [_run(output, base, method) for method in ("magnitude", "wanda")]
     end -= ENDING_SECONDS
     start = "wanda"
     compiles = shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]) is not None
@@ -191,7 +180,7 @@ def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str
     elif seconds < (left := max(0, end - time.perf_counter())) / 2:
         start = "sparsegpt+swaps"
         console.print(f"{start}: about {seconds:.0f} seconds.")
-        rows.append(_run(output, base, start, calibrated))
+        rows.append(_run(output, base, start))
     else:
         console.print(
             f"sparsegpt+swaps would take about {seconds:.0f} of the {left:.0f} seconds that are left: the start is "
@@ -210,8 +199,7 @@ def _rows(output: Path, model: str | None, texts: dict[str, str], estimator: str
     )
     name = "SmolLM2-135M-Instruct (GGUF Q4_1, dequantized)" if model is None else model
     answers = _answers(base, {method: output / method for method in ("magnitude", learner)})
-    told = {"model": name, "rows": rows, "learner": learner, "start": start, "answers": answers}
-    return told | {"calibration_windows": samples}
+    return {"model": name, "rows": rows, "learner": learner, "start": start, "answers": answers}
 
 
 def _answers(base: str, adapters: dict[str, Path]) -> dict[str, list[str]]:
@@ -318,6 +306,18 @@ def write_smollm2(folder: Path) -> str:
     return str(folder)
 
 
+def _sizes() -> tuple[int, int]:
+    """How many tokens of a text are measured, and how many windows masks from data see: fewer on a slow CPU."""
+    import torch
+
+    from ..starts.calibration import SAMPLES
+    from ..subset.native import multiplies_in
+
+    if torch.cuda.is_available() or multiplies_in(torch.bfloat16):
+        return MAX_TOKENS, SAMPLES
+    return MAX_TOKENS // 2, SAMPLES // 4
+
+
 def _run(output: Path, base: str, method: str, options: list[str] | None = None) -> dict[str, Any]:
     """One row, from a process of its own."""
     console.rule(method)
@@ -337,7 +337,9 @@ def _run(output: Path, base: str, method: str, options: list[str] | None = None)
         if (output / name).exists():
             command += ["--calibration", str(output / name)]
     command += ["--held-out", str(output / "held_out.txt"), "--elsewhere", str(output / "elsewhere.txt")]
-    command += ["--result", str(result), "--seq-len", str(SEQ_LEN), "--max-tokens", str(MAX_TOKENS)]
+    max_tokens, samples = _sizes()
+    command += ["--result", str(result), "--seq-len", str(SEQ_LEN)]
+    command += ["--max-tokens", str(max_tokens), "--samples", str(samples)]
     if method != "dense":
         command += ["--output", str(output / method)]
     ended = subprocess.run(command + (options or []), env=KEEP_MEMORY | os.environ, stdout=sys.stdout).returncode

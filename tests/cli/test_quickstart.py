@@ -129,8 +129,6 @@ def test_a_lesser_start_is_named_with_its_reason(tmp_path, rows, monkeypatch, ca
     monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **_: None)
     told = quickstart._rows(tmp_path, "base", {}, "simple", time.perf_counter() + 60 * minutes)
     assert (told["start"], rows["simple"][1]) == ("wanda", str(tmp_path / "wanda"))
-    assert told["calibration_windows"] == (128 if minutes else 32)
-    assert rows["wanda"] == ["--samples", str(told["calibration_windows"])]
     assert line in " ".join(capsys.readouterr().out.split())
 
 
@@ -279,6 +277,19 @@ def test_a_row_is_calibrated_on_pieces_of_a_text(talker, paragraphs, tmp_path, m
     got = [tuple(ids) for batch in seen for ids in batch["input_ids"].tolist()]
     assert got
     assert set(got) <= whole
+
+
+@pytest.mark.parametrize(("is_slow", "sizes"), [(False, ["8192", "128"]), (True, ["4096", "32"])])
+def test_a_slow_cpu_measures_less(tmp_path, monkeypatch, is_slow, sizes):
+    monkeypatch.setattr("hf_maskpro.subset.native.multiplies_in", lambda dtype: not is_slow)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "wanda.json").write_text('{"perplexity": 2.0, "elsewhere": 3.0}')
+    ran = []
+    monkeypatch.setattr(
+        quickstart.subprocess, "run", lambda command, **_: ran.extend(command) or SimpleNamespace(returncode=0)
+    )
+    quickstart._run(tmp_path, "base", "wanda")
+    assert [ran[ran.index(option) + 1] for option in ("--max-tokens", "--samples")] == sizes
 
 
 def test_a_row_sees_so_many_windows(talker, paragraphs, tmp_path, monkeypatch):
