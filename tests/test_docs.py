@@ -196,6 +196,7 @@ def test_what_the_readme_says_of_other_runs_is_in_its_file():
     for name, words in (
         ("slower", "{} steps of `simple` ended at {:.2f} at home and {:.2f}"),
         ("no_compiler", "{} steps at {:.2f} and {:.2f}."),
+        ("no_avx512", "{} steps at {:.2f} and {:.2f}, from `sparsegpt+swaps`"),
     ):
         assert words.format(*(known[name][key] for key in ("steps", "at_home", "elsewhere"))) in readme
     assert f"{residual['steps']} steps, of forward passes alone, ended at {ratios}" in readme
