@@ -68,10 +68,7 @@ def load_to_run(
     # What is quantized keeps what its kernels take.
     is_plain = not getattr(loaded, "is_quantized", False)
     if dtype == "auto" and loaded.device.type == "cpu" and is_plain and not multiplies_in(loaded.dtype):
-        own = loaded.dtype
-        warnings.warn(
-            f"this CPU has no instructions for {own}; without --dtype the model runs in float32", stacklevel=1
-        )
+        warnings.warn(f"this CPU has no instructions for {loaded.dtype}; the model runs in float32", stacklevel=1)
         loaded = loaded.float()
     return loaded, tokenizer
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -132,9 +133,9 @@ def _story(
         results = _rows(output, model, texts, estimator, begun + 60 * minutes)
         results |= {
             "protocol": f"at home {output / 'held_out.txt'}, elsewhere {output / 'elsewhere.txt'}, {measured} of "
-            f"each; calibrated on {_sizes()[1]} windows and trained on {output / 'calibration.txt'} and the model's "
-            "answers. Elsewhere are "
-            "docstrings of Python: to a text about Python they are near, and may flatter",
+            f"each; calibrated on at most {_sizes()[1]} windows of {output / 'calibration.txt'} and of the model's "
+            "answers, and trained on both. Elsewhere are docstrings of Python: to a text about Python they are near, "
+            "and may flatter",
             "seconds": time.perf_counter() - begun,
             "versions": {name: version(name) for name in ("torch", "transformers", "peft")}
             | {"hf-maskpro": __version__, "python": platform.python_version()},
@@ -206,7 +207,9 @@ def _answers(base: str, adapters: dict[str, Path]) -> dict[str, list[str]]:
     """What the dense model and masks over it answer, as far as they come; nothing of one without chat."""
     from .common import load_adapter, load_to_run
 
-    model, tokenizer = load_to_run(base)
+    # What there is to say of its dtype is said before it answers questions to learn from.
+    with warnings.catch_warnings(action="ignore"):
+        model, tokenizer = load_to_run(base)
     if tokenizer.chat_template is None:
         return {}
 

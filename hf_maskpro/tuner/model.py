@@ -27,7 +27,17 @@ from transformers.utils import logging
 
 from ..subset import mode_codes, pack_codes, unpack_codes
 from ..subset.native import multiplies_in
-from .base import cached_commit, check_base, check_masks, is_laid_out_for_cpus, listed, masks_digest, plain, weight_of
+from .base import (
+    cached_commit,
+    check_base,
+    check_masks,
+    is_laid_out_for_cpus,
+    is_quantized,
+    listed,
+    masks_digest,
+    plain,
+    weight_of,
+)
 from .calls import Findings, tiny_passes, watching, without_hooks
 from .config import MaskProConfig
 from .experts import OFFLOADED, MaskProExperts, expert_inputs, expert_parameters, router_names, why_not
@@ -441,7 +451,7 @@ def check_calls(model: nn.Module, run: Callable[[], Any]) -> None:
             those of the merged weight.
     """
     weight = next(module for module in model.modules() if isinstance(module, MaskProLayer)).base_weight
-    if weight.device.type == "cpu" and not multiplies_in(weight.dtype):
+    if weight.device.type == "cpu" and not (is_quantized(weight) or multiplies_in(weight.dtype)):
         logger.warning_once(
             f"this CPU has no instructions for {weight.dtype}; load the model with dtype='float32', which runs many "
             "times faster here."

@@ -586,7 +586,7 @@ def test_a_model_runs_in_a_dtype_that_the_cpu_has_instructions_for(text, tmp_pat
     config = json.loads((base / "config.json").read_text())
     del config["dtype"]
     given = ["--model", base, "--text", text, "--seq-len", 16]
-    told = "warning: this CPU has no instructions for torch.bfloat16; without --dtype the model runs in float32"
+    told = "warning: this CPU has no instructions for torch.bfloat16; the model runs in float32"
     for verb in (["init", "--method", "wanda"], ["train", "--max-steps", 1, "--init-mask", "magnitude"]):
         assert run(*verb, *given, "--output", tmp_path / verb[0]).stderr.count(told) == 1
     evaluated = ["eval", "--adapter", tmp_path / "train", *given]

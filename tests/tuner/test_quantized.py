@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments, initialize_masks
 from hf_maskpro.deploy import merge
 from hf_maskpro.tuner import masked_layers
+from hf_maskpro.tuner.model import logger
 
 from ..conftest import tiny_llama
 
@@ -49,6 +50,14 @@ def test_what_is_learned_is_what_the_weights_in_full_size_would_have_learned(kin
     for name, theta in mine.items():
         assert theta.any()
         torch.testing.assert_close(theta, theirs[name], rtol=1e-2, atol=1e-3)
+
+
+def test_the_dtype_of_a_quantized_weight_is_no_advice(ids, monkeypatch, caplog):
+    monkeypatch.setattr("hf_maskpro.tuner.model.multiplies_in", lambda dtype: False)
+    logger.warning_once.cache_clear()
+    for base, told in ((quantized(), 0), (tiny_llama(), 1)):
+        initialize_masks(get_peft_model(base, MaskProConfig()), [{"input_ids": ids}])
+        assert caplog.text.count("this CPU has no instructions") == told
 
 
 def test_no_copy_in_full_size_stays(ids):
