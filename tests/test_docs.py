@@ -197,6 +197,7 @@ def test_what_the_readme_says_of_other_runs_is_in_its_file():
         ("slower", "{} steps of `simple` ended at {:.2f} at home and {:.2f}"),
         ("no_compiler", "{} steps at {:.2f} and {:.2f}."),
         ("no_avx512", "{} steps at {:.2f} and {:.2f}, from `sparsegpt+swaps`"),
+        ("no_avx512_20_minutes", "{} steps at {:.2f} and {:.2f} there."),
     ):
         assert words.format(*(known[name][key] for key in ("steps", "at_home", "elsewhere"))) in readme
     assert f"{residual['steps']} steps, of forward passes alone, ended at {ratios}" in readme
