@@ -40,9 +40,9 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
         per_device_train_batch_size (`int`, defaults to 2):
             Windows per micro-batch.
         objective (`str` or `dict[str, float]`, *optional*):
-            What is minimised. `"language-modeling"`: the model's own loss, which also adapts the mask to the kind of
-            text. `"distillation"`: KL(dense || masked) of every next token, the dense model being the same one without
-            its adapters. Or a weight for each, `{"distillation": 2, "language-modeling": 1}`. Default
+            What is minimised. `"language-modeling"`: the loss of the text, to whose kind it also adapts the mask.
+            `"distillation"`: KL(dense || masked) of every next token, the dense model being the same one without its
+            adapters. Or a weight for each, `{"distillation": 2, "language-modeling": 1}`. Default
             `"language-modeling"`.
         max_length (`int`, defaults to 512):
             Length of the windows that text is packed into, in tokens; see [`MaskProTrainer`].

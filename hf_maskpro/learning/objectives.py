@@ -2,7 +2,8 @@
 
 import json
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,15 +78,15 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none").sum(1)
 
 
-class Distillation:
+class LossBySpans:
     """
-    KL(dense || masked) of the next token, and with a weight of its own its negative log-likelihood. The dense model is
+    The negative log-likelihood of the next token and KL(dense || masked) of it, each by its weight. The dense model is
     the same one without its adapters. The head and what follows it run over [`SPAN`] tokens at a time, forward and
     backward at once, so that no more logits than theirs are ever in memory.
 
     Args:
         model (`torch.nn.Module`): A causal language model with adapters.
-        weights (`dict[str, float]`): From [`objective_weights`].
+        weights (`dict[str, float]`): From [`objective_weights`]; without `"distillation"` the dense model is not run.
         temperature (`float`): Of both distributions; the divergence is multiplied by its square.
 
     Raises:
@@ -129,37 +130,48 @@ class Distillation:
             raise ValueError(f"a batch has no labels, only {', '.join(inputs)}; add them, as a copy of input_ids.")
         labels = inputs["labels"]
         counts = labels[:, 1:] != -100
-        tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
-        versions = [tensor._version for tensor in tensors]
-        known = len(tensors) == len(self._batch) and all(map(operator.is_, tensors, self._batch))
-        if not known or versions != self._versions:
-            with torch.no_grad(), evaluating(self._causal), unmasked(self._causal):
-                if self._backbone is None:
-                    self._backbone = self._feeds_head(model, inputs)
-                self._dense = self._states(model, inputs)[:, :-1][counts]
-            self._batch, self._versions = tensors, versions
-        states, targets, dense = self._states(model, inputs)[:, :-1][counts], labels[:, 1:][counts], self._dense
+        if self._backbone is None:
+            with self._as_dense():
+                self._backbone = self._feeds_head(model, inputs)
+            self._check_nothing_else_learns()
+        if "distillation" in self._weights:
+            self._know_dense(model, inputs, counts)
+        states, targets = self._states(model, inputs)[:, :-1][counts], labels[:, 1:][counts]
 
         def losses_of(some: torch.Tensor, start: int) -> torch.Tensor:
             here = slice(start, start + len(some))
-            return self._token_losses(some, dense[here], targets[here])
+            return self._token_losses(some, targets[here], here)
 
         losses = _SpanBySpan.apply(states, losses_of)
         self._output = None
         return losses.new_zeros(len(labels)).index_add(0, counts.nonzero()[:, 0], losses)
 
-    def _token_losses(self, states: torch.Tensor, dense: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _token_losses(self, states: torch.Tensor, targets: torch.Tensor, here: slice) -> torch.Tensor:
         logits = self._logits(states)
         losses = logits.new_zeros(len(targets))
         if (weight := self._weights.get("language-modeling")) is not None:
             losses = losses + weight * F.cross_entropy(logits, targets, reduction="none")
         if (weight := self._weights.get("distillation")) is not None:
             with torch.no_grad():
-                wanted = (self._logits(dense) / self._temperature).log_softmax(-1)
+                wanted = (self._logits(self._dense[here]) / self._temperature).log_softmax(-1)
             found = (logits / self._temperature).log_softmax(-1)
             divergence = F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
             losses = losses + weight * self._temperature**2 * divergence
         return losses
+
+    @contextmanager
+    def _as_dense(self) -> Iterator[None]:
+        with torch.no_grad(), evaluating(self._causal), unmasked(self._causal):
+            yield
+
+    def _know_dense(self, model: nn.Module, inputs: dict[str, Any], counts: torch.Tensor) -> None:
+        tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+        versions = [tensor._version for tensor in tensors]
+        known = len(tensors) == len(self._batch) and all(map(operator.is_, tensors, self._batch))
+        if not known or versions != self._versions:
+            with self._as_dense():
+                self._dense = self._states(model, inputs)[:, :-1][counts]
+            self._batch, self._versions = tensors, versions
 
     def _feeds_head(self, model: nn.Module, inputs: dict[str, Any]) -> nn.Module:
         """The module whose output the model itself takes to its head: of those that run, the outermost."""
@@ -179,6 +191,16 @@ class Distillation:
                 "use objective='language-modeling'."
             )
         return ran[-1]
+
+    def _check_nothing_else_learns(self) -> None:
+        """What comes after the backbone is run on states without a graph, and would not be moved."""
+        inside = set(self._backbone.parameters())
+        for name, parameter in self._causal.named_parameters():
+            if parameter.requires_grad and parameter not in inside:
+                raise ValueError(
+                    f"objective='distillation' does not reach {name}, which is not in the decoder; exclude that layer "
+                    "by exclude_modules, or use objective='language-modeling'."
+                )
 
     def _run(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         known = {name: value for name, value in inputs.items() if name != "labels"}
@@ -217,6 +239,32 @@ class Distillation:
             if before is not None:
                 self._backbone.forward = before
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def language_modeling_by_spans(model: nn.Module) -> LossBySpans | None:
+    """
+    The model's own loss, over spans of tokens; `None` where that is another, has terms of other kinds, or where what
+    comes after the decoder is trained. A class does not say what its loss is, so it is tried on the dense model and
+    two short sequences: one is padded, and a label of the padding counts.
+    """
+    try:
+        objective = LossBySpans(model, {"language-modeling": 1.0}, 1.0)
+        ids = torch.arange(16, device=objective._causal.device).view(2, 8)
+        present, labels = torch.ones_like(ids), ids.clone()
+        present[1, 6:] = 0
+        labels[0, 3] = labels[1, 7] = -100
+        inputs = {"input_ids": ids, "attention_mask": present, "labels": labels}
+        with objective._as_dense():
+            own = model(**inputs, use_cache=False, return_dict=True)
+            plain = sequence_losses(own.logits, labels).sum() / 12
+            found = objective.sequence_losses(model, inputs).sum() / 12
+        is_plain = torch.allclose(own.loss.to(plain), plain, rtol=1e-5, atol=0)
+        # Products of other shapes round otherwise, in bfloat16 by as much.
+        agree = is_plain and torch.allclose(found, plain, rtol=1e-2, atol=0)
+    # A model may need other inputs, or give other outputs.
+    except Exception:
+        return None
+    return objective if agree else None
 
 
 class _SpanBySpan(torch.autograd.Function):

@@ -563,8 +563,8 @@ class Residual(Estimator):
             inputs = trainer._prepare_inputs(inputs)
             tokens[index] = _tokens_of(inputs)
             with torch.no_grad(), self.adapter.masks(self.adapter.initial), trainer.accelerator.autocast():
-                if trainer.distillation is not None:
-                    found = trainer.distillation.sequence_losses(trainer.model, inputs)
+                if trainer.loss_by_spans is not None:
+                    found = trainer.loss_by_spans.sequence_losses(trainer.model, inputs)
                 else:
                     labels = inputs.pop("labels")
                     found = sequence_losses(trainer.model(**inputs).logits, labels)

@@ -33,7 +33,7 @@ from .checkpoints import (
     place_checkpoint,
 )
 from .dataset import Repeated, dataset_by_name, rows_of
-from .objectives import Distillation, objective_weights, ranks_of_loss
+from .objectives import LossBySpans, language_modeling_by_spans, objective_weights, ranks_of_loss
 from .progress import MaskProgress
 from .record import add_to_card, card_path, objective_name, plot_run, record_training
 
@@ -128,19 +128,13 @@ class MaskProTrainer(Trainer):
         if args.fsdp or self.is_fsdp_enabled:
             self._check_fsdp()
         weights = objective_weights(args.objective)
-        # Of the plain language-model loss a model's own is the best implementation.
-        self.distillation = None
-        if "distillation" in weights:
-            if self.compute_loss_func is not None or self.label_smoother is not None:
-                raise ValueError("objective='distillation' is a loss; drop compute_loss_func and label_smoothing.")
-            if args.n_gpu > 1:
-                raise ValueError(
-                    f"objective='distillation' runs in one process a GPU, and this one has {args.n_gpu}; "
-                    "start it with torchrun or accelerate launch, or show it one GPU by CUDA_VISIBLE_DEVICES."
-                )
-            if self.is_fsdp_enabled:
-                raise ValueError("objective='distillation' runs the head by itself, which FSDP has split; drop fsdp.")
-            self.distillation = Distillation(model, weights, args.distillation_temperature)
+        # Of language modelling alone it is known when a run begins; without it the loss is the model's own.
+        self.loss_by_spans: LossBySpans | None = None
+        self._distills = "distillation" in weights
+        if self._distills:
+            if reason := self._why_not_by_spans():
+                raise ValueError(f"objective='distillation' {reason}.")
+            self.loss_by_spans = LossBySpans(model, weights, args.distillation_temperature)
         self._unfinished = ""
         self._is_checked = False
         self._ending = EndsWithCheckpoint(self.accelerator)
@@ -174,6 +168,18 @@ class MaskProTrainer(Trainer):
             if wrong:
                 raise ValueError(f"fsdp: {reason}.")
 
+    def _why_not_by_spans(self) -> str | None:
+        if self.compute_loss_func is not None or self.label_smoother is not None:
+            return "is a loss; drop compute_loss_func and label_smoothing"
+        if self.args.n_gpu > 1:
+            return (
+                f"runs in one process a GPU, and this one has {self.args.n_gpu}; start it with torchrun or accelerate "
+                "launch, or show it one GPU by CUDA_VISIBLE_DEVICES"
+            )
+        if self.is_fsdp_enabled:
+            return "runs the head by itself, which FSDP has split; drop fsdp"
+        return None
+
     @property
     def config(self) -> MaskProConfig:
         """The adapter's configuration."""
@@ -184,6 +190,11 @@ class MaskProTrainer(Trainer):
             resume_from_checkpoint = checkpoint_to_resume(str(self.args.output_dir))
         if resume_from_checkpoint:
             _check_state(Path(resume_from_checkpoint, TRAINER_STATE_NAME))
+        if not self._distills:
+            # Either brings a head of its own.
+            fused = self.args.torch_compile or self.args.use_liger_kernel
+            whole = fused or self._why_not_by_spans() is not None
+            self.loss_by_spans = None if whole else language_modeling_by_spans(self.model)
         # What an earlier run of this trainer left behind is not this run's.
         self._is_checked = False
         self.estimator = ESTIMATORS[self.args.estimator](self, self.adapter)
@@ -282,12 +293,14 @@ class MaskProTrainer(Trainer):
             except BaseException:
                 self._is_checked = False
                 raise
+        # A model may make its labels itself, or go by others.
+        own = not self._distills and ("labels" not in inputs or "shift_labels" in inputs)
         # Evaluation asks for outputs, too; its loss is the language model's whatever is minimised.
-        if self.distillation is None or return_outputs:
+        if self.loss_by_spans is None or own or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # The head runs by itself, out of reach of what accelerate has put around the model's forward.
         with self.accelerator.autocast():
-            loss = self.distillation.sequence_losses(model, inputs).sum()
+            loss = self.loss_by_spans.sequence_losses(model, inputs).sum()
         if not self.model_accepts_loss_kwargs or num_items_in_batch is None:
             return loss / (inputs["labels"][:, 1:] != -100).sum()
         return loss * ranks_of_loss(self) / num_items_in_batch
