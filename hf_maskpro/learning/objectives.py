@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+from transformers.utils import ModelOutput
 
 from ..tuner import evaluating, unmasked
 
@@ -176,8 +177,15 @@ class LossBySpans:
     def _feeds_head(self, model: nn.Module, inputs: dict[str, Any]) -> nn.Module:
         """The module whose output the model itself takes to its head: of those that run, the outermost."""
         ran: list[nn.Module] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            ran.append(module)
+            if isinstance(output, ModelOutput):
+                # As in [`_states`], the head is spared what is not looked at.
+                output.last_hidden_state = output.last_hidden_state[:, :1]
+
         handles = [
-            module.register_forward_hook(lambda module, args, output: ran.append(module))
+            module.register_forward_hook(note)
             for module in {self._causal.base_model, self._causal.get_decoder()} - {self._causal}
         ]
         try:
@@ -193,12 +201,12 @@ class LossBySpans:
         return ran[-1]
 
     def _check_nothing_else_learns(self) -> None:
-        """What comes after the backbone is run on states without a graph, and would not be moved."""
+        """A span's graph goes from the backbone's states to its loss, and what comes between would not be moved."""
         inside = set(self._backbone.parameters())
         for name, parameter in self._causal.named_parameters():
             if parameter.requires_grad and parameter not in inside:
                 raise ValueError(
-                    f"objective='distillation' does not reach {name}, which is not in the decoder; exclude that layer "
+                    f"objective='distillation' trains the decoder alone, and {name} is not in it; exclude that layer "
                     "by exclude_modules, or use objective='language-modeling'."
                 )
 
@@ -245,11 +253,12 @@ def language_modeling_by_spans(model: nn.Module) -> LossBySpans | None:
     """
     The model's own loss, over spans of tokens; `None` where that is another, has terms of other kinds, or where what
     comes after the decoder is trained. A class does not say what its loss is, so it is tried on the dense model and
-    two short sequences: one is padded, and a label of the padding counts.
+    two short sequences: one is padded, and a label of the padding counts. A model on which that fails has its own.
     """
     try:
         objective = LossBySpans(model, {"language-modeling": 1.0}, 1.0)
         ids = torch.arange(16, device=objective._causal.device).view(2, 8)
+        ids = ids % objective._causal.config.get_text_config().vocab_size
         present, labels = torch.ones_like(ids), ids.clone()
         present[1, 6:] = 0
         labels[0, 3] = labels[1, 7] = -100
@@ -259,7 +268,7 @@ def language_modeling_by_spans(model: nn.Module) -> LossBySpans | None:
             plain = sequence_losses(own.logits, labels).sum() / 12
             found = objective.sequence_losses(model, inputs).sum() / 12
         is_plain = torch.allclose(own.loss.to(plain), plain, rtol=1e-5, atol=0)
-        # Products of other shapes round otherwise, in bfloat16 by as much.
+        # Products of other shapes round otherwise, in bfloat16 to three digits.
         agree = is_plain and torch.allclose(found, plain, rtol=1e-2, atol=0)
     # A model may need other inputs, or give other outputs.
     except Exception:

@@ -128,7 +128,7 @@ class MaskProTrainer(Trainer):
         if args.fsdp or self.is_fsdp_enabled:
             self._check_fsdp()
         weights = objective_weights(args.objective)
-        # Of language modelling alone it is known when a run begins; without it the loss is the model's own.
+        # Language modelling alone chooses when a run begins; `None` is what a Trainer has.
         self.loss_by_spans: LossBySpans | None = None
         self._distills = "distillation" in weights
         if self._distills:
@@ -191,10 +191,12 @@ class MaskProTrainer(Trainer):
         if resume_from_checkpoint:
             _check_state(Path(resume_from_checkpoint, TRAINER_STATE_NAME))
         if not self._distills:
-            # Either brings a head of its own.
-            fused = self.args.torch_compile or self.args.use_liger_kernel
-            whole = fused or self._why_not_by_spans() is not None
-            self.loss_by_spans = None if whole else language_modeling_by_spans(self.model)
+            # Either replaces the forward that the head of a span is a part of.
+            replaced = self.args.torch_compile or self.args.use_liger_kernel
+            self.loss_by_spans = None
+            if not replaced and self._why_not_by_spans() is None:
+                with self.accelerator.autocast():
+                    self.loss_by_spans = language_modeling_by_spans(self.model)
         # What an earlier run of this trainer left behind is not this run's.
         self._is_checked = False
         self.estimator = ESTIMATORS[self.args.estimator](self, self.adapter)
