@@ -463,7 +463,7 @@ from hf_maskpro.learning.objectives import LossBySpans
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=150_000, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                      num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=4096)
-model = get_peft_model(LlamaForCausalLM(config).bfloat16(), MaskProConfig()).train()
+model = get_peft_model(LlamaForCausalLM(config), MaskProConfig()).train()
 objective = LossBySpans(model, json.loads(sys.argv[1]), 1.0)
 def step(tokens):
     ids = torch.randint(150_000, (1, tokens))
