@@ -133,8 +133,9 @@ class LossBySpans:
         counts = labels[:, 1:] != -100
         if self._backbone is None:
             with self._as_dense():
-                self._backbone = self._feeds_head(model, inputs)
-            self._check_nothing_else_learns()
+                backbone = self._feeds_head(model, inputs)
+            self._check_nothing_else_learns(backbone)
+            self._backbone = backbone
         if "distillation" in self._weights:
             self._know_dense(model, inputs, counts)
         states, targets = self._states(model, inputs)[:, :-1][counts], labels[:, 1:][counts]
@@ -200,9 +201,9 @@ class LossBySpans:
             )
         return ran[-1]
 
-    def _check_nothing_else_learns(self) -> None:
+    def _check_nothing_else_learns(self, backbone: nn.Module) -> None:
         """A span's graph goes from the backbone's states to its loss, and what comes between would not be moved."""
-        inside = set(self._backbone.parameters())
+        inside = set(backbone.parameters())
         for name, parameter in self._causal.named_parameters():
             if parameter.requires_grad and parameter not in inside:
                 raise ValueError(

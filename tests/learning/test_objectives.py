@@ -301,15 +301,19 @@ def test_where_the_models_own_loss_is_another_it_is_taken(tmp_path, make, option
 
 
 def test_a_layer_before_the_head_is_moved_by_language_modelling_and_refused_by_distillation(tmp_path):
-    def trained(objective):
+    def trainer(objective):
         masked = get_peft_model(with_a_layer_before_the_head(), MaskProConfig())
-        args = arguments(tmp_path, "simple", objective=objective, max_steps=1)
-        MaskProTrainer(masked, args, train_dataset=rows()).train()
-        return masked.base_model.model.lm_head.dense.maskpro_theta["default"]
+        return MaskProTrainer(
+            masked, arguments(tmp_path, "simple", objective=objective, max_steps=1), train_dataset=rows()
+        )
 
-    assert trained("language-modeling").any()
-    with pytest.raises(ValueError, match=r"trains the decoder alone, and .*lm_head\.dense.*exclude_modules"):
-        trained("distillation")
+    moves = trainer("language-modeling")
+    moves.train()
+    assert moves.model.base_model.model.lm_head.dense.maskpro_theta["default"].any()
+    refused = trainer("distillation")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"trains the decoder alone, and .*lm_head\.dense.*exclude_modules"):
+            refused.train()
 
 
 def test_batches_that_the_model_makes_labels_of_have_its_own_loss(tmp_path):
