@@ -138,6 +138,9 @@ def _with_base(path: Path, base_model: str | None) -> dict[Path, Any]:
                 stacklevel=3,
             )
         return {}
+    if saved.get("peft_type") != NAME:
+        # What was trained over a mask, as a LoRA, is saved beside it, without a card.
+        return {path: _as_json(saved | {"base_model_name_or_path": base_model})}
     saved = saved_config(path.parent).to_dict() | saved | {"base_model_name_or_path": base_model}
     with TemporaryDirectory() as temporary:
         for name in CARD_FILES:
@@ -145,7 +148,11 @@ def _with_base(path: Path, base_model: str | None) -> dict[Path, Any]:
                 shutil.copyfile(path.parent / name, Path(temporary, name))
         write_card(Path(temporary), saved, own_bytes(path.parent))
         card = ModelCard.load(Path(temporary, CARD_FILE))
-    return {path: json.dumps(saved, indent=2, sort_keys=True).encode(), path.with_name(CARD_FILE): card}
+    return {path: _as_json(saved), path.with_name(CARD_FILE): card}
+
+
+def _as_json(saved: dict[str, Any]) -> bytes:
+    return json.dumps(saved, indent=2, sort_keys=True).encode()
 
 
 def _is_pushed(path: Path) -> bool:
@@ -165,13 +172,17 @@ def _for_masks(own: Callable[..., Any], name: str) -> None:
     setattr(PeftModel, name, method)
 
 
-def _save_whole(model: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
+def _save_whole(
+    model: PeftModel, save_directory: str, safe_serialization: bool = True, *args: Any, **kwargs: Any
+) -> None:
     """PEFT writes over an earlier adapter file by file, and would leave neither where it fails in between."""
+    if not safe_serialization:
+        raise ValueError("safe_serialization is False, and a mask is read from safetensors alone; leave it at True.")
     if not kwargs.get("is_main_process", True):
-        return _save_in_place(model, save_directory, *args, **kwargs)
+        return _save_in_place(model, save_directory, True, *args, **kwargs)
     folders = ["" if name == "default" else f"{name}/" for name in model.peft_config]
     with private_folder(save_directory, *(f"{folder}{file}" for folder in folders for file in CARD_FILES)) as folder:
-        _save_in_place(model, str(folder), *args, **kwargs)
+        _save_in_place(model, str(folder), True, *args, **kwargs)
     return None
 
 

@@ -347,6 +347,13 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             # The same Parameter, since PEFT restores `requires_grad` on those that it has seen.
             theta.data = members_first(theta.data)
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """
+        Mask the weight or not. What is trained stays what it is: PEFT's own would train every active adapter from then
+        on, also one that was loaded for inference.
+        """
+        self._disable_adapters = not enabled
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names:

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -223,6 +223,16 @@ def push_what_was_merged(base, adapter, folder, repository, *options):
     if not folder.exists():
         run("merge", "--model", base, "--adapter", adapter, "--output", folder)
     return run("push", folder, repository, *options).stderr
+
+
+def push_with_a_lora(base, folder, repository):
+    """The base models that a mask and the LoRA over it are pushed with."""
+    masked = get_peft_model(AutoModelForCausalLM.from_pretrained(base), MaskProConfig())
+    config = LoraConfig(target_modules=["q_proj"])
+    get_peft_model(masked.get_base_model(), config, adapter_name="quality").save_pretrained(folder)
+    run("push", folder, repository, "--base-model", "me/base")
+    pushed = [hf_hub_download(repository, f"{name}adapter_config.json") for name in ("", "quality/")]
+    return [json.loads(Path(path).read_text())["base_model_name_or_path"] for path in pushed]
 
 
 def push_two_steps(repository, output):
@@ -476,6 +486,10 @@ def test_a_base_that_nobody_else_finds_is_warned_of_and_can_be_named(pushed, pus
     assert "name a repository by --base-model." in warned
     assert "warning" not in pusher(push_what_was_merged, *merge, "--base-model", "me/base")
     assert "base_model: me/base" in puller(read_card, "me/nameless")
+
+
+def test_a_lora_over_a_mask_is_pushed_with_it(pushed, pusher, checkpoint, tmp_path):
+    assert pusher(push_with_a_lora, checkpoint, tmp_path / "both", "me/both") == 2 * ["me/base"]
 
 
 def test_a_run_that_pushes_at_every_save(pushed, pusher, puller, tmp_path):

@@ -32,6 +32,7 @@ from hf_maskpro import MaskProConfig, check_sparsity, initialize_masks
 from hf_maskpro.deploy import merge
 from hf_maskpro.subset import group_members, keep_of
 from hf_maskpro.tuner import MaskProLayer, masked_layers, unmasked
+from hf_maskpro.tuner.layer import has_memory
 
 from ..conftest import tiny_gpt2, tiny_llama, tiny_mixtral
 
@@ -765,6 +766,26 @@ def test_a_lora_over_a_mask_works_unmerged(saved, base_folder, ids, tmp_path):
     sparse = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
     beside = PeftModel.from_pretrained(sparse, tmp_path / "both" / "quality")
     assert torch.equal(logits(beside.eval(), ids), expected)
+
+
+def test_disabling_a_mask_changes_nothing_of_what_is_trained(saved, base_folder, ids):
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), saved[0]).train()
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), MaskProConfig())
+    for model, trains in (loaded, False), (trained, True):
+        with model.disable_adapter():
+            assert not torch.equal(logits(model, ids), saved[1])
+        thetas = [layer.maskpro_theta["default"] for layer in masked_layers(model).values()]
+        assert {theta.requires_grad for theta in thetas} == {trains}
+        assert {has_memory(theta) for theta in thetas} == {trains}
+    # In train mode, but not sampled.
+    assert torch.equal(logits(loaded, ids), saved[1])
+
+
+def test_a_mask_is_saved_as_safetensors_alone(llama, tmp_path):
+    model = get_peft_model(llama, MaskProConfig())
+    with pytest.raises(ValueError, match="safe_serialization is False, and a mask is read from safetensors alone"):
+        model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
+    assert not (tmp_path / "pickle").exists()
 
 
 def test_a_lora_over_a_mask_is_merged_when_asked_for(saved, base_folder, ids):
