@@ -138,7 +138,7 @@ def worker(
 def setting(entry: str) -> tuple[str, Any]:
     try:
         name, value = entry.split("=", 1)
-        return name, type(BASE[name] or 0)(value)
+        return name, (int if BASE[name] is None else type(BASE[name]))(value)
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(
             f"{entry!r} is no setting; name one of {', '.join(BASE)}, as in batch=8 or start=wanda."

@@ -285,13 +285,13 @@ def test_a_wrong_setting_of_the_ablations(monkeypatch, capsys, wrong):
 
 
 def test_settings_of_the_ablations_have_the_type_of_the_default():
-    entries = ["start=wanda", "logit_scale=5", "batch=4", "tokens=32768", "objective=distillation"]
+    entries = ["start=wanda", "logit_scale=5", "batch=4", "tokens=32768", "weight_decay=0.1"]
     settings = dict(map(ablations.setting, entries))
     assert settings == {
-        "start": "wanda", "logit_scale": 5.0, "batch": 4, "tokens": 32_768, "objective": "distillation",
+        "start": "wanda", "logit_scale": 5.0, "batch": 4, "tokens": 32_768, "weight_decay": 0.1,
     }  # fmt: skip
     assert {name: type(value) for name, value in settings.items()} == {
-        "start": str, "logit_scale": float, "batch": int, "tokens": int, "objective": str,
+        "start": str, "logit_scale": float, "batch": int, "tokens": int, "weight_decay": float,
     }  # fmt: skip
 
 

@@ -220,6 +220,8 @@ def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 def _documents(dataset: str, split: str, characters: float) -> Iterator[str]:
     """Documents of a dataset's split until there are so many characters."""
     bar = tqdm(total=characters, desc=f"reading {dataset}", unit=" characters", unit_scale=True)
+    # A bar that TQDM_DISABLE turns off does not count.
+    known = 0
     try:
         for row in dataset_by_name(dataset, split):
             if "text" not in row:
@@ -229,8 +231,9 @@ def _documents(dataset: str, split: str, characters: float) -> Iterator[str]:
             if not isinstance(row["text"], str):
                 raise ValueError(f"its column 'text' holds a {type(row['text']).__name__}, not a text.")
             yield row["text"]
+            known += len(row["text"])
             bar.update(len(row["text"]))
-            if bar.n >= characters:
+            if known >= characters:
                 return
     except StopIteration:
         # What an empty file ends in.

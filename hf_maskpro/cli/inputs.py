@@ -146,8 +146,9 @@ def shares_of(weights: str | None, sources: int) -> list[float] | None:
 
 def init_mask(name: str) -> str:
     """A starting mask as the configuration takes it, where a folder has a slash in its name; its source is there."""
-    name = f"./{name}" if name not in RULES and "/" not in name and Path(name).is_dir() else name
     source = _source_of(name)
+    if source not in RULES and "/" not in source and Path(source).is_dir():
+        name, source = f"./{name}", f"./{source}"
     if source not in RULES and not Path(source).exists():
         if source.endswith((".npz", ".safetensors")):
             raise ValueError(f"{source} does not exist; pass a folder, a .npz or .safetensors file, or a Hub id.")

@@ -320,7 +320,7 @@ def train(
     if checkpoint is not None and max_steps < int(checkpoint.rpartition("-")[2]):
         raise ValueError(f"--max-steps is {max_steps}, and {checkpoint} is beyond it; raise it or drop --resume.")
     if not resume:
-        check_free(output, overwrite, model, adapter, eval_text, *sources_of(init_mask, text, dataset))
+        check_free(output, overwrite, model, adapter, eval_text, *sources_of(start, text, dataset))
     known = MaskProConfig.from_pretrained(checkpoint) if checkpoint else MaskProConfig(init_mask="sparsegpt+swaps")
     parameters = known.target_parameters if target_modules is None else None
     if target_parameters is not None:

@@ -140,8 +140,15 @@ class MaskProModel(BaseTuner):
     def _prepare_model(self, peft_config: MaskProConfig, model: nn.Module) -> None:
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            _include_all_linear(peft_config, model, inside)
+            _include_all_linear(peft_config, model)
             _keep_layers_to_transform(peft_config)
+        named = [name for name, *_ in _targeted_parameters(peft_config, model)]
+        for target in peft_config.target_parameters or ():
+            if not any(f".{name}".endswith(f".{target}") for name in named):
+                raise ValueError(
+                    f"target_parameters {target} is no parameter of the model; give ends of names, as "
+                    "experts.down_proj."
+                )
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         places = _places(model)
         problems: dict[str, list[str]] = {}
@@ -492,8 +499,8 @@ def one_adapter(model: nn.Module, adapter_name: str) -> Iterator[None]:
 @contextmanager
 def unmasked(model: nn.Module) -> Iterator[None]:
     """
-    Let a model be the dense one that its adapters are for. `PeftModel.disable_adapter` would make a mask that was
-    loaded for inference a trained one afterwards, with memory for its logits, and one that was merged an unmerged one.
+    Let a model be the dense one that its adapters are for. `PeftModel.disable_adapter` would leave a mask that was
+    merged unmerged, and train adapters over it, and modules beside it, that were loaded for inference.
 
     Raises:
         `ValueError`: if the model has no mask adapter.
@@ -684,7 +691,7 @@ def _keep_layers_to_transform(config: MaskProConfig) -> None:
     config.target_parameters = set(filter(is_inside, config.target_parameters or ())) or None
 
 
-def _include_all_linear(config: MaskProConfig, model: nn.Module, inside: tuple[str, ...]) -> None:
+def _include_all_linear(config: MaskProConfig, model: nn.Module) -> None:
     """Name every linear layer, and every expert's weights unless they are named already."""
     _maybe_include_all_linear_layers(config, model)
     assert isinstance(config.target_modules, set)

@@ -394,6 +394,16 @@ def test_residual_lowers_the_training_loss(checkpoint, text, tmp_path):
     assert measure(learned) < 0.6 * measure(adapter)
 
 
+def test_a_starting_mask_is_a_folder_by_its_bare_name(checkpoint, adapter, text, tmp_path, monkeypatch):
+    copytree(adapter, tmp_path / "mask")
+    monkeypatch.chdir(tmp_path)
+    given = ["--model", checkpoint, "--text", text, "--seq-len", 16]
+    run("init", *given, "--method", "mask+swaps", "--samples", 8, "--output", "refined")
+    run("train", *given, "--init-mask", "mask", "--max-steps", 1, "--output", "learned")
+    for folder, source in ("refined", "./mask+swaps"), ("learned", "./mask"):
+        assert json.loads((tmp_path / folder / "adapter_config.json").read_text())["init_mask"] == source
+
+
 def test_a_local_dataset(checkpoint, tmp_path):
     data = tmp_path / "data"
     data.mkdir()

@@ -113,6 +113,12 @@ def test_one_text_is_neither_at_home_nor_elsewhere(checkpoint, adapter, text):
     assert plain.keys() == {"model", "adapter", "perplexity", "dense_perplexity", "ratio", "kl", "protocol"}
 
 
+def test_adapters_in_subfolders_are_compared(checkpoint, adapter, text, tmp_path):
+    copytree(adapter, tmp_path / "masks" / "first")
+    compare = ["--compare", checkpoint, tmp_path / "masks", "--model", checkpoint, "--text", text, "--seq-len", 32]
+    assert measured(*compare, "--subfolder", "first")["models"][1]["adapter"] == str(tmp_path / "masks")
+
+
 def test_several_texts_of_models_without_an_adapter(checkpoint, adapter, merged, text, elsewhere):
     given = ["--text", elsewhere[0], "--text", text, "--seq-len", 32]
     sparse = measured("--model", merged, *given)

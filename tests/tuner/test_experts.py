@@ -225,6 +225,12 @@ def test_parameters_that_cannot_be_masked_are_refused(target, message):
         get_peft_model(tiny_gpt_oss(), MaskProConfig(n=1, m=3, target_modules=[], target_parameters=[target]))
 
 
+def test_a_parameter_that_is_not_there_is_refused():
+    config = MaskProConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj", "expert.gate_up_proj"])
+    with pytest.raises(ValueError, match=r"target_parameters expert\.gate_up_proj is no parameter of the model"):
+        get_peft_model(tiny_mixtral(), config)
+
+
 def test_experts_that_share_their_weights_are_refused():
     model = tiny_mixtral()
     first, second = (layer.mlp.experts for layer in model.model.layers)
