@@ -184,7 +184,7 @@ def evaluate(
                 figures["limit"] = limit
         return figures
 
-    pairs = _compared(sources or [], model, revision, subfolder) if compare else [(str(model), adapter)]
+    pairs = _compared(sources or [], model, subfolder) if compare else [(str(model), adapter)]
     # A wrong adapter is not found out after the others were measured.
     for _, mask in pairs:
         if mask is not None:
@@ -227,9 +227,7 @@ def _record(folder: Path, home: Path | None, figures: dict[str, Any]) -> None:
                 hub.record_evaluation(folder, Path(task).stem, metric, value, protocol)
 
 
-def _compared(
-    sources: list[str], model: str | None, revision: str | None, subfolder: str | None
-) -> list[tuple[str, str | None]]:
+def _compared(sources: list[str], model: str | None, subfolder: str | None) -> list[tuple[str, str | None]]:
     """Base model and adapter of everything that --compare names."""
     from transformers.utils import find_adapter_config_file
 
@@ -237,7 +235,7 @@ def _compared(
     for source in sources:
         if not Path(source).is_dir():
             check_on_hub(source, "config.json", "a folder")
-        if not find_adapter_config_file(source, revision=revision, subfolder=subfolder or ""):
+        if not any(find_adapter_config_file(source, subfolder=place) for place in {"", subfolder or ""}):
             pairs.append((source, None))
         elif model is None:
             raise ValueError(f"{source} is an adapter; pass its base model with --model.")

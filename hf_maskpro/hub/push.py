@@ -139,8 +139,12 @@ def _with_base(path: Path, base_model: str | None) -> dict[Path, Any]:
             )
         return {}
     if saved.get("peft_type") != NAME:
-        # What was trained over a mask, as a LoRA, is saved beside it, without a card.
-        return {path: _as_json(saved | {"base_model_name_or_path": base_model})}
+        # What was trained over a mask, as a LoRA, is saved with it, and has a card only if it was saved elsewhere.
+        changed: dict[Path, Any] = {path: _as_json(saved | {"base_model_name_or_path": base_model})}
+        if (card_path := path.with_name(CARD_FILE)).is_file():
+            changed[card_path] = load_card(card_path)
+            changed[card_path].data["base_model"] = base_model
+        return changed
     saved = saved_config(path.parent).to_dict() | saved | {"base_model_name_or_path": base_model}
     with TemporaryDirectory() as temporary:
         for name in CARD_FILES:

@@ -61,8 +61,8 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
             Default linear to 0 for `residual`, constant with `advantage="raw"`; for `simple` 10 warm-up steps and a
             linear decay to a tenth; linear to 0 for `proxsparse`, a cosine to a tenth for `maskllm`.
         warmup_steps (`float`, *optional*):
-            Default 0 for `residual` and `maskllm`; for `simple` 10, or a fifth of `max_steps` below 50; a tenth of the
-            run for `proxsparse`.
+            Default 0 for `residual` and `maskllm`; for `simple` 10, or a fifth of `max_steps` below 50, or a tenth of
+            a run that is measured in epochs; a tenth of the run for `proxsparse`.
         adam_beta2 (`float`, *optional*):
             Default 0.98 for `simple`, since gradients of logits change quickly; 0.999 for `proxsparse`, 0.95 for
             `maskllm`. `residual` has no optimizer state.

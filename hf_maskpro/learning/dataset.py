@@ -78,8 +78,10 @@ class TextWindows(IterableDataset):
         start_id = start_token_of(self.tokenizer)
         length = self.max_length - (start_id is not None)
         worker = get_worker_info()
-        # Each worker reads everything, and takes its share.
-        rows = islice(self.dataset, *((worker.id, None, worker.num_workers) if worker else (None,)))
+        rows = iter(self.dataset)
+        # A stream of shards shares them out among workers. Of anything else each reads all, and takes its share.
+        if worker is not None and not hasattr(self.dataset, "num_shards"):
+            rows = islice(rows, worker.id, None, worker.num_workers)
         left = torch.empty(0, dtype=torch.int64)
         is_first, filled = True, False
         while some := list(islice(rows, ROWS_AT_ONCE)):
@@ -154,8 +156,12 @@ def _config_of(model: nn.Module) -> PreTrainedConfig | None:
 
 
 def _has_labels(row: Mapping[str, Any]) -> bool:
-    # The first label is no token's next one.
-    return "labels" not in row or bool((torch.as_tensor(row["labels"]).flatten()[1:] != -100).any())
+    if "labels" not in row:
+        return True
+    labels = torch.as_tensor(row["labels"]).flatten()
+    # One label a token: the first is no token's next one. A class, or another sequence, counts from the first on.
+    is_text = len(labels) == torch.as_tensor(row["input_ids"]).numel()
+    return bool((labels[is_text:] != -100).any())
 
 
 def check_rows(dataset: Any, model: nn.Module) -> None:

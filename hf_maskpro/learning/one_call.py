@@ -37,12 +37,19 @@ def sparsify(
         n (`int`, defaults to 2): How many of every `m` weights are kept.
         m (`int`, defaults to 4): The size of a group.
         max_steps (`int`, defaults to 0): Steps to learn for; none unless given.
-        settings: As for [`MaskProTrainingArguments`]. `seed` chooses the calibration windows as well; no checkpoints
-            are kept unless `save_strategy` is given.
+        settings: As for [`MaskProTrainingArguments`], but for `num_train_epochs`. `seed` chooses the calibration
+            windows as well; no checkpoints are kept unless `save_strategy` is given.
 
     Returns:
         [`~peft.PeftModel`]: The model with the mask adapter.
+
+    Raises:
+        `ValueError`: if `num_train_epochs` is given; as its parts do, of wrong settings and datasets.
     """
+    if "num_train_epochs" in settings:
+        raise ValueError(
+            f"num_train_epochs is {settings['num_train_epochs']}, and a run is measured in max_steps here; pass these."
+        )
     masked = get_peft_model(model, MaskProConfig(n=n, m=m, init_mask=init_mask))
     # Of a stream a trainer wants to know how many steps, though it takes none.
     args = MaskProTrainingArguments(**{"save_strategy": "no"} | settings, max_steps=max(max_steps, 1))

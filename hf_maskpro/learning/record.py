@@ -21,15 +21,17 @@ def objective_name(args: TrainingArguments) -> str:
     return " + ".join(f"{w:g} {name}" if len(weights) > 1 else name for name, w in weights.items()) + temperature
 
 
-def record_training(config: MaskProConfig, args: TrainingArguments, steps: int, settings: dict[str, Any]) -> None:
-    """Note in an adapter how its mask is learned, its estimator's own settings last."""
+def record_training(
+    config: MaskProConfig, args: TrainingArguments, batch: int, steps: int, settings: dict[str, Any]
+) -> None:
+    """Note in an adapter how its mask is learned, by so many sequences a batch, its estimator's own settings last."""
     # The text is known to who began the run.
     known = config.start.get("training", {})
     config.start["training"] = {name: known[name] for name in ("text", "seq_len") if name in known} | {
         "estimator": args.estimator,
         "objective": objective_name(args),
         "steps": steps,
-        "sequences_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "sequences_per_step": batch * args.gradient_accumulation_steps * args.world_size,
         "learning_rate": args.learning_rate,
         "schedule": SchedulerType(args.lr_scheduler_type).value,
         "warmup_steps": args.warmup_steps,

@@ -490,7 +490,9 @@ class Residual(Estimator):
     def _pays(self) -> bool:
         """Whether a pass over all examples takes less than a baseline every step, or is asked for."""
         args = self.trainer.args
-        if args.baseline == "step" or self.trainer.reward_fn is not None or not self._has_fixed_examples():
+        # Outside of a run the data are asked for to calibrate on, before there is a mask.
+        is_wanted = self.trainer.is_in_train and args.baseline != "step" and self.trainer.reward_fn is None
+        if not is_wanted or not self._has_fixed_examples():
             return False
         examples = len(self.trainer.train_dataset)
         per_step = self.trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -510,38 +512,45 @@ class Residual(Estimator):
         By evidence: whether the trainer's loss of a few batches is what the losses of their examples add up to, each
         computed by itself and as they will be cached.
         """
+        for layer in self.adapter.layers:
+            # One that has no mask yet says so.
+            layer.packed_initial_mask(self.adapter.name)
         size = self.trainer._train_batch_size
         # A generator of its own: a draw from torch's would change the run.
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(len(self.trainer.train_dataset), generator=generator)[: PROBES * size].tolist()
         try:
             alone, together = self._cached(order, 1), self._cached(order, size)
+            # Of another example, or of a token more, the loss may be much the same.
+            is_alike = torch.equal(alone[1], together[1])
         except torch.OutOfMemoryError:
             raise
         # Of what has no labels or no logits, or is no batch of rows, the losses cannot be cached.
         except (KeyError, AttributeError, TypeError, ValueError, IndexError, RuntimeError):
-            return False
-        # Of another example, or of a token more, the loss may be much the same.
-        return torch.equal(alone[1], together[1]) and self._add_up(order, alone[0], together[0])
+            is_alike = False
+        # What follows all processes do, or none.
+        return all(gather_object([is_alike])) and self._add_up(order, alone[0], together[0])
 
     def _add_up(self, order: list[int], *cached: torch.Tensor) -> bool:
         """Whether the trainer's loss of batches of examples is the sum of cached ones, but for rounding."""
         trainer = self.trainer
         half = trainer.accelerator.mixed_precision == "bf16"
         rounding = torch.finfo(torch.bfloat16 if half else plain(self.adapter.layers[0].base_weight).dtype).eps
+        # To the end, since in every batch all processes count their items.
+        adds_up = True
         for inputs in self._batches(order, trainer._train_batch_size):
             index = inputs.pop(_INDEX)
             items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
             if not (count := float(items or 0)) or not inputs.keys() <= _TOLD:
-                return False
+                adds_up = False
+                continue
             with torch.no_grad(), self.adapter.masks(self.adapter.initial), trainer.accelerator.autocast():
                 loss = share_of_loss(trainer, trainer.model, trainer._prepare_inputs(inputs), items).item()
             # A divergence near 0 is a difference of logarithms that are not.
             tolerance = max(1.0, abs(loss)) * (rounding / sqrt(count) + LEAST_TOLERANCE)
             for losses in cached:
-                if not abs(losses[index].sum().item() * ranks_of_loss(trainer) / count - loss) <= tolerance:
-                    return False
-        return True
+                adds_up &= abs(losses[index].sum().item() * ranks_of_loss(trainer) / count - loss) <= tolerance
+        return adds_up
 
     def _unlike(self, lengths: torch.Tensor) -> list[int]:
         """The shortest and the longest examples, side by side: of a few that are padded a draw may show none."""

@@ -88,8 +88,8 @@ class Simple(Estimator):
             "learning_rate": rate,
             "lr_scheduler_type": "polynomial",
             "lr_scheduler_kwargs": decay,
-            # In a short run the rest of the schedule needs steps, too.
-            "warmup_steps": args.max_steps // 5 if 0 < args.max_steps < 50 else 10,
+            # In a short run the rest of the schedule needs steps, too; below 1 it is a share of the run.
+            "warmup_steps": 10 if args.max_steps >= 50 else args.max_steps // 5 if args.max_steps > 0 else 0.1,
             "adam_beta2": 0.98,
             "weight_pull": 0.3 * min(1, sqrt(60 / steps)),
         } | ({"gradient_checkpointing": True} if args.optimizer_in_backward else {})

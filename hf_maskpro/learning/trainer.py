@@ -70,8 +70,9 @@ class MaskProTrainer(Trainer):
         reward_fn (`Callable[[nn.Module, dict], torch.Tensor]`, *optional*):
             What `estimator="residual"` raises in place of lowering a loss: a number for each example, of any floating
             dtype, `[examples]`; higher is better. It is given the model under a mask and a batch, as the collator made
-            it. It needs no gradient, so it may generate, compare or ask somebody else. It is called twice a step,
-            under a sampled and under the starting mask, and takes the memory of the masked weights.
+            it. It needs no gradient, so it may generate, compare or ask somebody else. It is called twice a
+            batch, under a sampled and under the starting mask, and once more in the first where groups are chosen. It
+            takes the memory of the masked weights.
         kwargs: As for `Trainer`.
 
     Raises:
@@ -170,7 +171,7 @@ class MaskProTrainer(Trainer):
 
     def _why_not_by_spans(self) -> str | None:
         if self.compute_loss_func is not None or self.label_smoother is not None:
-            return "is a loss; drop compute_loss_func and label_smoothing"
+            return "is a loss; drop compute_loss_func and label_smoothing_factor"
         if self.args.n_gpu > 1:
             return (
                 f"runs in one process a GPU, and this one has {self.args.n_gpu}; start it with torchrun or accelerate "
@@ -213,6 +214,8 @@ class MaskProTrainer(Trainer):
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            # A Trainer says so of a run that has succeeded alone.
+            self.is_in_train = False
             self.train_dataset = dataset
             self._ending.restore_handlers()
             # Another run over these logits may be another trainer's.
@@ -335,7 +338,9 @@ class MaskProTrainer(Trainer):
 
     def _record(self) -> None:
         self.estimator.settle()
-        record_training(self.config, self.args, self.state.global_step, self.estimator.settings())
+        # Which is smaller where auto_find_batch_size has found that it has to be.
+        batch = self._train_batch_size
+        record_training(self.config, self.args, batch, self.state.global_step, self.estimator.settings())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._record()

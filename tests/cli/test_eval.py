@@ -117,6 +117,8 @@ def test_adapters_in_subfolders_are_compared(checkpoint, adapter, text, tmp_path
     copytree(adapter, tmp_path / "masks" / "first")
     compare = ["--compare", checkpoint, tmp_path / "masks", "--model", checkpoint, "--text", text, "--seq-len", 32]
     assert measured(*compare, "--subfolder", "first")["models"][1]["adapter"] == str(tmp_path / "masks")
+    compare[2] = adapter
+    assert f"pass --subfolder with a folder of {adapter}" in fails("eval", *compare, "--subfolder", "none")
 
 
 def test_several_texts_of_models_without_an_adapter(checkpoint, adapter, merged, text, elsewhere):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import get_peft_model
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from hf_maskpro import MaskProConfig, MaskProTrainer
@@ -161,11 +162,33 @@ def test_rows_without_labels_may_come_first(tmp_path):
     assert trainer(tmp_path, some).train_dataset is some
 
 
+@pytest.mark.parametrize("labels", [0, [4], [3, -100, -100, -100]])
+def test_labels_that_are_not_of_the_same_text_count_from_the_first_on(tmp_path, labels):
+    some = [{"input_ids": [3, 4, 5], "labels": labels}] * 9
+    assert trainer(tmp_path, some).train_dataset is some
+
+
 def test_text_of_another_models_tokenizer_is_refused(tmp_path, kind, checkpoint):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.add_tokens("w99")
     with pytest.raises(ValueError, match=f"the token {len(tokenizer) - 1}, and the model a vocabulary of 34"):
         trainer(tmp_path, as_rows(kind, text=["w1 w99"] * 50), processing_class=tokenizer).train()
+
+
+class Documents:
+    """Rows that come one after the other, and are no dataset."""
+
+    def __iter__(self):
+        return iter(as_rows("list", text=TEXTS))
+
+
+@pytest.mark.parametrize("shards", [0, 1, 3])
+def test_workers_read_all_of_a_text_together(checkpoint, shards):
+    dataset = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(num_shards=shards) if shards else Documents()
+    read = TextWindows(dataset, "text", AutoTokenizer.from_pretrained(checkpoint), 4, tiny_llama())
+    alone, shared = (sum(1 for _ in DataLoader(read, batch_size=None, num_workers=n)) for n in (0, 2))
+    # Each worker may leave less than a window.
+    assert alone - 2 <= shared <= alone
 
 
 def test_a_stream_of_text_is_shuffled_anew_when_it_is_begun_again(checkpoint):

@@ -46,6 +46,12 @@ def test_one_call_does_what_its_pieces_do(tmp_path, request, text, name, max_ste
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+def test_epochs_are_refused(checkpoint):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="num_train_epochs is 1, and a run is measured in max_steps here"):
+        sparsify(model, tokenizer, [{"text": "w1 w2"}], num_train_epochs=1)
+
+
 def test_settings_are_the_trainers(tmp_path, checkpoint, text):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     rows = [{"text": text.read_text()}]

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
-from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments
+from hf_maskpro import MaskProConfig, MaskProTrainer, MaskProTrainingArguments, initialize_masks
 from hf_maskpro.learning import residual
 from hf_maskpro.learning.arguments import ESTIMATORS
 from hf_maskpro.learning.record import plot_run
@@ -395,6 +395,55 @@ def test_what_has_no_loss_of_its_own_is_never_cached(tmp_path, llama, examples, 
     assert baseline_of(tmp_path, llama, 8, examples, **options) == "step"
     with pytest.raises(ValueError, match="baseline='cache' needs"):
         baseline_of(tmp_path, llama, 8, examples, baseline="cache", **options)
+
+
+def test_all_processes_look_at_as_many_batches_whatever_they_find(tmp_path, llama, monkeypatch):
+    counted, found = [], []
+    count, add_up = Trainer._get_num_items_in_batch, residual.Residual._add_up
+    # In several processes it gathers.
+    monkeypatch.setattr(Trainer, "_get_num_items_in_batch", lambda *args: (counted.append(args), count(*args))[1])
+
+    def looks(self, *args):
+        before = len(counted)
+        result = add_up(self, *args)
+        found.append((result, len(counted) - before))
+        return result
+
+    monkeypatch.setattr(residual.Residual, "_add_up", looks)
+    for cls in MaskProTrainer, Halves:
+        model = get_peft_model(copy.deepcopy(llama), MaskProConfig())
+        cls(model, arguments(tmp_path, "residual", max_steps=8), train_dataset=rows(32)).train()
+    assert found == [(True, 4), (True, 0), (False, 4)]
+
+
+def test_batches_to_calibrate_on_are_there_before_a_mask_is(tmp_path, llama):
+    model = get_peft_model(llama, MaskProConfig(init_mask="wanda"))
+    args = arguments(tmp_path, "residual", max_steps=5, baseline="cache")
+    trainer = MaskProTrainer(model, args, train_dataset=rows(16))
+    with pytest.raises(ValueError, match="call initialize_masks"):
+        trainer.train()
+    batches = list(trainer.get_train_dataloader())
+    assert {key for batch in batches for key in batch} == {"input_ids", "labels"}
+    initialize_masks(model, batches)
+    trainer.train()
+    assert trainer.estimator._baselines is not None
+
+
+def test_a_smaller_batch_that_was_found_is_what_is_recorded(tmp_path, llama, monkeypatch):
+    model = get_peft_model(llama, MaskProConfig())
+    args = arguments(tmp_path, "simple", max_steps=1, auto_find_batch_size=True)
+    trainer = MaskProTrainer(model, args, train_dataset=rows(16))
+    learner = ESTIMATORS["simple"]
+    step = learner.training_step
+
+    def runs_out_at_first(self, *given):
+        if trainer._train_batch_size == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(self, *given)
+
+    monkeypatch.setattr(learner, "training_step", runs_out_at_first)
+    trainer.train()
+    assert model.peft_config["default"].start["training"]["sequences_per_step"] == trainer._train_batch_size < 8
 
 
 def test_examples_of_more_than_tokens_are_never_cached(tmp_path, llama):
@@ -1031,8 +1080,10 @@ def test_defaults_by_estimator(tmp_path):
     rates = {steps: arguments(tmp_path, "residual", max_steps=steps).learning_rate for steps in (10, 50, 400, -1)}
     assert rates == pytest.approx({10: 0.57 * 2**0.5, 50: 0.57 * 2**0.5, 400: 0.285, -1: 0.57 / 10**0.5})
     assert arguments(tmp_path, "residual", advantage="raw", max_steps=10).learning_rate == 50.0
-    assert (simple.learning_rate, simple.adam_beta2, simple.warmup_steps) == (0.2, 0.98, 10)
+    assert (simple.learning_rate, simple.adam_beta2, simple.warmup_steps) == (0.2, 0.98, 0.1)
     assert arguments(tmp_path, "simple", max_steps=30).learning_rate == pytest.approx(0.4)
+    warmups = {steps: arguments(tmp_path, "simple", max_steps=steps).warmup_steps for steps in (10, 50, -1)}
+    assert warmups == {10: 2, 50: 10, -1: 0.1}
     assert arguments(tmp_path, "simple", learning_rate=0.1).lr_scheduler_kwargs["lr_end"] == pytest.approx(0.01)
 
 
@@ -1054,6 +1105,9 @@ def test_refusals(tmp_path, llama):
     frozen = PeftModel.from_pretrained(llama, tmp_path / "a")
     with pytest.raises(ValueError, match="is_trainable=True"):
         MaskProTrainer(frozen, arguments(tmp_path, "simple"), train_dataset=rows())
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(ValueError, match="'default' is disabled, so it would learn nothing"):
+        MaskProTrainer(model, arguments(tmp_path, "simple"), train_dataset=rows())
 
 
 @pytest.mark.parametrize(
