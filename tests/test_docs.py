@@ -360,9 +360,9 @@ def test_figures_without_a_file_are_repeated_rightly():
     *_, elsewhere, home, _ = row("from the same, two fifths own text")
     assert f"has {home} times at home and {elsewhere} times elsewhere" in readme
     assert f"took a mask to {home} times the dense perplexity at home and {elsewhere} times elsewhere" in choosing
-    *_, elsewhere, home = row("language modelling(?!,)")
-    assert f"{home} times the dense perplexity at home and {elsewhere} times elsewhere" in choosing
     assert f"mask has {elsewhere} times the dense perplexity" in comparison
+    *_, elsewhere, home, _ = (figures.partition(",")[0] for figures in row(r"\*\*the defaults"))
+    assert f"{home} times the dense perplexity at home and {elsewhere} times elsewhere" in choosing
     specialist = row("and then from Python topics, 200")[1]
     assert f"ended at {specialist} times the dense perplexity on held-out topics" in choosing
     small, large_model = row("SmolLM2-135M, 64 new tokens")[3], row("Llama-3.2-1B's shape, 64 new tokens")[3]

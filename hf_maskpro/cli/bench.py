@@ -83,7 +83,7 @@ def bench(
     benchmark.check_device(fp8)
     base = load_model(model)[0] if model is not None else benchmark.random_model(str(shapes))
     dtype = base.dtype
-    longest = base.config.max_position_embeddings
+    longest = base.config.get_text_config().max_position_embeddings
     if prefill_tokens is None:
         prefill_tokens = [tokens for tokens in benchmark.PREFILL_TOKENS if tokens <= longest]
     elif max(prefill_tokens) > longest:

@@ -226,7 +226,8 @@ def _documents(dataset: str, split: str, characters: float) -> Iterator[str]:
         for row in dataset_by_name(dataset, split):
             if "text" not in row:
                 raise ValueError(f"it has no column 'text', only {', '.join(row)}.")
-            if not row["text"]:
+            # Empty ones count: joined, they are the blank lines of the text.
+            if row["text"] is None:
                 continue
             if not isinstance(row["text"], str):
                 raise ValueError(f"its column 'text' holds a {type(row['text']).__name__}, not a text.")

@@ -509,8 +509,9 @@ def _rows(windows: Any) -> list[dict[str, Any]]:
 def _beside(output: Path, name: str) -> Path:
     """A path beside a folder, by a name with the folder's in it."""
     # A name may have no more bytes than this leaves room for.
-    own = output.absolute().name.encode()[:200].decode(errors="ignore")
-    return output.absolute().with_name(name.format(own))
+    output = output.resolve()
+    own = output.name.encode()[:200].decode(errors="ignore")
+    return output.with_name(name.format(own))
 
 
 def _previous(output: Path) -> Path:
@@ -523,15 +524,21 @@ def set_aside(output: Path) -> None:
     Make an empty folder, and move what is to be overwritten out of the way. If an earlier run never came to its end,
     it is that run's unfinished folder that goes, and what it was to replace stays aside.
     """
-    if _previous(output).exists():
+    output = output.resolve()
+    # What an adapter, a checkpoint and the quickstart have at their end.
+    ends = ("adapter_config.json", "config.json", "results.json")
+    is_complete = any((output / name).is_file() for name in ends)
+    if _previous(output).exists() and not is_complete:
         rmtree(output, ignore_errors=True)
     elif output.is_dir() and any(output.iterdir()):
+        forget_previous(output)
         output.rename(_previous(output))
     output.mkdir(parents=True, exist_ok=True)
 
 
 def put_back(output: Path) -> None:
     """Take away what is unfinished, and give a folder that was set aside its place again."""
+    output = output.resolve()
     rmtree(output, ignore_errors=True)
     if _previous(output).exists():
         _previous(output).rename(output)

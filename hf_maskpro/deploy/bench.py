@@ -168,7 +168,7 @@ def compare(
     for mode, (phase, batch_size, tokens, make) in tqdm([*product(modes, phases)], desc="bench"):
         row = {"phase": phase, "batch_size": batch_size, "tokens": tokens, "mode": mode}
         # Drawn on the CPU: after a failed capture the generator of the GPU refuses to draw.
-        ids = torch.randint(dense.config.vocab_size, (batch_size, tokens))
+        ids = torch.randint(dense.config.get_text_config().vocab_size, (batch_size, tokens))
         try:
             ids = ids.to(device)
             steps = make(dense, ids), make(sparse, ids)

@@ -1,5 +1,6 @@
 """Output folders that are complete or not there."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,12 +25,18 @@ def new_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
     output = Path(output).resolve()
     check_free(output, overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
+    stays = output.is_dir() and _stays(output)
     # Not with the folder's own name in it, which may be as long as a name can be.
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".new-") as parent:
+    with tempfile.TemporaryDirectory(dir=output if stays else output.parent, prefix=".new-") as parent:
         folder = Path(parent) / "new"
         folder.mkdir()
         yield folder
         take_usual_modes(folder)
+        if stays:
+            # It is empty.
+            for path in folder.iterdir():
+                path.rename(output / path.name)
+            return
         if not output.exists():
             folder.rename(output)
             return
@@ -48,7 +55,8 @@ def new_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
 def check_free(output: str | Path, overwrite: bool, *inputs: str | Path | None) -> None:
     """
     Raises:
-        `ValueError`: if `output` is a file, or a folder in use and `overwrite` is not set, or it holds an input.
+        `ValueError`: if `output` is a file, or a folder in use and `overwrite` is not set, or it holds an input, or
+            what is in use cannot be renamed.
     """
     output = Path(output)
     for given in inputs:
@@ -60,3 +68,10 @@ def check_free(output: str | Path, overwrite: bool, *inputs: str | Path | None) 
         raise ValueError(f"{output} is a file or device; choose another output folder.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise ValueError(f"{output} is not empty; choose another output folder or pass overwrite=True.")
+    if output.is_dir() and any(output.iterdir()) and _stays(output.resolve()):
+        raise ValueError(f"{output} is not empty, and cannot be renamed as a whole; choose a folder inside it.")
+
+
+def _stays(output: Path) -> bool:
+    """Whether a folder cannot be renamed."""
+    return output.is_mount() or not os.access(output.parent, os.W_OK)

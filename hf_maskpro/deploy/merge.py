@@ -27,7 +27,10 @@ from .folders import check_free, new_folder
 
 
 # What belongs to a checkpoint besides its weights. A model card would describe the dense model.
-_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "additional_chat_templates/*")
+_COMPANIONS = (
+    *("*.json", "*.jinja", "*.model", "*.txt", "*.spm", "*.codes", "*.tokenizer", "*.tiktoken"),
+    *("*.py", "LICENSE*", "additional_chat_templates/*"),
+)
 _IN_MEMORY = "model.merge_and_unload(safe_merge=True)"
 # Masks are unfolded for so many rows at a time.
 _ROWS = 1024

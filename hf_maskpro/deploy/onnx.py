@@ -94,7 +94,8 @@ def to_onnx(
 
 def _tokens(model: PreTrainedModel, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random tokens, and a mask that pads the end of the last row."""
-    ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    size = model.config.get_text_config().vocab_size
+    ids = torch.randint(size, (rows, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[-1, -2:] = 0
     return ids, mask

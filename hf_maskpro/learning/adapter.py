@@ -37,8 +37,8 @@ class TrainedAdapter:
     def of(cls, model: nn.Module) -> Self:
         """
         Raises:
-            `ValueError`: if the model has none or several, or the adapter is disabled, offloaded or was loaded for
-                inference.
+            `ValueError`: if the model has none or several, or the adapter is disabled, merged, offloaded or was loaded
+                for inference.
         """
         layers = [layer for layer in model.modules() if isinstance(layer, MaskProLayer)]
         names = {name for layer in layers for name in layer.active_adapters}
@@ -49,8 +49,9 @@ class TrainedAdapter:
             )
         name = names.pop()
         masked = list(masked_layers(model, name).values())
-        if masked[0].disable_adapters:
-            raise ValueError(f"adapter {name!r} is disabled, so it would learn nothing; enable it first.")
+        if masked[0].disable_adapters or masked[0].merged:
+            state, remedy = ("merged", "call unmerge_adapter()") if masked[0].merged else ("disabled", "enable it")
+            raise ValueError(f"adapter {name!r} is {state}, so it would learn nothing; {remedy} first.")
         if not masked[0].maskpro_theta[name].requires_grad:
             raise ValueError(f"adapter {name!r} was loaded for inference; load it with is_trainable=True.")
         if any(layer.maskpro_theta[name].is_meta for layer in masked):

@@ -132,3 +132,7 @@ class MaskProTrainingArguments(*_SETTINGS, TrainingArguments):  # type: ignore[m
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, outside 0 to 1; 0.9 to 0.999 is usual.")
         super().__post_init__()
+        if (self.gradient_checkpointing_kwargs or {}).get("preserve_rng_state") is False:
+            raise ValueError(
+                "preserve_rng_state=False would draw other masks where activations are computed again; drop it."
+            )

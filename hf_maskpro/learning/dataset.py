@@ -183,6 +183,19 @@ def check_rows(dataset: Any, model: nn.Module) -> None:
         check_tokens(config, torch.cat(found))
 
 
+def check_predicts_text(model: nn.Module) -> None:
+    """
+    Raises:
+        `ValueError`: if a window of text as its own labels is nothing to learn from: an encoder-decoder would copy it.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(base, PreTrainedModel) and (base.config.is_encoder_decoder or not base.can_generate()):
+        raise ValueError(
+            f"{type(base).__name__} does not predict a text's next token, so text alone does not say what it is to "
+            "learn; pass rows with labels, or a data_collator that makes them."
+        )
+
+
 def check_tokens(config: PreTrainedConfig, ids: torch.Tensor) -> None:
     """
     Raises:

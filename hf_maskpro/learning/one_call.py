@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 
 from ..starts import initialize_masks, random_windows, start_token_of
 from ..starts.calibration import SEQ_LEN
@@ -53,7 +53,9 @@ def sparsify(
     masked = get_peft_model(model, MaskProConfig(n=n, m=m, init_mask=init_mask))
     # Of a stream a trainer wants to know how many steps, though it takes none.
     args = MaskProTrainingArguments(**{"save_strategy": "no"} | settings, max_steps=max(max_steps, 1))
-    trainer = MaskProTrainer(masked, args, train_dataset=dataset, processing_class=tokenizer)
+    # Without one a trainer refuses models that a text alone teaches nothing, which only matters to one that learns.
+    collator = None if max_steps > 0 else default_data_collator
+    trainer = MaskProTrainer(masked, args, train_dataset=dataset, processing_class=tokenizer, data_collator=collator)
     text = torch.stack([row["input_ids"] for row in islice(trainer.train_dataset, 1024)])
     seq_len = min(SEQ_LEN, args.max_length)
     start_token = start_token_of(tokenizer)

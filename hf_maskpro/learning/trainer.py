@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -32,7 +33,7 @@ from .checkpoints import (
     outlive_sigterm,
     place_checkpoint,
 )
-from .dataset import Repeated, dataset_by_name, rows_of
+from .dataset import Repeated, check_predicts_text, dataset_by_name, rows_of
 from .objectives import LossBySpans, language_modeling_by_spans, objective_weights, ranks_of_loss
 from .progress import MaskProgress
 from .record import add_to_card, card_path, objective_name, plot_run, record_training
@@ -104,13 +105,24 @@ class MaskProTrainer(Trainer):
                 f"{args.estimator!r} and {args.objective!r}; the others need the gradient of a loss."
             )
         self.reward_fn = reward_fn
+        if isinstance(train_dataset, dict):
+            raise ValueError(f"train_dataset has the splits {', '.join(train_dataset)}; choose one of them.")
+        for name in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+            if isinstance(name, str):
+                raise ValueError(f"eval_dataset is {name!r}; load it, since a stream may not end.")
         if isinstance(train_dataset, str):
             train_dataset = dataset_by_name(train_dataset)
+        if args.load_best_model_at_end and not isinstance(model, PeftModel):
+            raise ValueError(
+                "load_best_model_at_end=True needs a PeftModel, which a Trainer reads adapters into; make the adapter "
+                "by get_peft_model, not by add_adapter."
+            )
         if processing_class is not None or data_collator is None:
             read = partial(rows_of, model=model, tokenizer=processing_class, max_length=args.max_length)
             rows, eval_rows = read(train_dataset), read(eval_dataset)
             # Windows need no padding, and not every tokenizer has a token for it.
             if data_collator is None and (rows is not train_dataset or eval_rows is not eval_dataset):
+                check_predicts_text(model)
                 data_collator = default_data_collator
             train_dataset, eval_dataset = rows, eval_rows
         super().__init__(
@@ -190,6 +202,10 @@ class MaskProTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint_to_resume(str(self.args.output_dir))
         if resume_from_checkpoint:
+            if not isinstance(self.model, PeftModel):
+                raise ValueError(
+                    "a checkpoint is read into a PeftModel; make the adapter by get_peft_model, not by add_adapter."
+                )
             _check_state(Path(resume_from_checkpoint, TRAINER_STATE_NAME))
         if not self._distills:
             # Either replaces the forward that the head of a span is a part of.
@@ -226,6 +242,8 @@ class MaskProTrainer(Trainer):
             # It came after the last step, which has its checkpoint.
             raise reason
         self._record()
+        # In train mode every call would draw another mask, of a model that is there to be used now.
+        self.model.eval()
         if self.is_world_process_zero() and find_spec("matplotlib") is not None:
             plot_run(self.state, Path(self.args.output_dir) / PLOT)
         return output

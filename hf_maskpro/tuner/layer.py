@@ -174,6 +174,9 @@ def _placeholder(out_features: int, in_features: int, config: MaskProConfig, dev
 
 def _before_load(layer: "MaskProLayer", state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     layer._brought = [name for name in layer.maskpro_mask if f"{prefix}maskpro_mask.{name}" in state_dict]
+    for name in layer.maskpro_theta:
+        if f"{prefix}maskpro_theta.{name}" in state_dict:
+            layer.materialize(name)
 
 
 def _after_load(layer: "MaskProLayer", incompatible_keys: Any) -> None:
@@ -338,6 +341,10 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
             self._unfilled[adapter_name] = packed
         if config.save_logits or not config.inference_mode:
             self.materialize(adapter_name)
+        if twin is not None and has_memory(self.maskpro_theta[twin]):
+            # Its mask is the one that was learned.
+            self.materialize(adapter_name)
+            self.maskpro_theta[adapter_name].data.copy_(self.maskpro_theta[twin].data)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def materialize(self, adapter_name: str) -> None:
@@ -374,7 +381,9 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
         device = device or self.base_weight.device
         theta = self.maskpro_theta[adapter_name]
         if theta.device not in (device, torch.device("meta")):
-            self.maskpro_theta[adapter_name] = nn.Parameter(theta.detach().to(device), theta.requires_grad)
+            moved = theta.detach()
+            moved = moved.to(device) if has_memory(moved) else moved[:1, :1, :1].to(device).expand(moved.shape)
+            self.maskpro_theta[adapter_name] = nn.Parameter(moved, theta.requires_grad)
         mask = self.maskpro_mask[adapter_name]
         if mask.device != device:
             unfilled = self._is_unfilled(adapter_name)
@@ -387,7 +396,19 @@ class MaskProLayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
         unfilled = [name for name in self._unfilled if self._is_unfilled(name)]
-        super()._apply(fn, recurse)
+        # Moved as it is, a zero that is expanded would be written out.
+        shapes = {name: theta.shape for name, theta in self.maskpro_theta.items() if not has_memory(theta)}
+        for name in shapes:
+            self.maskpro_theta[name].data = self.maskpro_theta[name].data[:1, :1, :1]
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            for name, shape in shapes.items():
+                theta = self.maskpro_theta[name]
+                theta.data = torch.zeros_like(theta.data).expand(shape)
+                # DistributedDataParallel writes into parameters that nobody trains, too.
+                if theta.requires_grad or (dist.is_available() and dist.is_initialized()):
+                    self.materialize(name)
         self._unfilled = {name: self.maskpro_mask[name] for name in unfilled}
         return self
 

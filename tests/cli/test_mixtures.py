@@ -141,6 +141,12 @@ def test_no_more_of_a_dataset_is_read_than_needed(sources, disable, monkeypatch)
     assert more.startswith(few)
 
 
+def test_empty_rows_of_a_dataset_are_its_blank_lines(tmp_path):
+    rows = [json.dumps({"text": text}) for text in ("w1", "", None, "w2")]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    assert read_sources(None, [str(tmp_path)], 100) == {str(tmp_path): "w1\n\n\n\nw2"}
+
+
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
     (tmp_path / "marked.txt").write_text("w1 w2", encoding="utf-8-sig")
     assert read_text(tmp_path / "marked.txt") == "w1 w2"

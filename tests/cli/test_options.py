@@ -387,6 +387,19 @@ class TestInterrupted:
         forget_previous(output)
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
+    def test_what_another_command_has_completed_meanwhile_is_what_is_put_back(self, tmp_path):
+        output = tmp_path / "link"
+        (tmp_path / "a").mkdir()
+        output.symlink_to(tmp_path / "a")
+        (output / "precious").write_text("x")
+        # As if it had been killed.
+        set_aside(output)
+        (output / "adapter_config.json").write_text("{}")
+        set_aside(output)
+        put_back(output)
+        assert [path.name for path in output.iterdir()] == ["adapter_config.json"]
+        assert {path.name for path in tmp_path.iterdir()} == {"a", "link"}
+
 
 @pytest.mark.parametrize(
     "command",

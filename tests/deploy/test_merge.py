@@ -196,6 +196,18 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("new")] == ["new"]
 
 
+def test_a_folder_that_cannot_be_renamed_is_filled(tmp_path, monkeypatch):
+    """As a mount of a container."""
+    monkeypatch.setattr("hf_maskpro.deploy.folders._stays", lambda output: output.name == "out")
+    (tmp_path / "out").mkdir()
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "a").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "a"]
+    in_use = pytest.raises(ValueError, match="is not empty, and cannot be renamed as a whole")
+    with in_use, new_folder(tmp_path / "out", overwrite=True):
+        pass
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_a_folder_with_the_longest_name(tmp_path, there):
     output = tmp_path / ("x" * 255)

@@ -7,11 +7,17 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import get_peft_model
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, DataCollatorWithPadding
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    LlamaForSequenceClassification,
+    T5ForConditionalGeneration,
+)
 
-from hf_maskpro import MaskProConfig, MaskProTrainer
+from hf_maskpro import MaskProConfig, MaskProTrainer, sparsify
 from hf_maskpro.evaluation import windows
 from hf_maskpro.learning.dataset import Repeated, TextWindows
+from hf_maskpro.tuner import masked_layers
 
 from ..conftest import VOCABULARY, tiny_gpt2, tiny_llama
 from .test_trainer import arguments, rows
@@ -155,6 +161,20 @@ def test_rows_that_teach_nothing_are_refused_in_one_line(tmp_path, dataset, mess
     with pytest.raises(ValueError, match=message) as caught:
         trainer(tmp_path, dataset)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("cls", [T5ForConditionalGeneration, LlamaForSequenceClassification])
+def test_text_alone_is_nothing_to_learn_from_where_no_next_token_is_predicted(tmp_path, checkpoint, cls):
+    sizes = {"vocab_size": 34, "hidden_size": 16, "d_model": 16, "intermediate_size": 32, "d_ff": 32, "d_kv": 8}
+    layers = {"num_hidden_layers": 1, "num_layers": 1, "num_attention_heads": 2, "num_heads": 2, "pad_token_id": 0}
+    config = cls.config_class(**sizes, **layers)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match=f"{cls.__name__} does not predict a text's next token"):
+        trainer(tmp_path, [{"text": text} for text in TEXTS], lambda: cls(config), processing_class=tokenizer)
+    if cls is LlamaForSequenceClassification:
+        # A mask that is not learned only looks at it.
+        masked = sparsify(cls(config), tokenizer, [{"text": " ".join(TEXTS)}], "wanda", max_length=16)
+        assert all(layer.learned_mask("default").any() for layer in masked_layers(masked).values())
 
 
 def test_rows_without_labels_may_come_first(tmp_path):

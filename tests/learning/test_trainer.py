@@ -1106,8 +1106,42 @@ def test_refusals(tmp_path, llama):
     with pytest.raises(ValueError, match="is_trainable=True"):
         MaskProTrainer(frozen, arguments(tmp_path, "simple"), train_dataset=rows())
     model.base_model.disable_adapter_layers()
-    with pytest.raises(ValueError, match="'default' is disabled, so it would learn nothing"):
+    with pytest.raises(ValueError, match="'default' is disabled, so it would learn nothing; enable it first"):
         MaskProTrainer(model, arguments(tmp_path, "simple"), train_dataset=rows())
+    model.base_model.enable_adapter_layers()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="'default' is merged, so it would learn nothing; call unmerge_adapter"):
+        MaskProTrainer(model, arguments(tmp_path, "simple"), train_dataset=rows())
+    model.unmerge_adapter()
+    with pytest.raises(ValueError, match="train_dataset has the splits train, test; choose one of them"):
+        MaskProTrainer(model, arguments(tmp_path, "simple"), train_dataset={"train": rows(), "test": rows()})
+    with pytest.raises(ValueError, match="eval_dataset is 'me/text'; load it"):
+        MaskProTrainer(model, arguments(tmp_path, "simple"), train_dataset=rows(), eval_dataset="me/text")
+    with pytest.raises(ValueError, match="preserve_rng_state=False would draw other masks"):
+        arguments(tmp_path, "simple", gradient_checkpointing_kwargs={"preserve_rng_state": False})
+
+
+def test_an_adapter_of_transformers_is_not_resumed(tmp_path):
+    model = tiny_llama()
+    model.add_adapter(MaskProConfig())
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    with pytest.raises(ValueError, match="load_best_model_at_end=True needs a PeftModel"):
+        MaskProTrainer(model, arguments(tmp_path, "simple", **best), train_dataset=rows(), eval_dataset=rows())
+    args = arguments(tmp_path, "simple", max_steps=1, save_strategy="steps", save_steps=1)
+    trainer = MaskProTrainer(model, args, train_dataset=rows())
+    trainer.train()
+    with pytest.raises(ValueError, match="a checkpoint is read into a PeftModel"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_model_is_there_to_be_used_after_its_run(tmp_path, llama):
+    model = get_peft_model(llama, MaskProConfig(logit_scale=1.0))
+    MaskProTrainer(model, arguments(tmp_path, "simple", max_steps=1), train_dataset=rows()).train()
+    batch = {key: torch.stack([row[key] for row in rows(8)]) for key in ("input_ids", "labels")}
+    with torch.no_grad():
+        losses = [model(**batch).loss for _ in range(2)]
+    # By the learned mask, not by one that is drawn.
+    assert torch.equal(*losses)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,9 @@ def reward(completions, **_):
 def test_a_mask_learns_beside_a_reference(method, rows, settings, options, checkpoint, tmp_path):
     get_peft_model(tiny_llama(), MaskProConfig(init_mask="random")).save_pretrained(tmp_path / "a")
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "a", is_trainable=True)
+    for layer in masked_layers(model).values():
+        # As by training that came before, in the same process.
+        layer.maskpro_theta["default"].data.normal_(std=4)
     start = [layer.learned_mask("default") for layer in masked_layers(model).values()]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, eos_token="<pad>")
     args = getattr(trl, f"{method}Config")(
@@ -51,4 +54,5 @@ def test_a_mask_learns_beside_a_reference(method, rows, settings, options, check
     layers = masked_layers(model).values()
     assert [set(layer.maskpro_theta) for layer in layers] == [{"default", "ref"}] * len(layers)
     assert all(map(torch.equal, (layer.learned_mask("ref") for layer in layers), start))
+    assert not all(map(torch.equal, (layer.initial_mask("default") for layer in layers), start))
     assert not all(map(torch.equal, (layer.learned_mask("default") for layer in layers), start))

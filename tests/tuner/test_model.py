@@ -768,6 +768,17 @@ def test_a_lora_over_a_mask_works_unmerged(saved, base_folder, ids, tmp_path):
     assert torch.equal(logits(beside.eval(), ids), expected)
 
 
+@pytest.mark.parametrize("move", [lambda model: model.to(torch.float64), lambda model: model.half()])
+def test_a_mask_for_inference_has_no_logits_wherever_it_goes(saved, base_folder, move):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), saved[0])
+    before = [layer.learned_mask("default") for layer in masked_layers(model).values()]
+    layers = masked_layers(move(model)).values()
+    assert not any(has_memory(layer.maskpro_theta["default"]) for layer in layers)
+    assert all(map(torch.equal, before, (layer.learned_mask("default") for layer in layers)))
+    next(iter(layers)).set_adapter("default")
+    assert not next(iter(layers)).maskpro_theta["default"].any()
+
+
 def test_disabling_a_mask_changes_nothing_of_what_is_trained(saved, base_folder, ids):
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), saved[0]).train()
     trained = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), MaskProConfig())
