@@ -57,7 +57,10 @@ HUB = {
     '"cuda"': '"cpu"',
     "from .simple": "from hf_maskpro.learning.simple",
 }
-TEXTS = ("text", "my", "other", "held_out", "web", "speeches", "news", "manuals")
+TEXTS = (
+    *("text", "my", "other", "held_out", "web", "speeches", "news", "manuals"),
+    *("mix", "encyclopedia", "reference"),
+)
 # What blocks and commands have that are only read, and why.
 ONLY_READ = {
     "hf-maskpro quickstart": "takes minutes",
@@ -65,6 +68,7 @@ ONLY_READ = {
     "zero-shot": "its questions are on the Hub",
     "arc_easy": "its questions are on the Hub",
     "--source-settings": "takes more text than there is",
+    "--target-parameters": "names weights of experts, of which the tiny model has none",
     "to_semi_structured(": "needs a GPU",
     "TorchAoConfig(": "needs a GPU",
     "BitsAndBytesConfig(": "needs bitsandbytes",
@@ -158,7 +162,7 @@ def workplace(tmp_path_factory) -> Iterator[None]:
             words = [VOCABULARY[(3 * i + i // 7) % 32] for i in range(4500)]
             Path(name).with_suffix(".txt").write_text(" ".join(words))
         masked("M").save_pretrained("mask")
-        for name in ("my-2of4-mask", "wanda", "simple", "start", "other-mask", "both"):
+        for name in ("my-2of4-mask", "wanda", "simple", "start", "general", "other-mask", "both"):
             shutil.copytree("mask", name)
         merged = masked("M").merge_and_unload()
         merged.save_pretrained("sparse")

@@ -146,8 +146,8 @@ class MaskProModel(BaseTuner):
         for target in peft_config.target_parameters or ():
             if not any(f".{name}".endswith(f".{target}") for name in named):
                 raise ValueError(
-                    f"target_parameters {target} is no parameter of the model; give ends of names, as "
-                    "experts.down_proj."
+                    f"target_parameters {target} is no parameter of the model; give the ends of names of "
+                    "experts' weights."
                 )
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         places = _places(model)
