@@ -29,6 +29,7 @@ from ..deploy import new_folder
 from ..evaluation import windows
 from ..learning.dataset import dataset_by_name
 from ..starts import initialize_masks, needs_data, random_windows
+from ..starts.calibration import in_batches
 from ..subset.native import multiplies_in
 from ..tuner import RULES, split_init_mask
 from ..tuner.experts import expert_parameters
@@ -204,7 +205,7 @@ def calibration_batches(
     if in_order:
         return random_windows(inputs, samples, seq_len, seed, start_token)
     # What lies across two windows of a mixture is no text.
-    return [{"input_ids": batch} for batch in inputs[:samples, :seq_len].split(8)]
+    return in_batches(inputs[:samples, :seq_len])
 
 
 def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

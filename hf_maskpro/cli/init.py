@@ -1,5 +1,6 @@
 """The verb that makes a one-shot mask."""
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -128,7 +129,7 @@ def init(
     from ..deploy import check_free
     from ..evaluation import check_length, mixed_windows
     from ..starts import generated_text, start_token_of
-    from ..starts.calibration import SAMPLES, SEQ_LEN, SOURCE_SAMPLES, SOURCE_SEQ_LEN
+    from ..starts.calibration import SAMPLES, SEQ_LEN, SOURCE_SAMPLES, SOURCE_SEQ_LEN, rows_at_once
     from ..tuner import MaskProConfig
     from .common import (
         calibrate,
@@ -169,7 +170,10 @@ def init(
     torch.manual_seed(seed)
     batches: list[dict[str, torch.Tensor]] = []
     if with_data and self_generated:
-        batches = generated_text(base, tokenizer, samples, seq_len, seed)
+        # By shares the model writes no more than its own, but what is drawn from has texts of both kinds.
+        own = 1 if shares is None else shares[-1] / sum(shares)
+        written = max(math.ceil(samples * own - 1e-6), min(samples, 2 * rows_at_once(seq_len)))
+        batches = generated_text(base, tokenizer, written, seq_len, seed)
         pieces.append(torch.cat([batch["input_ids"] for batch in batches]))
     start_id = start_token_of(tokenizer) if start_token else None
     if with_data and contents:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..evaluation import mixed_windows, perplexity, windows
 from ..learning import MaskProTrainer, MaskProTrainingArguments
 from ..starts import start_token_of
-from ..starts.calibration import SAMPLES
+from ..starts.calibration import SAMPLES, in_batches
 from ..starts.calibration import SEQ_LEN as CALIBRATION_SEQ_LEN
 from ..tuner import MaskProConfig, masked_layers
 from .common import calibrate, load_adapter, load_to_run, read_text
@@ -175,7 +175,7 @@ def quickstart_row(
         masked: Any = model
     elif method in ("magnitude", "wanda", "sparsegpt+swaps"):
         masked = get_peft_model(model, MaskProConfig(init_mask=method))
-        batches = [{"input_ids": batch} for batch in mixed(CALIBRATION_SEQ_LEN)[:samples].split(8)]
+        batches = in_batches(mixed(CALIBRATION_SEQ_LEN)[:samples])
         name = " and ".join(path.name for path in calibration)
         calibrate(masked, batches, name, 0, start_token_of(tokenizer))
     else:

@@ -77,6 +77,11 @@ def random_windows(
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(ids) - length + 1, (samples, 1), generator=generator)
     windows = begin_windows(ids[starts + torch.arange(length)], start_token)
+    return in_batches(windows)
+
+
+def in_batches(windows: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Windows of token ids, int64 `[windows, tokens]`, as batches for [`initialize_masks`]."""
     return [{"input_ids": batch} for batch in windows.split(8)]
 
 
@@ -119,7 +124,7 @@ def generated_text(
     special = {*tokenizer.all_special_ids, *(token for token, known in added.items() if known.special)}
     vocabulary = min(len(tokenizer), model.config.get_text_config().vocab_size)
     words = torch.tensor([token for token in range(vocabulary) if token not in special and token not in added])
-    rows = max(1, min(MOST_ROWS, BATCH_TOKENS // seq_len))
+    rows = rows_at_once(seq_len)
     made_by = {}
     if cache is not None:
         made_by = {"model": _identity(model), "seed": str(seed), "seq_len": str(seq_len), "begin": "any token"}
@@ -140,7 +145,12 @@ def generated_text(
         if path is not None:
             with private_folder(path.parent) as folder:
                 save_file({"input_ids": parts[-1]}, folder / path.name, metadata=made_by)
-    return [{"input_ids": batch} for batch in torch.cat(parts)[:samples].split(8)]
+    return in_batches(torch.cat(parts)[:samples])
+
+
+def rows_at_once(seq_len: int) -> int:
+    """How many sequences of so many tokens are generated at once."""
+    return max(1, min(MOST_ROWS, BATCH_TOKENS // seq_len))
 
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, begun: list[int], seq_len: int) -> list[int] | None:

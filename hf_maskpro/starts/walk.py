@@ -60,12 +60,13 @@ class Inputs:
 
     def update_beside_dense(self, rows: torch.Tensor, dense: torch.Tensor | None, sequences: int) -> None:
         """Add inputs, and if they are known those that the dense model would have had for the same tokens."""
-        assert self.gram is not None
         self.tokens += len(rows)
         self.sequences += sequences
         exact = rows.float()
         squares = exact.square()
         self.squares += squares.sum(0)
+        if self.gram is None:
+            return
         scale = squares.mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
         unit = exact * scale
         # The lower half is the upper one.
@@ -80,7 +81,8 @@ class Inputs:
 
     def complete(self) -> None:
         """Fill the lower half of the Gram matrix, and draw it towards its diagonal."""
-        assert self.gram is not None
+        if self.gram is None:
+            return
         above = self.gram.triu(1).mul_(1 - SHRINKAGE)
         self.gram = (above + above.T).diagonal_scatter(self.gram.diagonal())
 
@@ -269,7 +271,7 @@ def walk(
             _walk_blocks(blocks, captured, names, with_gram, choose, in_order, learn)
             left = {layer: name for layer, name in left.items() if layer not in inside}
         if left:
-            _choose_at_once(model, left, batches, with_gram or in_order, choose, in_order)
+            _choose_at_once(model, left, batches, with_gram, choose, in_order)
         for layer in names:
             layer.forget_masked_weight()
 
@@ -287,7 +289,7 @@ def _walk_blocks(
     for index, block in enumerate(tqdm(blocks, desc="calibration")):
         inside = [layer for layer in block.modules() if layer in names]
         if in_order:
-            _choose_in_order(block, index, inside, captured, names, choose)
+            _choose_in_order(block, index, inside, captured, names, with_gram, choose)
             if learn is not None and inside:
                 learn(inside, [batch.example(block, index) for batch in captured])
         else:
@@ -401,6 +403,7 @@ def _choose_in_order(
     inside: list[MaskProLayer],
     batches: list[_Batch],
     names: dict[MaskProLayer, str],
+    with_gram: bool,
     choose: Choose,
 ) -> None:
     """Choose the masks of a decoder layer stage by stage, and hand on what the dense model makes of the tokens."""
@@ -429,7 +432,7 @@ def _choose_in_order(
                     for call, other in zip(given.pop(stage[0], []), dense_given[stage[0]], strict=True):
                         own, beside = (each.without_padding(batch.attention_mask) for each in (call, other))
                         routed.append(_Call(own, len(batch.hidden), beside.tokens))
-                for layers, inputs in _together(gathered, given, True):
+                for layers, inputs in _together(gathered, given, with_gram):
                     tensors, others = given[layers[0]], dense_given[layers[0]]
                     # What one expert is sent of the dense model's tokens need not be the same tokens.
                     same = len(tensors) == len(others) and all(map(batch.is_row_a_token, tensors + others))
@@ -440,9 +443,9 @@ def _choose_in_order(
                 inputs.complete()
             for unit in stage:
                 if isinstance(unit, MaskProExperts):
-                    _choose_experts(unit, routed, names, True, choose, in_order=True)
+                    _choose_experts(unit, routed, names, with_gram, choose, in_order=True)
                 else:
-                    choose(names[unit], unit, gathered.get(unit) or _nothing(unit, True))
+                    choose(names[unit], unit, gathered.get(unit) or _nothing(unit, with_gram))
             for layer in [layer for unit in stage for layer in unit.modules() if layer in names]:
                 layer.dense = False
                 chosen.add(layer)
