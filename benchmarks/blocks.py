@@ -57,10 +57,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=blocks.LEAST_STEPS, help="fewer show the memory, too")
+    parser.add_argument("--steps", type=int, default=blocks.STEPS, help="fewer show the memory, too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    shape, blocks.LEAST_STEPS = MODELS[args.shape], args.steps
+    shape, blocks.STEPS = MODELS[args.shape], args.steps
     batches = [{"input_ids": torch.randint(VOCABULARY, (1, args.seq_len))} for _ in range(args.windows)]
     with tempfile.TemporaryDirectory() as folder:
         save_random(shape, args.layers, folder)
@@ -74,7 +74,7 @@ def main() -> None:
         initialize_masks(model, batches)
         found = {
             "target_weights": args.layers * shape.layer,
-            "steps_per_layer": max(args.steps, args.windows),
+            "steps_per_layer": blocks.STEPS,
             "tokens_per_step": args.seq_len,
             "calibration_tokens": args.windows * args.seq_len,
             "threads": torch.get_num_threads(),

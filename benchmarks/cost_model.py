@@ -155,7 +155,7 @@ def traffic(model: Decoder, estimator: Estimator, processes: int) -> float:
     return 2 * (processes - 1) / processes * estimator.sends * model.targets if estimator.sends else 24
 
 
-def block_memory(model: Decoder, tokens: int = 2 * 256, calibration: int = 128 * 256) -> dict[str, float]:
+def block_memory(model: Decoder, tokens: int = 8 * 256, calibration: int = 128 * 256) -> dict[str, float]:
     """
     Bytes of learning one decoder layer after another, without the other layers' weights: bfloat16 weights and their
     masked copies, logits and two moments in float32, the gradient of the largest linear layer, activations of a batch

@@ -24,7 +24,7 @@ from ..tuner import (
 )
 from ..tuner.base import listed
 from . import blocks, gblm, magnitude, pruner_zero, random, ria, sparsegpt, swaps, wanda
-from .batches import in_parts, read_batches, sequences_in, tokens_in
+from .batches import read_batches, sequences_in, tokens_in
 from .calibration import generated_text, random_windows, start_token_of
 from .gradients import gradient_norms
 from .sources import fill_masks
@@ -148,12 +148,9 @@ def _initialize(model: nn.Module, adapter_name: str, config: MaskProConfig, batc
             for number in range(layer.experts):
                 choose(name, layer, None, number)
     else:
-        learn, parts = None, batches
-        if "blocks" in refined:
-            learn = partial(blocks.learn, adapter_name)
-            parts = [part for batch in batches for part in in_parts(batch, blocks.SEQUENCES)]
+        learn = partial(blocks.learn, adapter_name) if "blocks" in refined else None
         with_gram = rule == "sparsegpt" or "swaps" in refined
-        walk(model, adapter_name, parts, with_gram, choose, bool(refined), learn)
+        walk(model, adapter_name, batches, with_gram, choose, bool(refined), learn)
     kept = "largest weights" if rule in RULES else "masks of the source"
     if unseen:
         logger.warning(f"calibration: {listed(unseen)} saw no data; their {kept} are kept.")

@@ -72,20 +72,6 @@ def sequences_in(batch: Batch) -> int:
     return len(batch.get("input_ids", next(tensors)))
 
 
-def in_parts(batch: dict[str, Any], sequences: int) -> list[dict[str, Any]]:
-    """A batch as several of so many sequences; whole if it has a tensor that is not a row for each."""
-    rows, tensors = sequences_in(batch), [value for value in batch.values() if isinstance(value, torch.Tensor)]
-    if any(tensor.shape[:1] != (rows,) for tensor in tensors):
-        return [batch]
-    return [
-        {
-            name: value[start : start + sequences] if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
-        for start in range(0, rows, sequences)
-    ]
-
-
 def tokens_in(batch: Batch) -> int:
     """How many tokens of text a batch holds, without padding."""
     if "attention_mask" in batch:

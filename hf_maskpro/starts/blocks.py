@@ -9,9 +9,7 @@ from ..tuner import MaskProLayer
 from ..tuner.layer import members_first
 
 
-# A mask is learned better by many small steps than by few large ones.
-SEQUENCES = 2
-LEAST_STEPS, WARMUP, RATE, BETAS = 256, 10, 0.4, (0.9, 0.98)
+STEPS, WARMUP, RATE, BETAS = 64, 10, 0.4, (0.9, 0.98)
 # The gradient of one logit is far below Adam's own epsilon, which would then set the size of a step.
 EPSILON = 1e-12
 
@@ -46,10 +44,9 @@ def learn(adapter_name: str, layers: list[MaskProLayer], examples: list[Example]
         layer.train()
     handles = [theta.register_post_accumulate_grad_hook(move) for theta in thetas]
     try:
-        steps = max(LEAST_STEPS, len(examples))
-        for step, (run, target) in enumerate(islice(cycle(examples), steps)):
+        for step, (run, target) in enumerate(islice(cycle(examples), STEPS)):
             for optimizer in optimizers.values():
-                optimizer.param_groups[0]["lr"] = RATE * min((step + 1) / WARMUP, 1 - 0.9 * step / steps)
+                optimizer.param_groups[0]["lr"] = RATE * min((step + 1) / WARMUP, 1 - 0.9 * step / STEPS)
             with torch.enable_grad():
                 # By the width, since in float16 the gradient of a mean over tokens and features would be none.
                 (target.shape[1] * relative_error(run(), target)).backward(inputs=thetas)

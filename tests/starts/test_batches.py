@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding
 
 from hf_maskpro import MaskProConfig, initialize_masks
-from hf_maskpro.starts.batches import in_parts
 from hf_maskpro.tuner import masked_layers
 
 from ..conftest import tiny_llama
@@ -103,16 +102,3 @@ def test_a_model_that_knows_no_cache_is_calibrated(make, init_mask):
     initialize_masks(model, [{"inputs": torch.randn(8, 16), "labels": torch.arange(8) % 4}])
     assert model.peft_config["default"].start["calibration"]["sequences"] == 8
     assert len(masked_layers(model)) == 2
-
-
-def test_a_batch_in_parts_keeps_what_belongs_together():
-    flags = {"use_cache": False}
-    whole = {"input_ids": IDS, "attention_mask": IDS > 5} | flags
-    parts = in_parts(whole, 3)
-    assert [len(part["input_ids"]) for part in parts] == [3, 1]
-    assert all(part["use_cache"] is False for part in parts)
-    for name in ("input_ids", "attention_mask"):
-        assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
-    # As the patches of all images, one after the other.
-    flat = {"input_ids": IDS, "pixel_values": torch.zeros(100, 8)}
-    assert in_parts(flat, 3) == [flat]

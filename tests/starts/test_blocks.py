@@ -1,7 +1,5 @@
 """Masks that are learned one decoder layer after another."""
 
-from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,7 +66,7 @@ def test_nothing_but_masks_is_left(monkeypatch):
     model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="magnitude+blocks", inference_mode=True))
     every_layer = masked_layers(model)
     initialize_masks(model, calibration())
-    assert seen == [True] * 2 * blocks.LEAST_STEPS
+    assert seen == [True] * 2 * blocks.STEPS
     for layer in every_layer.values():
         theta = layer.maskpro_theta["default"]
         assert not has_memory(theta)
@@ -93,25 +91,6 @@ def test_the_size_of_the_error_is_of_no_account(monkeypatch):
     assert changed[1] == pytest.approx(changed[0], rel=0.2)
 
 
-@pytest.mark.parametrize(("least", "each"), [(1, 1), (8, 1), (24, 3)])
-def test_every_batch_is_learned_from(least, each, monkeypatch):
-    """Two sequences at a time: once, however many there are, and again where there are few."""
-    runs, own = [], blocks.learn
-
-    def learn(adapter_name, layers, examples):
-        def counted(index, run):
-            runs.append(index)
-            return run()
-
-        own(adapter_name, layers, [(partial(counted, i, run), target) for i, (run, target) in enumerate(examples)])
-
-    monkeypatch.setattr(blocks, "learn", learn)
-    monkeypatch.setattr(blocks, "LEAST_STEPS", least)
-    model = get_peft_model(tiny_llama(), MaskProConfig(init_mask="magnitude+blocks"))
-    initialize_masks(model, calibration())
-    assert Counter(runs) == dict.fromkeys(range(8), 2 * each)
-
-
 @pytest.mark.parametrize(("start", "gathered"), [("wanda", False), ("wanda+swaps", True), ("sparsegpt", True)])
 def test_only_what_looks_at_them_gathers_gram_matrices(start, gathered, monkeypatch):
     seen, own = set(), Inputs.update_beside_dense
@@ -121,7 +100,7 @@ def test_only_what_looks_at_them_gathers_gram_matrices(start, gathered, monkeypa
         own(inputs, *args)
 
     monkeypatch.setattr(Inputs, "update_beside_dense", noted)
-    monkeypatch.setattr(blocks, "LEAST_STEPS", 1)
+    monkeypatch.setattr(blocks, "STEPS", 1)
     model = get_peft_model(tiny_llama(), MaskProConfig(init_mask=f"{start}+blocks"))
     initialize_masks(model, calibration())
     assert seen == {gathered}
@@ -161,7 +140,7 @@ def test_weights_stay_in_the_checkpoint(tmp_path, monkeypatch):
         seen.append(are_in_file())
 
     monkeypatch.setattr(blocks, "learn", learn)
-    monkeypatch.setattr(blocks, "LEAST_STEPS", 1)
+    monkeypatch.setattr(blocks, "STEPS", 1)
     model = get_peft_model(base, MaskProConfig(init_mask="magnitude+blocks", inference_mode=True))
     initialize_masks(model, calibration())
     assert seen == [True] * 4
